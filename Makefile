@@ -1,0 +1,42 @@
+# make demo   train a small GPT with AdamW and with StripedAdamW, and compare them
+# make test   run the tests
+# make lint   check format, rules and types
+# make clean  remove the environment and every output
+
+PYTHON ?= python3
+BIN := .venv/bin
+# real data for the tests that can use it; they are skipped, with the reason, where it is not there
+export STRIPED_HF_TEST_DATA ?= $(wildcard $(abspath ../shared/data))
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint clean
+.DEFAULT_GOAL := demo
+
+.venv/.installed: setup.cfg pyproject.toml constraints.txt
+	@echo "== making .venv and installing striped_hf with the pinned packages (a minute or two)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: .venv/.installed
+	@echo "== writing the documentation topics of this Python as a character data set"
+	$(BIN)/python data_scripts/python_docs.py --output_dir data/python_docs
+	@echo "== training the same GPT with three optimizers, one after another (about 5 minutes on 2 cores)"
+	$(BIN)/python recipes/compare_optimizers.py recipes/train_shakespeare_char.py \
+	  --optim adamw_torch_fused striped_adamw striped_adamw_8bit --output_dir out/demo -- \
+	  --config_file recipes/configs/shakespeare_char_cpu.yaml --data_dir data/python_docs
+	@echo "== two samples from the model trained with striped_adamw_8bit"
+	$(BIN)/python recipes/sample.py out/demo/striped_adamw_8bit --start "The " --num_samples 2 --max_new_tokens 300
+
+test: .venv/.installed
+	@echo "== running the tests"
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv data out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""AdamW at a fraction of its optimizer memory, for ``transformers.Trainer``."""
