@@ -1,0 +1,294 @@
+"""The specification of StripedAdamW's step, in plain PyTorch on any device.
+
+Every other backend must agree with this file. For a parameter p of shape [..., R, C] with gradient
+g, at step t from 1, all in float32:
+
+    m     <- b1 m   + (1 - b1) g
+    row_i <- b2 row + (1 - b2) mean_j(g_ij^2)
+    col_j <- b2 col + (1 - b2) mean_i(g_ij^2)
+    a_i    = sqrt(row_i / mean(row))                  0 where mean(row) is 0
+    c_j    = sqrt(col_j / (1 - b2^t))
+    p     <- p (1 - lr wd) - lr (m_ij / (1 - b1^t)) / (a_i c_j + eps)
+
+(a_i c_j)^2 is the rank-one second moment of Adafactor (Shazeer and Stern 2018,
+https://arxiv.org/abs/1804.04235), bias-corrected as in Adam; the rest is AdamW (Loshchilov and
+Hutter 2019, https://arxiv.org/abs/1711.05101). 0-D and 1-D parameters keep the exact second moment,
+and their step is AdamW's.
+
+With ``blocks=(br, bc)`` the matrix is taken as br x bc equal blocks with stripes of their own: row
+is [..., R, bc], col is [..., br, C]. The code sees every matrix on its grid,
+[..., br, R / br, bc, C / bc], where a stripe is an array with one dimension of size 1, so that
+blocks need no arithmetic of their own.
+
+A backend is two functions over a table of tensors that share their settings: ``statistics`` turns
+gradients into sums of squares, ``update`` turns the sums into new state and parameters. Between
+them stands the only communication that sharded parameters need.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from striped_hf.optim import momentum, rounding
+
+# Elements worked on at a time: what bounds a step's temporaries (about seven float32 arrays of this
+# size, never less than one row of a matrix). On a CPU they are to stay in the cache, elsewhere to
+# keep the device busy.
+CHUNK_SIZE = {"cpu": 1 << 18}
+DEFAULT_CHUNK_SIZE = 1 << 20
+
+# m / (a c + eps) must not be 0/0 where eps is 0
+_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the tensors of one table share: a param group's hyperparameters, and the step.
+
+    ``step`` counts from 1 and is that of the update about to be made. The others are
+    ``StripedAdamW``'s arguments of the same names, ``stochastic_rounding`` resolved to a bool.
+    """
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: bool
+    nesterov: bool
+    stochastic_rounding: bool
+    blocks: tuple[int, int]
+    step: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of a table: a parameter, its gradient and its state, all of which a step changes in
+    place but the gradient.
+
+    ``momentum_dtype`` is the format that this parameter's momentum has (``storage_format``).
+    """
+
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Tensor]
+    momentum_dtype: str
+
+
+Sums = tuple[Tensor, Tensor]
+Index = tuple[int | slice, ...]
+
+
+def statistics(table: list[Entry], settings: Settings) -> list[Sums | None]:
+    """Sums the squares of every gradient by row and by column.
+
+    Args:
+        table: Parameters of any shape, none empty; gradients of any floating dtype.
+        settings: Of the table; only ``blocks`` counts here.
+
+    Returns:
+        For each matrix the row sums [..., R, bc] and the column sums [..., br, C], float32; None
+        for parameters of fewer than two dimensions, which need none.
+    """
+    sums: list[Sums | None] = [None] * len(table)
+    for batch in _batches(table):
+        if table[batch[0]].param.dim() < 2:
+            continue
+        grad = _grid(_stack([table[i].grad for i in batch]), settings.blocks)
+        *matrices, rows, col_blocks, columns = grad.shape
+        row_sums = grad.new_empty(*matrices, rows, col_blocks, 1, dtype=torch.float32)
+        col_sums = grad.new_zeros(*matrices, 1, col_blocks, columns, dtype=torch.float32)
+        for index, _ in _chunks(grad.shape[1:-2], col_blocks * columns, grad.device):
+            squares = grad[index].float().square()
+            row_sums[index] = squares.sum(-1, keepdim=True)
+            col_sums[index[: len(matrices)]] += squares.sum(-3, keepdim=True)
+        row_sums, col_sums = row_sums.squeeze(-1).flatten(-3, -2), col_sums.squeeze(-3).flatten(-2)
+        for i, row_sum, col_sum in zip(batch, row_sums, col_sums, strict=True):
+            sums[i] = row_sum, col_sum
+    return sums
+
+
+def update(table: list[Entry], sums: list[Sums | None], settings: Settings) -> None:
+    """Updates second moments, momentum and parameter of every entry in place.
+
+    Args:
+        table: What was given to ``statistics``.
+        sums: What it returned, in full where the parameters are shards of a whole.
+        settings: Of the table.
+    """
+    for batch in _batches(table):
+        entries = [table[i] for i in batch]
+        keys = [key for key in entries[0].state if key != "step"]
+        state = {key: _stack([entry.state[key] for entry in entries]) for key in keys}
+        param = _stack([entry.param for entry in entries])
+        grad = _stack([entry.grad for entry in entries])
+
+        if entries[0].param.dim() < 2:
+            _update_vectors(param, grad, state, settings)
+        else:
+            row_sums, col_sums = zip(*(sums[i] for i in batch), strict=True)  # type: ignore[misc]
+            _update_second_moment(state, _stack(row_sums), _stack(col_sums), param.shape, settings)
+            _update_matrices(param, grad, state, entries[0].momentum_dtype, settings)
+
+        if len(batch) > 1:  # else the stacks are views of what they stack
+            torch._foreach_copy_([entry.param for entry in entries], list(param.unbind()))
+            for key, values in state.items():
+                torch._foreach_copy_([entry.state[key] for entry in entries], list(values.unbind()))
+
+
+def _update_vectors(
+    param: Tensor, grad: Tensor, state: dict[str, Tensor], settings: Settings
+) -> None:
+    """AdamW's step, with the exact second moment. All tensors are [n] or [n, length]."""
+    beta1, beta2 = settings.beta1, settings.beta2
+    bias_correction2_sqrt = (1 - beta2**settings.step) ** 0.5
+    for index, start in _chunks(param.shape[1:], 1, param.device):
+        g = _ascent(grad[index], settings)
+        m = state["exp_avg"][index].lerp_(g, 1 - beta1)
+        v = state["exp_avg_sq"][index].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        denominator = v.sqrt().div_(bias_correction2_sqrt)
+        _update_parameter(param[index], m, g, denominator, start, settings)
+
+
+def _update_second_moment(
+    state: dict[str, Tensor],
+    row_sums: Tensor,
+    col_sums: Tensor,
+    shape: torch.Size,
+    settings: Settings,
+) -> None:
+    """Averages the sums into the stripes: [n, ..., R, bc] and [n, ..., br, C]."""
+    row_blocks, col_blocks = settings.blocks
+    for key, sums, count in (
+        ("exp_avg_sq_row", row_sums, shape[-1] // col_blocks),
+        ("exp_avg_sq_col", col_sums, shape[-2] // row_blocks),
+    ):
+        state[key].mul_(settings.beta2).add_(sums, alpha=(1 - settings.beta2) / count)
+
+
+def _update_matrices(
+    param: Tensor,
+    grad: Tensor,
+    state: dict[str, Tensor],
+    momentum_dtype: str,
+    settings: Settings,
+) -> None:
+    """The striped step, given this step's stripes. ``param`` and ``grad`` are [n, ..., R, C]."""
+    row_blocks, col_blocks = settings.blocks
+    columns = param.shape[-1]
+    param, grad = _grid(param, settings.blocks), _grid(grad, settings.blocks)
+    # [n, ..., br, R / br, bc, 1] and [n, ..., br, 1, bc, C / bc]
+    row = state["exp_avg_sq_row"].unflatten(-2, (row_blocks, -1)).unsqueeze(-1)
+    col = state["exp_avg_sq_col"].unflatten(-1, (col_blocks, -1)).unsqueeze(-3)
+    codes = state["exp_avg"].unflatten(-2, (row_blocks, -1))
+    scale = state.get("exp_avg_scale")
+    if scale is not None:
+        scale = scale.unflatten(-2, (row_blocks, -1))
+
+    mean = row.mean(-3, keepdim=True)
+    # 0/0 is an all-zero gradient, which moves nothing; an Inf must be as loud as AdamW's Inf/Inf
+    a = torch.where(mean == 0, 0.0, (row / mean).sqrt_()).masked_fill_(mean.isinf(), torch.nan)
+    # the two roots are taken apart because row * col underflows where g is near 1e-12
+    c = (col / (1 - settings.beta2**settings.step)).sqrt_()
+
+    for index, start in _chunks(param.shape[1:-2], columns, param.device):
+        g = _ascent(grad[index], settings)
+        stored, stored_scale = codes[index], scale[index] if scale is not None else None
+        m = momentum.decode(stored, stored_scale, momentum_dtype, columns)
+        m_grid = m.unflatten(-1, (col_blocks, -1)).lerp_(g, 1 - settings.beta1)
+        denominator = a[index] * c[index[: c.dim() - 3]]
+        _update_parameter(param[index], m_grid, g, denominator, start, settings)
+        if m is not stored:
+            new_codes, new_scale = momentum.encode(m, momentum_dtype)
+            stored.copy_(new_codes)
+            if stored_scale is not None:
+                stored_scale.copy_(new_scale)
+
+
+def _update_parameter(
+    param: Tensor, m: Tensor, g: Tensor, denominator: Tensor, start: int, settings: Settings
+) -> None:
+    """Decays and moves one chunk of a parameter.
+
+    Args:
+        param: [n, ...], the same chunk of n stacked parameters; changed in place.
+        m: This step's momentum, float32.
+        g: This step's gradient, float32.
+        denominator: Root of the second moment, without eps; overwritten.
+        start: Row-major index in the whole parameter of the chunk's first element.
+        settings: Of the table.
+    """
+    if settings.nesterov:
+        m = torch.lerp(m, g, 1 - settings.beta1)
+    denominator.add_(settings.eps).clamp_(min=_SMALLEST_NORMAL)
+    value = param.float()
+    value.mul_(1 - settings.lr * settings.weight_decay)
+    step_size = settings.lr / (1 - settings.beta1**settings.step)
+    value.addcdiv_(m, denominator, value=-step_size)
+    if value is param:
+        return
+    if settings.stochastic_rounding:
+        shape = param.shape[1:]  # stacked parameters share their bits: each counts its own elements
+        bits = rounding.random_bits(start, shape.numel(), settings.step, param.device).view(shape)
+        value = rounding.stochastic_round(value, param.dtype, bits)
+    param.copy_(value)
+
+
+def _ascent(grad: Tensor, settings: Settings) -> Tensor:
+    """The gradient of what is minimised, float32; a view of ``grad`` where it is that already."""
+    return -grad.float() if settings.maximize else grad.float()
+
+
+def _grid(x: Tensor, blocks: tuple[int, int]) -> Tensor:
+    """A view of [..., R, C] as [..., br, R / br, bc, C / bc]."""
+    return x.unflatten(-1, (blocks[1], -1)).unflatten(-3, (blocks[0], -1))
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """[n, ...]: a view where n is 1, so that changes in place reach the tensor, else a copy."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tuple(tensors))
+
+
+def _batches(table: list[Entry]) -> Iterator[list[int]]:
+    """Yields the positions in ``table`` of the entries to stack: alike, and a chunk together."""
+    alike = defaultdict(list)
+    for i, entry in enumerate(table):
+        p = entry.param
+        key = (p.shape, p.dtype, p.device, entry.grad.dtype, entry.momentum_dtype)
+        alike[key].append(i)
+    for (shape, _, device, _, _), positions in alike.items():
+        size = max(1, CHUNK_SIZE.get(device.type, DEFAULT_CHUNK_SIZE) // shape.numel())
+        yield from (positions[i : i + size] for i in range(0, len(positions), size))
+
+
+def _chunks(shape: torch.Size, unit: int, device: torch.device) -> Iterator[tuple[Index, int]]:
+    """Cuts stacked arrays into chunks that are consecutive in row-major order.
+
+    Args:
+        shape: The dimensions of one array that may be cut.
+        unit: Elements behind each position of ``shape``, never cut.
+        device: Decides the size of a chunk, which is at least ``unit``.
+
+    Yields:
+        The chunk's index in [n, *shape], which keeps n whole, and the row-major position in
+        elements of its start in each array.
+    """
+    limit = CHUNK_SIZE.get(device.type, DEFAULT_CHUNK_SIZE)
+
+    def cut(shape: torch.Size, index: Index, start: int) -> Iterator[tuple[Index, int]]:
+        if shape.numel() * unit <= limit or not shape:
+            yield index, start
+            return
+        inner = shape[1:].numel() * unit
+        if inner > limit and len(shape) > 1:
+            for i in range(shape[0]):
+                yield from cut(shape[1:], (*index, i), start + i * inner)
+        else:
+            size = max(1, limit // inner)
+            for i in range(0, shape[0], size):
+                yield (*index, slice(i, i + size)), start + i * inner
+
+    return cut(shape, (slice(None),), 0)

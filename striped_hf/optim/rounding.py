@@ -1,0 +1,100 @@
+"""Stochastic rounding of float32 values to bfloat16 and float16.
+
+Rounding to nearest loses every update below half a unit in the last place, for bfloat16 anything
+under about 1/512 of the weight. Rounding up with the probability of the remainder keeps the mean.
+
+The random bits are no generator's but a hash of (``SEED``, step, index of the element in the whole
+parameter), so that data-parallel replicas, a resumed run, every backend and every sharding draw the
+same ones.
+"""
+
+import torch
+from torch import Tensor
+
+SEED = 0x5712_19ED
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+_FLOAT16_MIN_NORMAL = 2.0**-14
+
+
+def _multiply(x: Tensor, factor: int) -> Tensor:
+    """x * factor modulo 2^32, in place; int32 holds the bits."""
+    return x.mul_(factor - (1 << 32) if factor >= 1 << 31 else factor)
+
+
+def _xor_shift(x: Tensor, shift: int) -> Tensor:
+    """x ^ (x >> shift) on the bits as unsigned, in place."""
+    return x.bitwise_xor_((x >> shift).bitwise_and_((1 << (32 - shift)) - 1))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """MurmurHash3's 32-bit finalizer, in place on int32."""
+    x = _multiply(_xor_shift(x, 16), 0x85EB_CA6B)
+    x = _multiply(_xor_shift(x, 13), 0xC2B2_AE35)
+    return _xor_shift(x, 16)
+
+
+def _mix_int(x: int) -> int:
+    """``_mix`` on a Python integer in [0, 2^32)."""
+    x = (x ^ x >> 16) * 0x85EB_CA6B & 0xFFFF_FFFF
+    x = (x ^ x >> 13) * 0xC2B2_AE35 & 0xFFFF_FFFF
+    return x ^ x >> 16
+
+
+def random_bits(start: int, count: int, step: int, device: torch.device) -> Tensor:
+    """Returns 32 random bits for each of ``count`` consecutive elements of a parameter.
+
+    With mix as MurmurHash3's finalizer, and i = 2^32 i_high + i_low:
+    ``bits = mix(mix(i_low ^ mix(mix(SEED ^ step) ^ i_high)))``.
+
+    Args:
+        start: Row-major index in the whole parameter of the first element.
+        count: How many elements.
+        step: The parameter's step, from 1.
+        device: Where the bits are wanted.
+
+    Returns:
+        [count] int32.
+    """
+    to_next_high = (1 << 32) - (start & 0xFFFF_FFFF)
+    if count > to_next_high:
+        head = random_bits(start, to_next_high, step, device)
+        tail = random_bits(start + to_next_high, count - to_next_high, step, device)
+        return torch.cat((head, tail))
+    key = _mix_int(_mix_int(SEED ^ step & 0xFFFF_FFFF) ^ start >> 32)
+    low = torch.arange(start & 0xFFFF_FFFF, (start & 0xFFFF_FFFF) + count, device=device)
+    # two rounds: one leaves the bits of neighbouring indices correlated under a common key
+    return _mix(_mix(low.bitwise_xor_(key).to(torch.int32)))
+
+
+def stochastic_round(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
+    """Rounds each value to one of its two neighbours in ``dtype``, at random.
+
+    The upper neighbour in magnitude is taken with the probability of the remainder, so the mean is
+    the value. Values that ``dtype`` holds exactly, Inf and NaN stay as they are; past its largest
+    finite value the next neighbour is Inf, as in rounding to nearest.
+
+    Args:
+        values: Any shape, float32.
+        dtype: ``torch.bfloat16`` or ``torch.float16``.
+        bits: int32 random bits of a shape that broadcasts to that of ``values``.
+
+    Returns:
+        The rounded values in ``dtype``.
+    """
+    if dtype == torch.bfloat16:
+        rounded = _truncate_after_adding(values, bits, dropped=16)
+    else:
+        rounded = _truncate_after_adding(values, bits, dropped=13)
+        # subnormal float16 has a fixed unit, 2^-24: the same one as just above its smallest normal
+        offset = _truncate_after_adding(values.abs() + _FLOAT16_MIN_NORMAL, bits, dropped=13)
+        subnormal = offset.sub_(_FLOAT16_MIN_NORMAL).copysign_(values)
+        rounded = torch.where(values.abs() < _FLOAT16_MIN_NORMAL, subnormal, rounded)
+    return torch.where(values.isfinite(), rounded, values).to(dtype)
+
+
+def _truncate_after_adding(values: Tensor, bits: Tensor, dropped: int) -> Tensor:
+    """Adds random bits below the last kept bit of the mantissa, then cuts off the dropped ones."""
+    mask = (1 << dropped) - 1
+    summed = values.contiguous().view(torch.int32) + bits.bitwise_and(mask)
+    return summed.bitwise_and_(~mask).view(torch.float32)

@@ -1,0 +1,286 @@
+"""StripedAdamW: AdamW whose second moment is one row and one column of means per matrix."""
+
+import math
+from collections.abc import Callable
+from itertools import chain
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from striped_hf.optim import backends, momentum
+from striped_hf.optim.reference import Entry, Settings
+from striped_hf.optim.state import Group, describe, init_state, prepare_state_dict
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SWITCHES = {
+    "maximize": (True, False),
+    "nesterov": (True, False),
+    "stochastic_rounding": (True, False, None),
+}
+
+
+class StripedAdamW(Optimizer):
+    """AdamW at a fraction of its memory: a factored second moment and a coded momentum.
+
+    The second moment of a matrix [..., R, C] is kept as the means of its rows and of its columns,
+    R + C numbers in place of R x C; the momentum is AdamW's, optionally in fewer bits. Learning
+    rate, schedule and weight decay carry over from AdamW. ``striped_hf/optim/reference.py`` has the
+    equations and where they come from.
+
+    State per parameter, made at its first gradient: ``step``; ``exp_avg``, and ``exp_avg_scale``
+    where it is coded; ``exp_avg_sq_row`` [..., R, bc] and ``exp_avg_sq_col`` [..., br, C] for
+    matrices, ``exp_avg_sq`` for 0-D and 1-D parameters, which keep AdamW's exact second moment and
+    float32 momentum.
+
+    A ``torch.optim.AdamW`` state dict can be loaded: the run goes on from its reduced moments.
+
+    Args:
+        params: Parameters or param groups, named or not, of float32, bfloat16 or float16.
+            Gradients may be of any of the three; the arithmetic is float32.
+        lr: Learning rate, a float or a tensor of one element.
+        betas: Decay rates of the momentum and of the second moment, each in [0, 1).
+        eps: Added to the root of the second moment, as in AdamW.
+        weight_decay: Decoupled weight decay, as a rate times ``lr``.
+        maximize: Maximise the objective instead of minimising it.
+        momentum_dtype: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``: how the momentum of
+            matrices is stored (4, 2, 1.03 and 0.53 bytes per element).
+        blocks: (br, bc): take each matrix of the group as br x bc equal blocks with stripes of
+            their own. For a matrix that packs several projections along its rows or columns, such
+            as GPT-2's ``c_attn``: (1, 3). Without meaning for 0-D and 1-D parameters.
+        backend: What computes the step: ``"auto"``, the fastest that can run, or one by name.
+        stochastic_rounding: Round updates of bfloat16 and float16 parameters stochastically instead
+            of to nearest. None means True. Without meaning for float32 parameters.
+        nesterov: Let the update look ahead: b1 m + (1 - b1) g in m's place.
+
+    Raises:
+        ValueError: A hyperparameter is out of its range, ``blocks`` does not divide a matrix, or a
+            parameter is of another dtype or was flattened by FSDP1.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        momentum_dtype: str = "float32",
+        blocks: tuple[int, int] = (1, 1),
+        backend: str = "auto",
+        stochastic_rounding: bool | None = None,
+        nesterov: bool = False,
+    ) -> None:
+        backends.check(backend)
+        self.backend = backend
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "momentum_dtype": momentum_dtype,
+            "blocks": blocks,
+            "stochastic_rounding": stochastic_rounding,
+            "nesterov": nesterov,
+        }
+        _check_hyperparameters(defaults)
+        super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "backend": self.backend}
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Adds a param group.
+
+        Raises:
+            ValueError: As on construction; the optimizer is then as it was.
+        """
+        super().add_param_group(param_group)
+        try:
+            _check_group(self.param_groups[-1], len(self.param_groups) - 1)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Performs one step.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+
+        Raises:
+            RuntimeError: A gradient is sparse or not of a floating dtype that the optimizer takes,
+                or a parameter is sharded. Nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        backend = backends.resolve(self.backend)
+        tables = self._tables()
+        sums = [backend.statistics(table, settings) for settings, table in tables]
+        for (settings, table), table_sums in zip(tables, sums, strict=True):
+            backend.update(table, table_sums, settings)
+        return loss
+
+    def _tables(self) -> list[tuple[Settings, list[Entry]]]:
+        """Collects what is to be updated, makes missing state and counts the step."""
+        for group_index, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                if param.grad is not None:
+                    _check_gradient(param, group, i, group_index)
+
+        tables = []
+        for group in self.param_groups:
+            by_step: dict[int, list[Entry]] = {}
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                if not state:
+                    state.update(init_state(param, group))
+                state["step"] += 1
+                if param.numel() > 0:
+                    momentum_dtype = momentum.storage_format(param.shape, group["momentum_dtype"])
+                    entry = Entry(param, param.grad, state, momentum_dtype)
+                    by_step.setdefault(int(state["step"]), []).append(entry)
+            tables += [(_settings(group, step), table) for step, table in by_step.items()]
+        return tables
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads the state of a StripedAdamW, or of a ``torch.optim.AdamW``.
+
+        As in torch the saved hyperparameters take the place of the constructed ones. Every entry
+        keeps the dtype that it was saved with, and none shares memory with ``state_dict``.
+
+        Raises:
+            ValueError: The state dict's groups, momentum format or stripes differ from this
+                optimizer's, or an entry is missing or of a wrong shape; the optimizer is then as
+                it was.
+        """
+        prepared: dict[str, Any] = {}
+
+        # Optimizer.load_state_dict casts state to the parameter's dtype, which destroys codes and
+        # rounds stripes, so it is given the groups only. Between the user's own hooks: pre-hooks
+        # may still replace the state dict, post-hooks see the final state.
+        def prepare(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
+            prepared.update(prepare_state_dict(incoming, self.param_groups))
+            return {**prepared, "state": {}}
+
+        def restore(_: Optimizer) -> None:
+            params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+            for position, state in prepared["state"].items():
+                param = params[position]
+                self.state[param] = {
+                    key: value.to("cpu" if key == "step" else param.device, copy=True)
+                    for key, value in state.items()
+                }
+
+        pre_hook = self.register_load_state_dict_pre_hook(prepare)
+        post_hook = self.register_load_state_dict_post_hook(restore, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            pre_hook.remove()
+            post_hook.remove()
+
+
+def _settings(group: Group, step: int) -> Settings:
+    beta1, beta2 = group["betas"]
+    return Settings(
+        lr=float(group["lr"]),
+        beta1=float(beta1),
+        beta2=float(beta2),
+        eps=float(group["eps"]),
+        weight_decay=float(group["weight_decay"]),
+        maximize=group["maximize"],
+        nesterov=group["nesterov"],
+        stochastic_rounding=group["stochastic_rounding"] is not False,
+        blocks=group["blocks"],
+        step=step,
+    )
+
+
+def _check_hyperparameters(group: Group) -> None:
+    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+        raise ValueError(f"lr={group['lr']} is a tensor of several elements: pass one of one")
+    for key in ("lr", "eps", "weight_decay"):
+        if not 0 <= float(group[key]) < math.inf:
+            raise ValueError(f"{key}={group[key]} is out of range: pass a finite number >= 0")
+    betas = group["betas"]
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas={betas} is out of range: pass two numbers in [0, 1)")
+    if group["momentum_dtype"] not in momentum.MOMENTUM_DTYPES:
+        raise ValueError(
+            f"momentum_dtype={group['momentum_dtype']!r} is unknown: pass one of "
+            f"{', '.join(momentum.MOMENTUM_DTYPES)}"
+        )
+    blocks = group["blocks"]
+    if len(blocks) != 2 or not all(isinstance(b, int) and b > 0 for b in blocks):
+        raise ValueError(f"blocks={blocks} is no pair of counts: pass two integers >= 1")
+    for key, allowed in _SWITCHES.items():
+        if group[key] not in allowed:
+            raise ValueError(f"{key}={group[key]!r} is no switch: pass one of {allowed}")
+
+
+def _check_group(group: Group, group_index: int) -> None:
+    """Checks a param group before its first step."""
+    _check_hyperparameters(group)
+    group["blocks"] = tuple(group["blocks"])
+    for i, param in enumerate(group["params"]):
+        name = describe(group, i, group_index)
+        if param.dtype not in _DTYPES:
+            raise ValueError(
+                f"{name} is {param.dtype}: convert the model to float32, bfloat16 or float16, or "
+                "leave the parameter out of the optimizer"
+            )
+        if param.dim() >= 2 and any(
+            size % count for size, count in zip(param.shape[-2:], group["blocks"], strict=True)
+        ):
+            raise ValueError(
+                f"{name} is not divided by blocks={group['blocks']}: pass counts that divide its "
+                "last two dimensions, or put it into a param group with blocks=(1, 1)"
+            )
+        _check_layout(param, name)
+
+
+def _check_layout(param: Tensor, name: str) -> None:
+    # FSDP1 marks what it flattened; a flattened matrix has no rows and columns left
+    if getattr(param, "_fsdp_flattened", False):
+        raise ValueError(
+            f"{name} was flattened by FSDP1 (FullyShardedDataParallel), which leaves no matrix to "
+            "factor: use FSDP2, torch's fully_shard, or fsdp_version: 2 in accelerate's config"
+        )
+
+
+def _check_gradient(param: Tensor, group: Group, i: int, group_index: int) -> None:
+    """Checks what can change between construction and a step."""
+    grad = param.grad
+    assert grad is not None
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"{describe(group, i, group_index)} has a gradient of layout {grad.layout}: make it "
+            "dense, for an embedding with sparse=False"
+        )
+    if grad.dtype not in _DTYPES:
+        raise RuntimeError(
+            f"{describe(group, i, group_index)} has a gradient of dtype {grad.dtype}: make it "
+            "float32, bfloat16 or float16"
+        )
+    if hasattr(param, "device_mesh"):
+        raise RuntimeError(
+            f"{describe(group, i, group_index)} is sharded (a DTensor), which this version does "
+            "not step: use DDP, or keep the parameter whole"
+        )
+    _check_layout(param, describe(group, i, group_index))
