@@ -1,0 +1,21 @@
+"""Token files and the data sets over them.
+
+A data set is a folder with ``train.bin``, ``val.bin`` and ``meta.json``, written by a script in
+``data_scripts/`` (or by nanoGPT, whose ``.bin`` files are the same). :func:`open_split` checks one
+split and maps it into memory; :class:`RandomWindows` draws training windows from it and
+:class:`ContiguousBlocks` covers it once, for evaluation. Pass :func:`collate` as Trainer's
+``data_collator`` and set ``remove_unused_columns=False``, or Trainer drops ``shift_labels``.
+:func:`write_data_set` makes such a folder from any token arrays.
+"""
+
+from striped_hf.data.datasets import ContiguousBlocks, RandomWindows, collate
+from striped_hf.data.tokens import TokenSplit, open_split, write_data_set
+
+__all__ = [
+    "ContiguousBlocks",
+    "RandomWindows",
+    "TokenSplit",
+    "collate",
+    "open_split",
+    "write_data_set",
+]

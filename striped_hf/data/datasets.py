@@ -1,0 +1,181 @@
+"""Data sets over a split's tokens: random windows to train on, contiguous blocks to evaluate on.
+
+A window of L tokens trains on L targets, the tokens one further on. Hugging Face's causal-LM loss
+shifts ``labels`` by itself and so loses one target a window; given ``shift_labels`` it takes them
+as they are. Hence each item is ``{"input_ids": x, "labels": y, "shift_labels": y}``, and Trainer
+needs ``remove_unused_columns=False``, or it drops ``shift_labels``.
+
+Both data sets fetch a whole batch at once, which costs microseconds where stacking items costs
+a millisecond: ``DataLoader`` calls ``__getitems__`` with a batch's indices and hands what it
+returns, a batch already, to the collate function, which has to be :func:`collate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset, default_collate
+
+from striped_hf.data.tokens import TokenSplit
+
+Batch = dict[str, torch.Tensor]
+
+IGNORE_INDEX = -100  # the label that torch's and transformers' cross-entropy leaves out
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _splitmix64(state: NDArray[np.uint64], index: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return outputs ``index`` of SplitMix64 from ``state`` (Steele, Lea and Flood 2014).
+
+    Args:
+        state: 1-D array of one.
+        index: 1-D array, any length.
+
+    Returns:
+        64 random bits for each index.
+    """
+    bits = state + (index + np.uint64(1)) * _GAMMA  # arrays wrap at 2**64, as is meant
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+class _Windows(Dataset[Batch]):
+    """Windows of ``block_size`` inputs and targets; a subclass says where each one starts."""
+
+    def __init__(self, split: TokenSplit, block_size: int) -> None:
+        if block_size < 1:
+            raise ValueError(f"block_size={block_size}: must be at least 1")
+        if len(split) < block_size + 1:
+            raise ValueError(
+                f"{split.path} holds {len(split):,} tokens, fewer than block_size + 1 = "
+                f"{block_size + 1:,}: use a smaller block_size or prepare a longer text"
+            )
+        self.split = split
+        self.block_size = block_size
+        self._span = np.arange(block_size + 1)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def _starts(self, indices: Sequence[int]) -> NDArray[np.int64]:
+        """Return where the windows start, int64, one for each index."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Batch:
+        """Return one window: int64 tensors of shape [block_size]."""
+        return {name: values[0] for name, values in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """Return a batch of windows: int64 tensors of shape [len(indices), block_size]."""
+        if min(indices) < 0 or max(indices) >= len(self):
+            raise IndexError(f"{indices}: indices must lie in [0, {len(self)})")
+        positions = self._starts(indices)[:, None] + self._span
+        # clip: past the end of the split stands its last token, whose target is masked
+        window = self.split.tokens.take(positions, mode="clip")
+        # two copies, not two views of one: the loss needs its labels contiguous
+        targets = torch.from_numpy(window[:, 1:].astype(np.int64))
+        return {
+            "input_ids": torch.from_numpy(window[:, :-1].astype(np.int64)),
+            "labels": targets,
+            "shift_labels": targets,
+        }
+
+
+class RandomWindows(_Windows):
+    """Windows at random places of a split, as nanoGPT samples its batches.
+
+    Window i starts at a place that is a function of (seed, i) alone, uniform over all
+    ``len(split) - block_size`` of them, so it does not depend on the order of access, the number
+    of workers or of processes, and a resumed run sees the windows it would have seen.
+
+    Args:
+        split: The tokens.
+        block_size: L, the length of a window in tokens.
+        num_windows: How many windows the data set has, e.g. steps x sequences a step.
+        seed: Any integer; other seeds give unrelated windows.
+
+    Raises:
+        ValueError: If the split holds fewer than ``block_size + 1`` tokens, or a size is not
+            positive.
+    """
+
+    def __init__(self, split: TokenSplit, block_size: int, num_windows: int, seed: int) -> None:
+        super().__init__(split, block_size)
+        if num_windows < 1:
+            raise ValueError(f"num_windows={num_windows}: must be at least 1")
+        self.num_windows = num_windows
+        self.seed = seed
+        self._num_starts = np.uint64(len(split) - block_size)
+        # hashed, so that the streams of two seeds do not overlap
+        seeds = np.array([seed % (1 << 64)], dtype=np.uint64)
+        self._state = _splitmix64(seeds, np.zeros(1, dtype=np.uint64))
+
+    def __len__(self) -> int:
+        return self.num_windows
+
+    def _starts(self, indices: Sequence[int]) -> NDArray[np.int64]:
+        bits = _splitmix64(self._state, np.asarray(indices, dtype=np.uint64))
+        return (bits % self._num_starts).astype(np.int64)
+
+
+class ContiguousBlocks(_Windows):
+    """All of a split, block after block: every token but the first is a target exactly once.
+
+    Where the N - 1 targets are no multiple of ``block_size``, the last block's spare targets are
+    -100, which the loss leaves out.
+
+    Args:
+        split: The tokens, N of them.
+        block_size: L, the length of a block in tokens.
+
+    Raises:
+        ValueError: If the split holds fewer than ``block_size + 1`` tokens, or ``block_size`` is
+            not positive.
+    """
+
+    def __init__(self, split: TokenSplit, block_size: int) -> None:
+        super().__init__(split, block_size)
+        self._num_blocks = -(-(len(split) - 1) // block_size)
+        self._num_padding = self._num_blocks * block_size - (len(split) - 1)
+
+    def __len__(self) -> int:
+        return self._num_blocks
+
+    def _starts(self, indices: Sequence[int]) -> NDArray[np.int64]:
+        return np.asarray(indices, dtype=np.int64) * self.block_size
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """Return a batch of blocks: int64 tensors of shape [len(indices), block_size]."""
+        batch = super().__getitems__(indices)
+        last = self._num_blocks - 1
+        if self._num_padding and last in indices:
+            rows = [row for row, index in enumerate(indices) if index == last]
+            batch["labels"][rows, -self._num_padding :] = IGNORE_INDEX  # and so shift_labels
+        return batch
+
+
+def collate(batch: Batch | list[Batch]) -> Batch:
+    """Pass a fetched batch on, or stack single windows; Trainer's ``data_collator``.
+
+    Args:
+        batch: What ``__getitems__`` returned, or a list of windows.
+
+    Returns:
+        The batch: int64 tensors of shape [batch, block_size].
+
+    Raises:
+        ValueError: If Trainer has taken the batch apart to remove columns from it.
+    """
+    if isinstance(batch, Mapping):
+        return batch
+    if isinstance(batch[0], str):
+        raise ValueError(
+            "got the names of a batch's columns in place of the batch: pass "
+            "remove_unused_columns=False to TrainingArguments (it would drop shift_labels)"
+        )
+    return default_collate(batch)

@@ -1,0 +1,258 @@
+"""The token-file format: a folder with one flat array of token ids a split, and ``meta.json``.
+
+``train.bin`` and ``val.bin`` are raw little-endian uint16 (uint32 where the vocabulary needs it)
+with no header, as nanoGPT writes and reads them. ``meta.json`` says what they hold::
+
+    {"dtype": "uint16", "vocab_size": 65, "tokens": {"train": 1003854, "val": 111540},
+     "source": {"name": ..., "url": ..., "sha256": ...}, "tokenizer": "characters"}
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+_SCAN_TOKENS = 1 << 22  # tokens read at a time when a file is checked: 8 or 16 MiB
+_MEND = "prepare the folder again with its script in data_scripts/"
+
+
+def write_data_set(
+    output_dir: str | os.PathLike[str],
+    splits: Mapping[str, np.ndarray | Iterable[np.ndarray]],
+    *,
+    vocab_size: int,
+    source: Mapping[str, str | None],
+    tokenizer_name: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> dict[str, Any]:
+    """Write the splits, the tokenizer and, last, ``meta.json`` into a folder.
+
+    Everything is written under temporary names and moved into place at the end, so a run that
+    fails leaves the folder as it was. Memory stays flat when the arrays come from a generator.
+
+    Args:
+        output_dir: The folder; made where it does not exist, its older files are replaced.
+        splits: For each split ("train", "val") its token ids: one 1-D integer array, or an
+            iterable of such arrays, which are written one after another.
+        vocab_size: Every id is below it. It decides the dtype: uint16 up to 65,536.
+        source: Where the text comes from: "name", "url" (None for a local file) and "sha256".
+        tokenizer_name: What made the ids, for the record ("characters", "gpt2", ...).
+        tokenizer: The tokenizer itself, saved into the folder so that ``AutoTokenizer`` and a
+            trained model's folder find it.
+
+    Returns:
+        What ``meta.json`` holds.
+
+    Raises:
+        ValueError: If an array is not 1-D or not of integers, an id lies outside
+            [0, vocab_size), a split is empty, or ``vocab_size`` does not fit uint32.
+    """
+    if not 1 <= vocab_size <= 1 << 32:
+        raise ValueError(f"vocab_size={vocab_size}: must be between 1 and 2**32")
+    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=output_dir) as folder:
+        partial = Path(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        counts = {
+            split: _write_bin(partial / f"{split}.bin", arrays, dtype, vocab_size)
+            for split, arrays in splits.items()
+        }
+        for path in filter(Path.is_file, sorted(partial.rglob("*"))):
+            target = output_dir / path.relative_to(partial)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+        meta = {
+            "dtype": dtype,
+            "vocab_size": vocab_size,
+            "tokens": counts,
+            "source": dict(source),
+            "tokenizer": tokenizer_name,
+        }
+        (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        (partial / "meta.json").replace(output_dir / "meta.json")
+    return meta
+
+
+def _write_bin(
+    path: Path, arrays: np.ndarray | Iterable[np.ndarray], dtype: str, vocab_size: int
+) -> int:
+    """Write token arrays one after another; return how many tokens they were."""
+    count = 0
+    with path.open("wb") as file:
+        for array in [arrays] if isinstance(arrays, np.ndarray) else arrays:
+            ids = np.asarray(array)
+            if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+                raise ValueError(
+                    f"{path.name}: tokens must be 1-D integer arrays, not {ids.dtype} of shape "
+                    f"{ids.shape}; pass np.array(ids) or an iterable of such arrays"
+                )
+            if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
+                raise ValueError(
+                    f"{path.name}: token ids run from {ids.min()} to {ids.max()}, outside "
+                    f"[0, vocab_size={vocab_size}); pass the tokenizer's whole vocabulary size"
+                )
+            ids.astype(_DTYPES[dtype]).tofile(file)
+            count += ids.size
+    if count == 0:
+        raise ValueError(f"{path.name}: no tokens for this split; the source text is too short")
+    return count
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSplit:
+    """One checked split of a data set, mapped into memory; made by :func:`open_split`.
+
+    It pickles as its path, not as its tokens, so that spawned data-loader workers map the file
+    again instead of copying it.
+
+    Attributes:
+        path: The ``.bin`` file.
+        dtype: "uint16" or "uint32".
+        vocab_size: The vocabulary of the tokenizer that made the ids.
+        meta: What ``meta.json`` holds; empty for a folder prepared by nanoGPT.
+    """
+
+    path: Path
+    dtype: str
+    vocab_size: int
+    meta: dict[str, Any]
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """The token ids: a read-only 1-D array of ``dtype`` backed by the file."""
+        # asarray: a plain view, since every operation on a np.memmap pays for its subclass
+        return np.asarray(np.memmap(self.path, dtype=_DTYPES[self.dtype], mode="r"))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "tokens"}
+
+
+def open_split(
+    data_dir: str | os.PathLike[str], split: str, *, vocab_size: int | None = None
+) -> TokenSplit:
+    """Open one split of a data set and check the whole of it, so that training cannot trip later.
+
+    A folder prepared by nanoGPT has no ``meta.json``: it is read as uint16, its vocabulary taken
+    to end at the largest id of its splits (its ``meta.pkl`` is never unpickled).
+
+    Args:
+        data_dir: A folder written by :func:`write_data_set` or by nanoGPT.
+        split: "train" or "val".
+        vocab_size: The model's vocabulary size: no id may reach it.
+
+    Returns:
+        The split, its tokens mapped read-only.
+
+    Raises:
+        FileNotFoundError: If the folder or the split's file is missing.
+        ValueError: If ``meta.json`` is malformed or names an unknown dtype, the file is empty,
+            odd-sized or of another length than ``meta.json`` says, or holds an id outside the
+            vocabulary.
+    """
+    folder = Path(data_dir)
+    path = folder / f"{split}.bin"
+    if not path.is_file():
+        missing = path if folder.is_dir() else folder
+        raise FileNotFoundError(
+            f"{missing} does not exist: prepare the data first with its script in data_scripts/, "
+            f"e.g. `python data_scripts/shakespeare_char.py --output_dir {folder}`"
+        )
+    if (folder / "meta.json").exists():
+        meta = _read_meta(folder / "meta.json")
+        dtype, own_vocab_size = meta["dtype"], meta["vocab_size"]
+        if split not in meta["tokens"]:
+            raise ValueError(f"{folder / 'meta.json'}: tokens has no count for {split!r}; {_MEND}")
+        count = _count_tokens(path, dtype)
+        if count != meta["tokens"][split]:
+            raise ValueError(
+                f"{path} holds {count:,} tokens, meta.json says "
+                f"{meta['tokens'][split]:,}: the file is truncated or not of this data set; {_MEND}"
+            )
+        top = _largest_id(path, dtype)
+    else:
+        meta, dtype = {}, "uint16"
+        tops = {}
+        for file in sorted(folder.glob("*.bin")):
+            _count_tokens(file, dtype)
+            tops[file] = _largest_id(file, dtype)
+        top, own_vocab_size = tops[path], max(tops.values()) + 1
+        logger.warning(
+            "%s has no meta.json: reading %s as nanoGPT's uint16, with vocab_size %d (its largest "
+            "token id + 1) and no tokenizer",
+            folder,
+            path.name,
+            own_vocab_size,
+        )
+    for limit, owner in ((own_vocab_size, "meta.json's"), (vocab_size, "the model's")):
+        if limit is not None and top >= limit:
+            raise ValueError(
+                f"{path} holds token id {top}, outside {owner} vocab_size {limit}: prepare the "
+                "data with the model's own tokenizer, or pass the model that belongs to the data"
+            )
+    return TokenSplit(path=path, dtype=dtype, vocab_size=own_vocab_size, meta=meta)
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    """Read ``meta.json`` and check what the reader relies on."""
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); {_MEND}") from None
+    if not isinstance(meta, dict):
+        raise ValueError(f"{path}: must hold an object, not {meta!r:.80}; {_MEND}")
+    if meta.get("dtype") not in list(_DTYPES):
+        raise ValueError(
+            f"{path}: dtype {meta.get('dtype')!r} is unknown (known: {', '.join(_DTYPES)}); {_MEND}"
+        )
+    if not _is_count(meta.get("vocab_size")):
+        raise ValueError(
+            f"{path}: vocab_size {meta.get('vocab_size')!r} is not a positive integer; {_MEND}"
+        )
+    counts = meta.get("tokens")
+    if not isinstance(counts, dict) or not all(map(_is_count, counts.values())):
+        raise ValueError(f"{path}: tokens {counts!r:.80} is not a count for each split; {_MEND}")
+    return meta
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _count_tokens(path: Path, dtype: str) -> int:
+    size, width = path.stat().st_size, _DTYPES[dtype].itemsize
+    if size == 0 or size % width:
+        raise ValueError(
+            f"{path} is {size:,} bytes, not a positive multiple of {width} ({dtype}): it is "
+            f"truncated or of another dtype; {_MEND}"
+        )
+    return size // width
+
+
+def _largest_id(path: Path, dtype: str) -> int:
+    # read, not mapped: a mapped file of gigabytes would count as this process's peak memory
+    largest = 0
+    with path.open("rb") as file:
+        while len(piece := np.fromfile(file, _DTYPES[dtype], _SCAN_TOKENS)):
+            largest = max(largest, int(piece.max()))
+    return largest
