@@ -37,7 +37,7 @@ from striped_hf.optim import momentum, rounding
 # Elements worked on at a time: what bounds a step's temporaries (about seven float32 arrays of this
 # size, never less than one row of a matrix). On a CPU they are to stay in the cache, elsewhere to
 # keep the device busy.
-CHUNK_SIZE = {"cpu": 1 << 18}
+CHUNK_SIZE = {"cpu": 1 << 16}
 DEFAULT_CHUNK_SIZE = 1 << 20
 
 # m / (a c + eps) must not be 0/0 where eps is 0

@@ -252,16 +252,20 @@ def _check_group(group: Group, group_index: int) -> None:
                 f"{name} is not divided by blocks={group['blocks']}: pass counts that divide its "
                 "last two dimensions, or put it into a param group with blocks=(1, 1)"
             )
-        _check_layout(param, name)
+        if _is_flattened(param):
+            raise ValueError(_flattened_message(name))
 
 
-def _check_layout(param: Tensor, name: str) -> None:
+def _is_flattened(param: Tensor) -> bool:
     # FSDP1 marks what it flattened; a flattened matrix has no rows and columns left
-    if getattr(param, "_fsdp_flattened", False):
-        raise ValueError(
-            f"{name} was flattened by FSDP1 (FullyShardedDataParallel), which leaves no matrix to "
-            "factor: use FSDP2, torch's fully_shard, or fsdp_version: 2 in accelerate's config"
-        )
+    return getattr(param, "_fsdp_flattened", False)
+
+
+def _flattened_message(name: str) -> str:
+    return (
+        f"{name} was flattened by FSDP1 (FullyShardedDataParallel), which leaves no matrix to "
+        "factor: use FSDP2, torch's fully_shard, or fsdp_version: 2 in accelerate's config"
+    )
 
 
 def _check_gradient(param: Tensor, group: Group, i: int, group_index: int) -> None:
@@ -283,4 +287,5 @@ def _check_gradient(param: Tensor, group: Group, i: int, group_index: int) -> No
             f"{describe(group, i, group_index)} is sharded (a DTensor), which this version does "
             "not step: use DDP, or keep the parameter whole"
         )
-    _check_layout(param, describe(group, i, group_index))
+    if _is_flattened(param):
+        raise RuntimeError(_flattened_message(describe(group, i, group_index)))
