@@ -1,0 +1,39 @@
+"""The documentation topics that every CPython ships (pydoc_data.topics), one token a character.
+
+    python data_scripts/python_docs.py                   # no download, about 480,000 characters
+    python data_scripts/python_docs.py --input FILE      # any UTF-8 text
+
+Topics in the order of their names, joined by blank lines; first 90 % train, the rest val. The text
+differs a little between versions of Python, so meta.json records the version and the sha256.
+Writes data/python_docs: train.bin, val.bin, meta.json, and the characters as a tokenizer.
+"""
+
+import hashlib
+import platform
+
+from striped_hf.data import prepare
+
+
+def read_topics() -> tuple[str, prepare.Source]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise prepare.PreparationError(
+            f"this Python comes without pydoc_data.topics ({error}); pass a text with --input FILE"
+        ) from error
+    text = "\n\n".join(topics[name].strip("\n") for name in sorted(topics)) + "\n"
+    return text, {
+        "name": f"pydoc_data.topics of Python {platform.python_version()}",
+        "url": None,
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
+
+
+def main() -> None:
+    args = prepare.argument_parser(__doc__, "python_docs").parse_args()
+    text, source = read_topics() if args.input is None else prepare.read_text(args.input)
+    prepare.write_characters(args.output_dir, text, source)
+
+
+if __name__ == "__main__":
+    prepare.run(main)

@@ -1,0 +1,33 @@
+"""Tiny Shakespeare in GPT-2's BPE (301,966 train and 36,059 val tokens) or a given model's tokens.
+
+    python data_scripts/shakespeare.py                           # downloads 1.1 MB
+    python data_scripts/shakespeare.py --input input.txt         # any UTF-8 text
+    python data_scripts/shakespeare.py --tokenizer path/to/model --output_dir data/shakespeare_model
+
+Writes data/shakespeare: train.bin and val.bin (as nanoGPT's data/shakespeare/prepare.py does),
+meta.json, and the tokenizer. GPT-2's BPE is tiktoken's, which downloads its vocabulary once; set
+TIKTOKEN_CACHE_DIR to a folder that has it to work without network.
+"""
+
+from striped_hf.data import prepare
+
+
+def main() -> None:
+    parser = prepare.argument_parser(__doc__, "shakespeare")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="NAME_OR_FOLDER",
+        help="the model whose tokenizer to use, a hub name or a local folder (default: GPT-2's "
+        "BPE by tiktoken)",
+    )
+    args = parser.parse_args()
+    text, source = prepare.read_shakespeare(args)
+    if args.tokenizer is not None:
+        prepare.write_model_tokens(args.output_dir, text, source, args.tokenizer)
+        return
+    expected = (50_257, 301_966, 36_059) if source is prepare.TINY_SHAKESPEARE else None
+    prepare.write_gpt2_tokens(args.output_dir, text, source, expected)
+
+
+if __name__ == "__main__":
+    prepare.run(main)

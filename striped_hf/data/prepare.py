@@ -1,0 +1,296 @@
+"""What the scripts in ``data_scripts/`` share: sources, tokenizers, and their plain error lines."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+from tiktoken.load import read_file_cached
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from striped_hf.data.tokens import write_data_set
+
+Source = dict[str, str | None]
+
+TINY_SHAKESPEARE: Source = {
+    "name": "tiny Shakespeare",
+    "url": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+}
+
+# GPT-2's published vocabulary, the two files that tiktoken's "gpt2" encoding is made from:
+# (name in a Hugging Face tokenizer folder, URL, sha256)
+_GPT2_FILES = (
+    (
+        "merges.txt",
+        "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe",
+        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    ),
+    (
+        "vocab.json",
+        "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json",
+        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    ),
+)
+
+
+class PreparationError(Exception):
+    """A failure that the user can mend; its message is one line."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's main; a failure that the user can mend ends it with one line and code 1."""
+    try:
+        main()
+    except (PreparationError, OSError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+
+
+def argument_parser(description: str | None, name: str) -> argparse.ArgumentParser:
+    """Make the parser of a script's own flags.
+
+    Args:
+        description: The script's docstring.
+        name: The script's name, which is the data set's: ``--output_dir`` defaults to data/NAME.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--input", type=Path, metavar="FILE", help="a UTF-8 text to use in place of the source"
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        metavar="DIR",
+        default=Path("data", name),
+        help="where train.bin, val.bin, meta.json and the tokenizer go (default: %(default)s)",
+    )
+    return parser
+
+
+def download(url: str, sha256: str, path: Path) -> None:
+    """Download a file with a progress bar, unless it is there already with the right content.
+
+    Args:
+        url: Where it is.
+        sha256: Its checksum, as hexadecimal digits.
+        path: Where it goes; written under a temporary name and renamed once it is whole.
+
+    Raises:
+        PreparationError: If it cannot be fetched or what came has another checksum.
+    """
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+        print(f"using {path}, downloaded before")
+        return
+    print(f"downloading {url}", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+    except (OSError, RuntimeError) as error:  # RuntimeError: another checksum, also when cut short
+        raise PreparationError(
+            f"cannot download {url}: fetch it where there is a network and pass it with "
+            f"--input FILE ({_one_line(error)})"
+        ) from error
+
+
+def read_text(path: Path) -> tuple[str, Source]:
+    """Read a source text as it is (line ends too) and say where it comes from.
+
+    Args:
+        path: A UTF-8 file.
+
+    Returns:
+        The text, and its name, URL (None if it is not known) and sha256.
+
+    Raises:
+        PreparationError: If the file is not UTF-8, or too short to be split.
+        OSError: If it cannot be read.
+    """
+    content = path.read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PreparationError(f"{path} is not UTF-8 text ({error})") from error
+    if len(text) < 2:
+        raise PreparationError(f"{path} holds {len(text)} characters: too short to be split in two")
+    if sha256 == TINY_SHAKESPEARE["sha256"]:
+        return text, TINY_SHAKESPEARE
+    return text, {"name": path.name, "url": None, "sha256": sha256}
+
+
+def read_shakespeare(args: argparse.Namespace) -> tuple[str, Source]:
+    """Read ``--input``, or else tiny Shakespeare, downloaded into ``--output_dir`` once."""
+    path = args.input
+    if path is None:
+        path = args.output_dir / "tinyshakespeare.txt"
+        download(str(TINY_SHAKESPEARE["url"]), str(TINY_SHAKESPEARE["sha256"]), path)
+    return read_text(path)
+
+
+def character_tokenizer(symbols: str) -> PreTrainedTokenizerFast:
+    """Make a tokenizer with one token a character, its id the character's place in ``symbols``.
+
+    It adds no special tokens and decodes what it encodes without loss. A character outside
+    ``symbols`` is an error (tokenizers: "WordLevel error: Missing [UNK] token"), never dropped.
+    """
+    tokenizer = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+
+
+def gpt2_tokenizer() -> PreTrainedTokenizerBase:
+    """Make GPT-2's Hugging Face tokenizer from the files that tiktoken downloads and caches.
+
+    Raises:
+        OSError, ValueError: If tiktoken has them neither in its cache nor from the network.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for name, url, sha256 in _GPT2_FILES:
+            Path(folder, name).write_bytes(read_file_cached(url, sha256))
+        # from a folder, not from keywords: their names differ between transformers 4 and 5, and
+        # version 5 takes the old ones for an empty vocabulary
+        return AutoTokenizer.from_pretrained(folder, tokenizer_type="gpt2", model_max_length=1024)
+
+
+def write_characters(
+    output_dir: Path, text: str, source: Source, expected: tuple[int, int, int] | None = None
+) -> None:
+    """Write a text as a data set of characters: ids are places in the sorted set of symbols.
+
+    Args:
+        output_dir: The data set's folder.
+        text: The text; its first 90 % are the train split, the rest val.
+        source: Where it comes from.
+        expected: What the numbers of symbols, train and val tokens have to be, if known.
+
+    Raises:
+        PreparationError: If the numbers are not those expected.
+    """
+    code_points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    symbols, ids = np.unique(code_points, return_inverse=True)
+    cut = _cut(text)
+    _write(
+        output_dir,
+        ids[:cut],
+        ids[cut:],
+        vocab_size=len(symbols),
+        source=source,
+        tokenizer_name="characters",
+        tokenizer=character_tokenizer("".join(map(chr, symbols))),
+        expected=expected,
+    )
+
+
+def write_gpt2_tokens(
+    output_dir: Path, text: str, source: Source, expected: tuple[int, int, int] | None = None
+) -> None:
+    """Write a text as a data set of GPT-2's BPE tokens, encoded by tiktoken.
+
+    Arguments and errors as :func:`write_characters`; also PreparationError if tiktoken has the
+    vocabulary neither in its cache nor from the network.
+    """
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+        tokenizer = gpt2_tokenizer()
+    except (OSError, ValueError) as error:
+        raise PreparationError(
+            "tiktoken cannot load GPT-2's vocabulary: run once where there is a network, or set "
+            "TIKTOKEN_CACHE_DIR to a cache filled there, or pass --tokenizer with a local "
+            f"tokenizer's folder ({_one_line(error)})"
+        ) from error
+    cut = _cut(text)
+    _write(
+        output_dir,
+        np.array(encoding.encode_ordinary(text[:cut])),
+        np.array(encoding.encode_ordinary(text[cut:])),
+        vocab_size=encoding.n_vocab,
+        source=source,
+        tokenizer_name="gpt2",
+        tokenizer=tokenizer,
+        expected=expected,
+    )
+
+
+def write_model_tokens(output_dir: Path, text: str, source: Source, name_or_path: str) -> None:
+    """Write a text as a data set of the tokens of a given model, no special tokens added.
+
+    Arguments as :func:`write_characters`.
+
+    Raises:
+        PreparationError: If ``AutoTokenizer`` cannot load ``name_or_path``.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise PreparationError(
+            f"cannot load --tokenizer {name_or_path}: pass a local folder with tokenizer.json and "
+            f"tokenizer_config.json, or a hub's name where there is a network ({_one_line(error)})"
+        ) from error
+    cut = _cut(text)
+    train, val = (
+        # verbose=False: that the text is longer than the model's context is no news here
+        np.array(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"])
+        for part in (text[:cut], text[cut:])
+    )
+    _write(
+        output_dir,
+        train,
+        val,
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,
+        source=source,
+        tokenizer_name=name_or_path,
+        tokenizer=tokenizer,
+        expected=None,
+    )
+
+
+def _cut(text: str) -> int:
+    """Return where val begins: 90 % of the characters, rounded as nanoGPT rounds it."""
+    return int(len(text) * 0.9)
+
+
+def _write(
+    output_dir: Path,
+    train: np.ndarray,
+    val: np.ndarray,
+    *,
+    vocab_size: int,
+    source: Source,
+    tokenizer_name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    expected: tuple[int, int, int] | None,
+) -> None:
+    counts = (vocab_size, len(train), len(val))
+    if expected is not None and counts != expected:
+        raise PreparationError(
+            f"got {counts} as vocabulary size, train and val tokens of {source['name']}, where "
+            f"{expected} are known to be right: nothing was written"
+        )
+    meta = write_data_set(
+        output_dir,
+        {"train": train, "val": val},
+        vocab_size=vocab_size,
+        source=source,
+        tokenizer_name=tokenizer_name,
+        tokenizer=tokenizer,
+    )
+    print(
+        f"{output_dir}: {source['name']} as {tokenizer_name}, vocabulary {vocab_size:,}; "
+        f"train.bin {len(train):,} and val.bin {len(val):,} tokens ({meta['dtype']})"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return textwrap.shorten(str(error), 160)
