@@ -1,0 +1,233 @@
+"""Param groups for StripedAdamW: which parameters decay, and which matrices pack several."""
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+from torch import nn
+
+Blocks = tuple[int, int]
+
+
+def _fused_experts(module: Any) -> Blocks:
+    # [experts, 2 ff, d] in most models, [experts, d, 2 ff] in some, and Qwen3-VL's was turned from
+    # transformers 4 to 5. The down projection, [.., d, ff] or [.., ff, d], tells them apart.
+    rows, columns = module.gate_up_proj.shape[-2:]
+    down_rows, down_columns = module.down_proj.shape[-2:]
+    if (rows, columns) == (2 * down_columns, down_rows):
+        return (2, 1)
+    return (1, 2) if (rows, columns) == (down_columns, 2 * down_rows) else (1, 1)
+
+
+def _one_head_count(module: Any) -> Blocks:
+    # with grouped-query attention the K and V parts are smaller than the Q part
+    config = module.config
+    return (3, 1) if config.num_attention_heads == config.num_key_value_heads else (1, 1)
+
+
+# The packed projections of the architectures in transformers (read in 4.57, 5.0 and 5.23): the
+# parameter's path in its module, the blocks, and the classes of such modules. The blocks are a
+# function of the module where its configuration decides. Here stand only matrices whose parts are
+# of one size and lie one after another. Not here, hence (1, 1), are those
+#   - interleaved by head: GPT-NeoX, GPT-NeoX-Japanese, BLOOM, Falcon, Persimmon, CodeGen, DeBERTa,
+#     MiniMax's lightning attention, GPT-BigCode without multi-query, Qwen3-Next (and the query and
+#     gate of its attention), the kv_b_proj of multi-head latent attention;
+#   - interleaved element by element: the experts of GPT-OSS, Zamba's Mamba in_proj;
+#   - of unequal parts: GPT-BigCode with multi-query, Mamba-2 and its kin, kv_a_proj_with_mqa.
+_PACKED: tuple[tuple[str, Blocks | Callable[[Any], Blocks], str], ...] = (
+    # transformers' Conv1D, [in, out]: Q | K | V side by side, or K | V for cross-attention
+    (
+        "c_attn.weight",
+        lambda module: (1, module.c_attn.weight.shape[1] // module.split_size),
+        "GPT2Attention DecisionTransformerGPT2Attention ImageGPTAttention Attention",
+    ),
+    # torch's own packed attention, [3 d, d]: the rows of Q, then of K, then of V
+    ("in_proj_weight", (3, 1), "MultiheadAttention"),
+    # nn.Linear, [3 d, in]: read by chunk(3), split(d) or view(.., 3, heads, head_dim)
+    ("Wqkv.weight", (3, 1), "MptAttention ModernBertAttention"),
+    ("att_proj.weight", (3, 1), "BarkSelfAttention"),
+    ("qkv_linear.weight", (3, 1), "LayoutLMv2SelfAttention"),
+    (
+        "qkv.weight",
+        (3, 1),
+        """
+        Blip2Attention BlipAttention CohereCompassVisionAttention DeepseekOcr2SamVisionAttention
+        Dots3NoteVisionAttention Ernie4_5_VLMoeVisionAttention Ernie4_5_VL_MoeVisionAttention
+        Florence2VisionChannelAttention Florence2VisionWindowAttention Glm4vMoeVisionAttention
+        Glm4vVisionAttention Glm5NextVisionAttention GlmImageVisionAttention GlmOcrVisionAttention
+        GotOcr2VisionAttention HieraMaskUnitAttention InstructBlipAttention
+        InstructBlipVideoAttention JanusAttention MgpstrAttention PPFormulaNetVisionAttention
+        PPOCRV5MobileRecAttention PPOCRV5ServerRecAttention PPOCRV6SmallRecAttention
+        Qwen2_5_VLVisionAttention Qwen3OmniMoeVisionAttention Qwen3VLMoeVisionAttention
+        Qwen3VLVisionAttention Qwen3_5MoeVisionAttention Qwen3_5VisionAttention
+        Qwen4ExpVisionAttention SLANeXtVisionAttention Sam2MultiScaleAttention SamHQVisionAttention
+        SamVisionAttention SegGptAttention TimesformerSelfAttention UnlimitedOcrSamVisionAttention
+        VisionAttention VitDetAttention
+        """,
+    ),
+    # the same, [q + 2 kv, in], where K and V may be smaller than Q
+    ("qkv_proj.weight", _one_head_count, "Phi3Attention Phi4MultimodalAttention"),
+    (
+        "Wqkv.weight",
+        lambda module: (3, 1) if module.num_heads == module.num_key_value_heads else (1, 1),
+        "DbrxAttention",
+    ),
+    (
+        "qkv.weight",
+        lambda module: (3, 1) if module.q_dim == module.kv_dim else (1, 1),
+        "Exaone4_5_VisionAttention",
+    ),
+    # gated delta nets, [2 k + v, in]: Q, K and V, where V may be larger
+    (
+        "in_proj_qkv.weight",
+        lambda module: (3, 1) if module.key_dim == module.value_dim else (1, 1),
+        "Qwen3_5GatedDeltaNet Qwen3_5MoeGatedDeltaNet Qwen4ExpTextGatedDeltaNet",
+    ),
+    # nn.Linear, [2 d, in]: K, then V
+    ("kv_proj.weight", (2, 1), "JetMoeAttention"),
+    (
+        "to_kv.weight",
+        (2, 1),
+        """
+        EvollaSequenceCompressorAttention GraniteSpeechConformerAttention
+        GraniteSpeechPlusConformerAttention
+        """,
+    ),
+    # nn.Linear, [2 ff, in]: the gate and what it gates, in either order, read by chunk(2) or glu;
+    # JetMoE's and Granite's older experts, [experts, 2 ff, in], too
+    (
+        "gate_up_proj.weight",
+        (2, 1),
+        """
+        DiaMLP Dots3NoteAudioMLP EsmFold2SwiGLU Glm4MLP Glm4vTextMLP GlmImageTextMLP GlmMLP
+        GlmOcrTextMLP MiniMaxM3VLDenseMLP Phi3MLP Phi4MultimodalAudioMLP Phi4MultimodalMLP Zamba2MLP
+        """,
+    ),
+    (
+        "input_linear.weight",
+        (2, 1),
+        """
+        GraniteMoeHybridMLP GraniteMoeHybridMoE GraniteMoeMoE GraniteMoeSWAMLP GraniteMoeSharedMLP
+        GraniteMoeSharedMoE JetMoeMoE
+        """,
+    ),
+    ("Wi.weight", (2, 1), "ModernBertDecoderMLP ModernBertMLP"),
+    (
+        "fc1.weight",
+        (2, 1),
+        """
+        KyutaiSpeechToTextGatingMLP MoonshineDecoderMLP MoonshineStreamingDecoderMLP MoshiGatingMLP
+        """,
+    ),
+    ("proj.weight", (2, 1), "ClvpGatedLinearUnit"),
+    ("linear_1.weight", (2, 1), "AyaVisionMultiModalProjector Cohere2VisionMultiModalProjector"),
+    ("linear_start.weight", (2, 1), "Gemma3nAudioConformerLightConv1d"),
+    ("linear_start.linear.weight", (2, 1), "Gemma4AudioLightConv1d"),
+    ("pointwise_lin1.weight", (2, 1), "GraniteSpeech5EncoderConvolutionModule"),
+    # fused experts: gate, then up, of every expert
+    (
+        "gate_up_proj",
+        _fused_experts,
+        """
+        AXK1Experts AXK2Experts AfmoeExperts AriaExperts BailingHybridExperts BeamExperts
+        Cohere2MoeExperts DeepseekOcr2TextExperts DeepseekV2Experts DeepseekV32Experts
+        DeepseekV3Experts DeepseekV3NaiveMoe DeepseekV4Experts DiffusionGemmaTextExperts
+        Dots1Experts Dots1NaiveMoe Dots3NoteExperts Ernie4_5_MoeExperts Ernie4_5_VLMoeMoeExperts
+        Ernie4_5_VL_MoeMoeExperts ExaoneMoeExperts FlexOlmoExperts FlintExperts Gemma4TextExperts
+        Glm4MoeExperts Glm4MoeLiteExperts Glm4MoeLiteNaiveMoe Glm4MoeNaiveMoe Glm4vMoeTextExperts
+        Glm4vMoeTextNaiveMoe Glm5NextTextExperts GlmMoeDsaExperts GraniteMoeExperts
+        GraniteMoeHybridExperts GraniteMoeSWAExperts GraniteMoeSharedExperts HYV3Experts
+        HYV4Experts HunYuanMoEV1Experts Inkling2Experts InklingExperts JambaExperts
+        KimiLinearExperts Kolibri1Experts LagunaExperts Lfm2MoeExperts Llama4TextExperts
+        LongcatFlashExperts MellumExperts MiMoV2FlashExperts MiniMaxExperts MiniMaxM2Experts
+        MiniMaxM3VLExperts Mistral4Experts MistralLarge4TextExperts MixtralExperts MuseSparkExperts
+        OlmoeExperts OpenAIPrivacyFilterExperts PhimoeExperts Qwen2MoeExperts Qwen3MoeExperts
+        Qwen3NextExperts Qwen3OmniMoeTalkerTextExperts Qwen3OmniMoeThinkerTextExperts
+        Qwen3VLMoeTextExperts Qwen3_5MoeExperts Qwen4ExpTextExperts SolarOpenExperts
+        SolarOpenNaiveMoe Step3p7Experts UnlimitedOcrTextExperts ZayaExperts
+        """,
+    ),
+    # its bias, [experts, 2 ff]
+    ("gate_up_proj_bias", (1, 2), "OpenAIPrivacyFilterExperts"),
+    # all experts in one matrix, [experts ff, d]
+    ("w1", lambda module: (module.moe_num_experts, 1), "DbrxExpertGLU"),
+    ("v1", lambda module: (module.moe_num_experts, 1), "DbrxExpertGLU"),
+    ("w2", lambda module: (module.moe_num_experts, 1), "DbrxExpertGLU"),
+    # Mamba, [2 d, in]: the hidden states, then their gate
+    ("in_proj.weight", (2, 1), "FalconMambaMixer JambaMambaMixer MambaMixer"),
+    # LFM's short convolution, [3 d, in]: two gates and what they gate
+    (
+        "in_proj.weight",
+        (3, 1),
+        "Lfm2MoeShortConv Lfm2ShortConv Lfm3ShortConv Lfm3VlVisionShortConv",
+    ),
+)
+
+
+def packed_blocks(model: nn.Module) -> dict[nn.Parameter, Blocks]:
+    """Finds the parameters of a model that pack several projections of one size.
+
+    Modules are recognised by their class, of transformers or torch, or one derived from it (such
+    as those that ``fully_shard`` makes). What is not recognised is not in the answer; it is to be
+    taken whole.
+
+    Args:
+        model: Any module, perhaps wrapped (PEFT, ``torch.compile``, DDP).
+
+    Returns:
+        (br, bc) by parameter: the matrix, its last two dimensions, consists of br equal blocks of
+        rows and bc equal blocks of columns; (1, 1) where the parts turn out to be unequal.
+    """
+    by_class: dict[str, list[tuple[str, Blocks | Callable[[Any], Blocks]]]] = {}
+    for path, layout, classes in _PACKED:
+        for class_name in classes.split():
+            by_class.setdefault(class_name, []).append((path, layout))
+
+    found = {}
+    for module in model.modules():
+        for cls in type(module).__mro__:
+            if cls.__module__.split(".")[0] not in ("transformers", "torch"):
+                continue  # the name says nothing of a class from elsewhere
+            for path, layout in by_class.get(cls.__name__, ()):
+                try:
+                    param = attrgetter(path)(module)
+                    row_blocks, col_blocks = layout(module) if callable(layout) else layout
+                except AttributeError:
+                    continue  # optional, or of another version of the class
+                if not isinstance(param, nn.Parameter) or param.dim() < 2:
+                    continue  # absent, or flattened by a wrapper
+                rows, columns = param.shape[-2:]
+                if rows % row_blocks == columns % col_blocks == 0:
+                    found[param] = (row_blocks, col_blocks)
+    return found
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Builds the param groups with which StripedAdamW trains a model.
+
+    Weight decay goes where ``transformers.Trainer`` puts it, by Trainer's own function: on every
+    parameter but biases and norms. Packed projections get ``blocks`` of their own. Frozen
+    parameters are left out.
+
+    Args:
+        model: The model to train.
+        weight_decay: Decay of the parameters that decay, a rate times the learning rate.
+
+    Returns:
+        Groups of ``params``, as (name, parameter), ``weight_decay`` and ``blocks``; none is empty.
+        First what decays, with blocks (1, 1) and then with others, then what does not.
+    """
+    from transformers.trainer import Trainer
+
+    # the method uses nothing of its Trainer, and there is none yet
+    decaying = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    packed = packed_blocks(model)
+    groups: dict[tuple[bool, Blocks], list[tuple[str, nn.Parameter]]] = {}
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            key = (name not in decaying, packed.get(param, (1, 1)))
+            groups.setdefault(key, []).append((name, param))
+    return [
+        {"params": named, "weight_decay": 0.0 if exempt else weight_decay, "blocks": blocks}
+        for (exempt, blocks), named in sorted(groups.items(), key=lambda item: item[0])
+    ]
