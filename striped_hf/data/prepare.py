@@ -8,6 +8,7 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,7 @@ def download(url: str, sha256: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-    except (OSError, RuntimeError) as error:  # RuntimeError: another checksum, also when cut short
+    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the checksum differs
         raise PreparationError(
             f"cannot download {url}: fetch it where there is a network and pass it with "
             f"--input FILE ({_one_line(error)})"

@@ -1,0 +1,176 @@
+"""Downloads from a real local server, the tokenizers, and a model's folder that holds one."""
+
+import hashlib
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
+
+from striped_hf.data import open_split, prepare
+
+REPOSITORY = Path(__file__).parents[2]
+CONTENT = b"Twice two makes four.\n" * 20_000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+# what a tokenizer might normalize, merge, strip or take apart
+ODD_TEXT = (
+    "a  b\n\n\tc \r\n  ' s n't , . \x00 <unk> </s> \ufeff "
+    "\u00e9 e\u0301 \u4f60\u597d \U0001f600\U0001f468\u200d\U0001f469 "
+)
+
+
+def test_download(server, tmp_path, capfd):
+    server.files["/text"] = CONTENT
+    path = tmp_path / "data" / "text"
+    prepare.download(f"{server.url}/text", SHA256, path)
+    assert path.read_bytes() == CONTENT
+    assert "100%" in capfd.readouterr().err  # the progress bar
+    prepare.download(f"{server.url}/text", SHA256, path)
+    assert len(server.requests) == 1  # the second time it was there
+    path.write_bytes(b"spoiled")
+    prepare.download(f"{server.url}/text", SHA256, path)
+    assert path.read_bytes() == CONTENT
+    assert len(server.requests) == 2
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("route", ["/other", "/cut/text", "/nothing", None])
+def test_failed_download_leaves_nothing_and_says_what_to_do(server, tmp_path, route):
+    server.files.update({"/text": CONTENT, "/other": b"something else"})
+    url = "http://127.0.0.1:9/refused" if route is None else server.url + route
+    path = tmp_path / "text"
+    with pytest.raises(prepare.PreparationError, match="--input FILE") as caught:
+        prepare.download(url, SHA256, path)
+    assert url in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+    path.write_bytes(b"older")
+    with pytest.raises(prepare.PreparationError):
+        prepare.download(url, SHA256, path)
+    assert path.read_bytes() == b"older"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_failed_download_ends_a_process_with_one_line(server, tmp_path):
+    server.files["/text"] = CONTENT
+    code = (
+        "import pathlib; from striped_hf.data import prepare; prepare.run(lambda: "
+        f"prepare.download({server.url + '/cut/text'!r}, {SHA256!r}, pathlib.Path('x')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "--input FILE" in done.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_whole_script_over_the_network(server, corpus, tmp_path, monkeypatch, capsys):
+    server.files["/input.txt"] = corpus.read_bytes()
+    monkeypatch.setitem(prepare.TINY_SHAKESPEARE, "url", f"{server.url}/input.txt")
+    monkeypatch.chdir(tmp_path)
+    script = str(REPOSITORY / "data_scripts" / "shakespeare_char.py")
+    monkeypatch.setattr(sys, "argv", [script])
+    for _ in range(2):
+        runpy.run_path(script, run_name="__main__")
+        assert "1,003,854" in capsys.readouterr().out
+        assert len(open_split("data/shakespeare_char", "val")) == 111_540
+    assert server.requests == ["/input.txt"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "0 characters"), (b"x", "1 characters"), (b"ab\xff", "not UTF-8")],
+)
+def test_unusable_text(tmp_path, content, message):
+    (tmp_path / "text").write_bytes(content)
+    with pytest.raises(prepare.PreparationError, match=message):
+        prepare.read_text(tmp_path / "text")
+
+
+def test_text_is_taken_as_it_is(tmp_path):
+    (tmp_path / "text").write_bytes(b"a\r\nb\rc\n")
+    text, source = prepare.read_text(tmp_path / "text")
+    assert text == "a\r\nb\rc\n"
+    sha256 = hashlib.sha256(b"a\r\nb\rc\n").hexdigest()
+    assert source == {"name": "text", "url": None, "sha256": sha256}
+
+
+def test_unexpected_counts_write_nothing(tmp_path):
+    source = {"name": "abc", "url": None, "sha256": ""}
+    with pytest.raises(prepare.PreparationError, match=r"\(3, 2, 1\).*\(3, 2, 2\)"):
+        prepare.write_characters(tmp_path / "data", "abc", source, expected=(3, 2, 2))
+    assert not (tmp_path / "data").exists()
+
+
+def test_characters_round_trip_through_the_saved_tokenizer(tmp_path):
+    text = ODD_TEXT * 3
+    prepare.write_characters(tmp_path, text, {"name": "odd", "url": None, "sha256": ""})
+    symbols = sorted(set(text))
+    ids = np.concatenate([open_split(tmp_path, split).tokens for split in ("train", "val")])
+    assert ids.tolist() == [symbols.index(character) for character in text]
+    assert len(open_split(tmp_path, "train")) == int(len(text) * 0.9)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) == open_split(tmp_path, "train").vocab_size == len(symbols)
+    assert tokenizer(text)["input_ids"] == ids.tolist()
+    assert tokenizer.decode(ids.tolist()) == text
+    assert tokenizer.decode(ids.tolist(), skip_special_tokens=True) == text
+
+
+def test_unknown_character_is_an_error_not_dropped():
+    tokenizer = prepare.character_tokenizer("abc")
+    assert tokenizer("cab")["input_ids"] == [2, 0, 1]
+    with pytest.raises(Exception, match="UNK"):
+        tokenizer("cabd")
+
+
+def test_real_corpus_round_trip(corpus, tmp_path):
+    text, source = prepare.read_text(corpus)
+    prepare.write_characters(tmp_path, text, source)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids = np.concatenate([open_split(tmp_path, split).tokens for split in ("train", "val")])
+    np.testing.assert_array_equal(tokenizer(text)["input_ids"], ids)
+    assert tokenizer.decode(ids.tolist()) == text
+
+
+def test_gpt2_tokenizer_equals_tiktoken(real_data, corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(real_data / "tiktoken_cache"))
+    prepare.gpt2_tokenizer().save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) == 50_257
+    assert tokenizer.eos_token_id == 50_256
+    encoding = tiktoken.get_encoding("gpt2")
+    published = AutoTokenizer.from_pretrained(real_data / "gpt2_tokenizer")
+    for text in (corpus.read_text(), ODD_TEXT.replace("</s>", "")):
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        assert ids == encoding.encode_ordinary(text)
+        assert ids == published(text, verbose=False)["input_ids"]
+        assert tokenizer.decode(ids) == text
+
+
+def test_pipeline_on_a_models_folder(tmp_path):
+    symbols = "\n abcdefgh"
+    config = GPT2Config(
+        n_layer=1,
+        n_head=1,
+        n_embd=8,
+        n_positions=32,
+        vocab_size=len(symbols),
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    prepare.character_tokenizer(symbols).save_pretrained(tmp_path)
+    generate = pipeline("text-generation", str(tmp_path), device="cpu")
+    (result,) = generate("a  b\n\n c", max_new_tokens=20, do_sample=True)
+    assert result["generated_text"].startswith("a  b\n\n c")
+    assert len(result["generated_text"]) == 8 + 20  # one character a token, none lost
+    assert set(result["generated_text"]) <= set(symbols)

@@ -1,0 +1,192 @@
+"""The token-file format: round trips, nanoGPT's folders, and every way a file can be wrong."""
+
+import json
+import logging
+import pickle
+
+import numpy as np
+import pytest
+
+from striped_hf.data import open_split, write_data_set
+
+SOURCE = {"name": "numbers", "url": None, "sha256": "0" * 64}
+
+
+def write(folder, train, val=(0, 1), vocab_size=10, **kwargs):
+    splits = {"train": train, "val": np.array(val)}
+    kwargs = {"source": SOURCE, "tokenizer_name": "none", **kwargs}
+    return write_data_set(folder, splits, vocab_size=vocab_size, **kwargs)
+
+
+def edit_meta(folder, **changes):
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(10, "uint16"), (65_536, "uint16"), (65_537, "uint32")]
+)
+def test_round_trip_and_nanogpt_reads_it(tmp_path, vocab_size, dtype):
+    train = np.array([3, 1, vocab_size - 1, 0])
+    meta = write(tmp_path, train, vocab_size=vocab_size)
+    assert json.loads((tmp_path / "meta.json").read_text()) == meta
+    assert meta == {
+        "dtype": dtype,
+        "vocab_size": vocab_size,
+        "tokens": {"train": 4, "val": 2},
+        "source": SOURCE,
+        "tokenizer": "none",
+    }
+    # as nanoGPT's train.py reads it
+    np.testing.assert_array_equal(np.memmap(tmp_path / "train.bin", dtype=dtype, mode="r"), train)
+    split = open_split(tmp_path, "train")
+    assert split.tokens.dtype == dtype
+    np.testing.assert_array_equal(split.tokens, train)
+    assert (len(split), split.vocab_size, split.meta) == (4, vocab_size, meta)
+    assert len(open_split(tmp_path, "val")) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_bytes_are_little_endian_uint16(tmp_path):
+    write(tmp_path, np.array([1, 258], dtype=">i8"), vocab_size=300)
+    assert (tmp_path / "train.bin").read_bytes() == bytes([1, 0, 2, 1])
+
+
+def test_arrays_from_a_generator_are_written_one_after_another(tmp_path):
+    pieces = (np.full(n, n, dtype=np.uint8) for n in (3, 0, 2))
+    assert write(tmp_path, pieces)["tokens"]["train"] == 5
+    np.testing.assert_array_equal(open_split(tmp_path, "train").tokens, [3, 3, 3, 2, 2])
+
+
+@pytest.mark.parametrize(
+    ("train", "vocab_size", "message"),
+    [
+        (np.array([0, 10]), 10, r"ids run from 0 to 10, outside \[0, vocab_size=10\)"),
+        (np.array([-1, 3]), 10, "ids run from -1 to 3"),
+        (np.array([0.5]), 10, "1-D integer arrays, not float64"),
+        (np.array([[1]]), 10, r"shape \(1, 1\)"),
+        ([1, 2], 10, r"np\.array\(ids\)"),
+        (np.array([], dtype=int), 10, "train.bin: no tokens"),
+        (np.array([1]), 0, "vocab_size=0"),
+        (np.array([1]), 2**32 + 1, "vocab_size=4294967297"),
+    ],
+)
+def test_writer_rejects(tmp_path, train, vocab_size, message):
+    with pytest.raises(ValueError, match=message):
+        write(tmp_path, train, vocab_size=vocab_size)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_write_leaves_the_older_data_as_it_was(tmp_path):
+    write(tmp_path, np.array([1, 2, 3]))
+
+    def broken():
+        yield np.array([4, 5])
+        raise RuntimeError("source broke off")
+
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(RuntimeError, match="broke off"):
+        write(tmp_path, broken())
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    write(tmp_path, np.array([7]))
+    np.testing.assert_array_equal(open_split(tmp_path, "train").tokens, [7])
+
+
+def test_nanogpt_folder_without_meta(tmp_path, caplog):
+    np.array([1, 2, 3], dtype=np.uint16).tofile(tmp_path / "train.bin")
+    np.array([64, 5], dtype=np.uint16).tofile(tmp_path / "val.bin")
+    # what would run if it were unpickled
+    (tmp_path / "meta.pkl").write_bytes(b"cbuiltins\nexit\n(I1\ntR.")
+    with caplog.at_level(logging.INFO):
+        split = open_split(tmp_path, "train")
+    assert split.vocab_size == 65  # the largest id is in the other split
+    assert split.meta == {}
+    np.testing.assert_array_equal(split.tokens, [1, 2, 3])
+    (record,) = caplog.records
+    assert "no meta.json" in record.message
+    assert "vocab_size 65" in record.message
+    with pytest.raises(ValueError, match="outside the model's vocab_size 3"):
+        open_split(tmp_path, "train", vocab_size=3)
+
+
+def test_missing_folder_or_file_names_the_script(make_data, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist.*shakespeare_char\.py"):
+        open_split(tmp_path / "nowhere", "train")
+    folder = make_data()
+    (folder / "val.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"val\.bin does not exist.*data_scripts/"):
+        open_split(folder, "val")
+    with pytest.raises(FileNotFoundError, match=r"test\.bin"):
+        open_split(folder, "test")
+
+
+def test_truncated_odd_sized_and_empty_files(make_data):
+    folder = make_data(train=1000)
+    content = (folder / "train.bin").read_bytes()
+    (folder / "train.bin").write_bytes(content[:-10])
+    with pytest.raises(ValueError, match=r"train\.bin holds 995 tokens, meta\.json says 1,000"):
+        open_split(folder, "train")
+    (folder / "train.bin").write_bytes(content[:-1])
+    with pytest.raises(
+        ValueError, match=r"train\.bin is 1,999 bytes, not a positive multiple of 2"
+    ):
+        open_split(folder, "train")
+    (folder / "train.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"train\.bin is 0 bytes"):
+        open_split(folder, "train")
+    (folder / "meta.json").unlink()
+    with pytest.raises(ValueError, match=r"train\.bin is 0 bytes"):
+        open_split(folder, "train")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "float16"}, "dtype 'float16' is unknown .known: uint16, uint32."),
+        ({"dtype": ["uint16"]}, "dtype .*is unknown"),
+        ({"dtype": "uint32"}, "holds 500 tokens, meta.json says 1,000"),
+        ({"vocab_size": "1000"}, "vocab_size '1000' is not a positive integer"),
+        ({"vocab_size": 999}, r"train.bin holds token id 999, outside meta.json's vocab_size 999"),
+        ({"tokens": {"val": 100}}, "tokens has no count for 'train'"),
+        ({"tokens": {"train": 1000.0}}, "is not a count for each split"),
+        ({"tokens": 1000}, "is not a count for each split"),
+    ],
+)
+def test_wrong_meta(make_data, changes, message):
+    folder = make_data(train=1000)
+    edit_meta(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        open_split(folder, "train")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\x00"])
+def test_meta_that_is_no_json_object(make_data, content):
+    folder = make_data()
+    (folder / "meta.json").write_text(content)
+    with pytest.raises(ValueError, match=r"meta\.json.*data_scripts/"):
+        open_split(folder, "train")
+
+
+def test_id_beyond_the_models_vocabulary_is_found_wherever_it_stands(make_data):
+    tokens = np.zeros((1 << 22) + 5, dtype=np.uint16)  # more than is read at a time
+    tokens[-1] = 99
+    folder = make_data(train=tokens, val=10)
+    assert open_split(folder, "train", vocab_size=100).vocab_size == 100
+    with pytest.raises(
+        ValueError, match=r"train\.bin holds token id 99, outside the model's vocab"
+    ):
+        open_split(folder, "train", vocab_size=99)
+    assert len(open_split(folder, "val", vocab_size=99)) == 10
+
+
+def test_split_pickles_as_its_path(make_data):
+    split = open_split(make_data(train=50_000), "train")
+    split.tokens.sum()
+    content = pickle.dumps(split)
+    assert len(content) < 2000
+    np.testing.assert_array_equal(pickle.loads(content).tokens, split.tokens)
+
+
+def test_tokens_are_read_only(make_data):
+    with pytest.raises(ValueError, match="read-only"):
+        open_split(make_data(), "train").tokens[0] = 1
