@@ -25,7 +25,7 @@ demo: .venv/.installed
 	@echo "== training the same GPT with three optimizers, one after another (about 5 minutes on 2 cores)"
 	$(BIN)/python recipes/compare_optimizers.py recipes/train_shakespeare_char.py \
 	  --optim adamw_torch_fused striped_adamw striped_adamw_8bit --output_dir out/demo -- \
-	  --config_file recipes/configs/shakespeare_char_cpu.yaml --data_dir data/python_docs
+	  --preset cpu --data_dir data/python_docs
 	@echo "== two samples from the model trained with striped_adamw_8bit"
 	$(BIN)/python recipes/sample.py out/demo/striped_adamw_8bit --start "The " --num_samples 2 --max_new_tokens 300
 

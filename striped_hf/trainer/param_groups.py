@@ -45,7 +45,7 @@ _PACKED: tuple[tuple[str, Blocks | Callable[[Any], Blocks], str], ...] = (
     ("in_proj_weight", (3, 1), "MultiheadAttention"),
     # nn.Linear, [3 d, in]: read by chunk(3), split(d) or view(.., 3, heads, head_dim)
     ("Wqkv.weight", (3, 1), "MptAttention ModernBertAttention"),
-    ("att_proj.weight", (3, 1), "BarkSelfAttention"),
+    ("att_proj.weight", (2, 1), "BarkSelfAttention"),
     ("qkv_linear.weight", (3, 1), "LayoutLMv2SelfAttention"),
     (
         "qkv.weight",
@@ -66,7 +66,7 @@ _PACKED: tuple[tuple[str, Blocks | Callable[[Any], Blocks], str], ...] = (
         """,
     ),
     # the same, [q + 2 kv, in], where K and V may be smaller than Q
-    ("qkv_proj.weight", _one_head_count, "Phi3Attention Phi4MultimodalAttention"),
+    ("qkv_proj.weight", _one_head_count, "GPTNeoXAttention Phi3Attention Phi4MultimodalAttention"),
     (
         "Wqkv.weight",
         lambda module: (3, 1) if module.num_heads == module.num_key_value_heads else (1, 1),
@@ -111,7 +111,7 @@ _PACKED: tuple[tuple[str, Blocks | Callable[[Any], Blocks], str], ...] = (
         GraniteMoeSharedMoE JetMoeMoE
         """,
     ),
-    ("Wi.weight", (2, 1), "ModernBertDecoderMLP ModernBertMLP"),
+    ("Wi.weight", (1, 2), "ModernBertDecoderMLP ModernBertMLP"),
     (
         "fc1.weight",
         (2, 1),
@@ -129,7 +129,7 @@ _PACKED: tuple[tuple[str, Blocks | Callable[[Any], Blocks], str], ...] = (
         "gate_up_proj",
         _fused_experts,
         """
-        AXK1Experts AXK2Experts AfmoeExperts AriaExperts BailingHybridExperts BeamExperts
+        GptOssExperts AXK1Experts AXK2Experts AfmoeExperts AriaExperts BailingHybridExperts BeamExperts
         Cohere2MoeExperts DeepseekOcr2TextExperts DeepseekV2Experts DeepseekV32Experts
         DeepseekV3Experts DeepseekV3NaiveMoe DeepseekV4Experts DiffusionGemmaTextExperts
         Dots1Experts Dots1NaiveMoe Dots3NoteExperts Ernie4_5_MoeExperts Ernie4_5_VLMoeMoeExperts
@@ -176,7 +176,7 @@ def packed_blocks(model: nn.Module) -> dict[nn.Parameter, Blocks]:
 
     Returns:
         (br, bc) by parameter: the matrix, its last two dimensions, consists of br equal blocks of
-        rows and bc equal blocks of columns; (1, 1) where the parts turn out to be unequal.
+        rows and bc equal blocks of columns.
     """
     by_class: dict[str, list[tuple[str, Blocks | Callable[[Any], Blocks]]]] = {}
     for path, layout, classes in _PACKED:
@@ -191,14 +191,16 @@ def packed_blocks(model: nn.Module) -> dict[nn.Parameter, Blocks]:
             for path, layout in by_class.get(cls.__name__, ()):
                 try:
                     param = attrgetter(path)(module)
-                    row_blocks, col_blocks = layout(module) if callable(layout) else layout
+                    blocks = layout(module) if callable(layout) else layout
                 except AttributeError:
                     continue  # optional, or of another version of the class
                 if not isinstance(param, nn.Parameter) or param.dim() < 2:
                     continue  # absent, or flattened by a wrapper
-                rows, columns = param.shape[-2:]
-                if rows % row_blocks == columns % col_blocks == 0:
-                    found[param] = (row_blocks, col_blocks)
+                divided = all(
+                    n % count == 0 for n, count in zip(param.shape[-2:], blocks, strict=True)
+                )
+                if blocks != (1, 1) and divided:
+                    found[param] = blocks
     return found
 
 

@@ -1,0 +1,100 @@
+"""Run one recipe with several optimizers, one after another, and compare them.
+
+    python recipes/compare_optimizers.py recipes/train_shakespeare_char.py \\
+        --optim adamw_torch_fused striped_adamw striped_adamw_8bit -- --preset cpu
+
+What stands behind `--` goes to the recipe. Each run is a process of its own and leaves its folder
+in --output_dir, which gets comparison.json (every figure measured), comparison.md and
+comparison.png. An optimizer's own arguments follow its name: striped_adamw_8bit:nesterov=true.
+
+--learning_rate and --seed take several values: every combination is run, and the table has each
+optimizer's mean over the seeds at each learning rate. --resume takes over the runs that an earlier,
+stopped comparison finished with the same command.
+"""
+
+import argparse
+import itertools
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from striped_hf.comparison import is_sweep, render_plot, render_table
+from striped_hf.results import write_json, write_text
+
+
+def main() -> None:
+    args = parse_arguments()
+    settings = list(itertools.product(args.optim, args.learning_rate, args.seed))
+    runs = []
+    for i, (optim, learning_rate, seed) in enumerate(settings, start=1):
+        name = "-".join(filter(None, (optim.replace(":", "-"), learning_rate, seed)))
+        print(f"== run {i} of {len(settings)}: {name}", flush=True)
+        flags = ["--optim", optim.partition(":")[0]]
+        flags += ["--optim_args", optim.partition(":")[2]] if ":" in optim else []
+        flags += ["--learning_rate", learning_rate] if learning_rate else []
+        flags += ["--seed", seed] if seed else []
+        flags += [*args.recipe_flags, "--output_dir", str(args.output_dir / name)]
+        runs.append(run_recipe([args.recipe, *flags], args.output_dir / name, args.resume))
+
+    environment = runs[0].pop("environment")
+    comparison: dict[str, Any] = {"environment": environment, "runs": runs}
+    comparison["command"] = shlex.join(["python", *sys.argv])
+    for run in runs:
+        run.pop("environment", None)
+        if is_sweep(comparison):
+            run.pop("history")
+    write_json(args.output_dir / "comparison.json", comparison)
+    write_text(args.output_dir / "comparison.md", render_table(comparison) + "\n")
+    render_plot(comparison, args.output_dir / "comparison.png")
+    print(f"\n{render_table(comparison)}\n")
+    print(f"written to {args.output_dir}/comparison.json, comparison.md and comparison.png")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", help="the script to run, such as recipes/finetune_shakespeare.py")
+    parser.add_argument("--optim", nargs="+", required=True, metavar="NAME[:OPTIM_ARGS]")
+    parser.add_argument("--learning_rate", nargs="+", default=[""], metavar="LR")
+    parser.add_argument("--seed", nargs="+", default=[""], metavar="SEED")
+    parser.add_argument("--output_dir", type=Path, default=Path("out/comparison"))
+    parser.add_argument("--resume", action="store_true", help="take over runs finished before")
+    own = sys.argv[1:]
+    behind = own.index("--") if "--" in own else len(own)
+    args = parser.parse_args(own[:behind])
+    args.recipe_flags = own[behind + 1 :]
+    if not Path(args.recipe).is_file():
+        parser.error(f"{args.recipe} does not exist: pass a script of recipes/")
+    return args
+
+
+def run_recipe(command: list[str], folder: Path, resume: bool) -> dict[str, Any]:
+    """Runs the recipe unless its result is there and wanted; returns its run.json and history."""
+    result = folder / "run.json"
+    printed = shlex.join(["python", *command])
+    done = resume and result.exists()
+    if not done or json.loads(result.read_text(encoding="utf-8"))["command"] != printed:
+        result.unlink(missing_ok=True)
+        status = subprocess.run([sys.executable, *command]).returncode
+        if status != 0:
+            sys.exit(f"error: {printed}\nended with status {status}; its output above says why")
+    run = json.loads(result.read_text(encoding="utf-8"))
+    log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    train = [entry for entry in log if "loss" in entry]
+    # the final evaluation repeats that of the best checkpoint at the last step
+    evals = {entry["step"]: entry["eval_loss"] for entry in log[:-2] if "eval_loss" in entry}
+    run["history"] = {
+        "steps": [entry["step"] for entry in train],
+        "losses": [entry["loss"] for entry in train],
+        "eval_steps": list(evals),
+        "eval_losses": list(evals.values()),
+    }
+    return run
+
+
+if __name__ == "__main__":
+    main()

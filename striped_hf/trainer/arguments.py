@@ -1,0 +1,61 @@
+"""The command line of the recipes: their own options, and all of TrainingArguments as flags."""
+
+from typing import Any, TypeVar
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+OptionsT = TypeVar("OptionsT")
+
+# What every recipe needs from Trainer. A recipe's own defaults come on top, then the user's flags.
+_DEFAULTS: dict[str, Any] = {
+    "remove_unused_columns": False,  # or Trainer drops shift_labels
+    "dataloader_pin_memory": torch.cuda.is_available(),
+    "per_device_eval_batch_size": 64,
+    "eval_strategy": "steps",
+    "save_strategy": "steps",
+    "save_total_limit": 2,  # the best checkpoint and the last
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "greater_is_better": False,
+    "logging_steps": 10,
+}
+
+
+def parse_arguments(
+    options_class: type[OptionsT],
+    defaults: dict[str, Any],
+    presets: dict[str, dict[str, Any]] | None = None,
+) -> tuple[OptionsT, TrainingArguments]:
+    """Parses a recipe's command line.
+
+    Args:
+        options_class: A dataclass of the recipe's own options. With ``presets`` it has a field
+            ``preset``, whose default names one of them.
+        defaults: The recipe's defaults, of its own options and of TrainingArguments.
+        presets: Named sets of further defaults, which ``--preset`` chooses from.
+
+    Returns:
+        The recipe's options and the training arguments. ``resume_from_checkpoint="last"`` is
+        resolved to the newest checkpoint in ``output_dir``.
+
+    Raises:
+        SystemExit: A flag is unknown or its value is wrong; the message names it.
+    """
+    parser = HfArgumentParser((options_class, TrainingArguments))  # type: ignore[arg-type]
+    parser.set_defaults(**_DEFAULTS, **defaults)
+    if presets is not None:
+        preset = parser.parse_known_args()[0].preset
+        if preset not in presets:
+            parser.error(f"--preset {preset}: choose one of {', '.join(presets)}")
+        parser.set_defaults(**presets[preset])
+    options, args = parser.parse_args_into_dataclasses()
+    if args.resume_from_checkpoint == "last":
+        args.resume_from_checkpoint = get_last_checkpoint(args.output_dir)
+        if args.resume_from_checkpoint is None:
+            parser.error(
+                f"--resume_from_checkpoint last: {args.output_dir} has no checkpoint yet; leave "
+                "the flag out to begin"
+            )
+    return options, args

@@ -1,0 +1,75 @@
+"""Callbacks that measure a run."""
+
+import resource
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class RunMeasurements(TrainerCallback):
+    """Measures step time, memory and optimizer state of a run, without a synchronisation per step.
+
+    A step's time is the time from its beginning to the next one's, data loading included, so that
+    on a GPU queued work is counted where the queue makes the loop wait. The steps that are followed
+    by logging, evaluation or a checkpoint are a few outliers, which the median leaves out.
+    """
+
+    def __init__(self) -> None:
+        self._begins: list[float] = []
+        self._state_bytes: int | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Starts the measurement of memory."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Notes the time."""
+        self._begins.append(time.perf_counter())
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Counts the optimizer's state."""
+        self._state_bytes = state_bytes(kwargs["optimizer"])
+
+    def results(self) -> dict[str, float | int | None]:
+        """Returns what was measured.
+
+        Returns:
+            ``state_bytes``: of all tensors in the optimizer's state, on this process.
+            ``peak_memory_mib``: of the device's allocator on a GPU, else of the process.
+            ``median_step_ms``: None where fewer than two steps were made.
+        """
+        times = [end - begin for begin, end in zip(self._begins, self._begins[1:], strict=False)]
+        return {
+            "state_bytes": self._state_bytes,
+            "peak_memory_mib": peak_memory_mib(),
+            "median_step_ms": 1e3 * statistics.median(times) if times else None,
+        }
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Counts the bytes of all tensors in an optimizer's state."""
+    return sum(
+        value.nbytes
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
+
+
+def peak_memory_mib() -> float:
+    """Returns the most memory used so far: the GPU's allocations, or else the process's, in MiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

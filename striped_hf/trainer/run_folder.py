@@ -1,0 +1,156 @@
+"""What a recipe leaves behind: a Hugging Face model folder that says how it was made."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch.utils.data import Subset
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from striped_hf.data import ContiguousBlocks, TokenSplit
+from striped_hf.results import environment, markdown_table, write_json, write_text
+from striped_hf.trainer.callbacks import RunMeasurements
+from striped_hf.trainer.causal_lm import CausalLMTrainer
+
+_CARD = """\
+---
+{card_data}
+---
+
+# {name}
+
+{model_description} on {source} by the recipe `{recipe}` of striped_hf, with the optimizer
+`{optim}`.
+
+{table}
+
+Losses are in nats per token, over contiguous blocks of {block_size} tokens: all of the validation
+split, and as many tokens of the training split.
+
+```
+{command}
+```
+"""
+
+
+def finish_run(
+    trainer: CausalLMTrainer,
+    measurements: RunMeasurements,
+    train: TokenSplit,
+    base_model: str | None = None,
+) -> dict[str, Any]:
+    """Evaluates the trained model and writes the run's folder, ``args.output_dir``.
+
+    The folder holds the model, its tokenizer, ``trainer_state.json`` with the losses over time,
+    ``run.json`` with what was measured, and a model card. Only the main process writes.
+
+    Args:
+        trainer: After ``train()``; its ``eval_dataset`` are the val split's ``ContiguousBlocks``.
+        measurements: The callback that accompanied the training.
+        train: The training split, for the training loss and for the card.
+        base_model: What was finetuned; None for a model trained from scratch.
+
+    Returns:
+        What ``run.json`` holds: ``optim``, ``learning_rate``, ``seed``, ``steps``, ``tokens``
+        trained on, ``state_bytes``, ``state_bytes_per_param``, ``peak_memory_mib``,
+        ``median_step_ms``, ``train_loss``, ``eval_loss``, ``eval_tokens`` and more.
+    """
+    args, model, blocks = trainer.args, trainer.model, trainer.eval_dataset
+    assert isinstance(model, PreTrainedModel)
+    assert isinstance(blocks, ContiguousBlocks)
+    folder = Path(args.output_dir or "")
+    measured = measurements.results()  # before evaluation below adds to the peak
+    evaluation = trainer.evaluate()
+    train_blocks = ContiguousBlocks(train, blocks.block_size)
+    head = Subset(train_blocks, range(min(len(blocks), len(train_blocks))))
+    train_evaluation = trainer.evaluate(head, metric_key_prefix="train_blocks")
+
+    model.config.use_cache = True  # Trainer turned it off for training
+    trainer.save_model()
+    trainer.save_state()
+    parameters = model.num_parameters(only_trainable=True)
+    state_bytes = measured["state_bytes"]
+    run = {
+        "recipe": Path(sys.argv[0]).name,
+        "command": shlex.join(["python", *sys.argv]),
+        "optim": OptimizerNames(args.optim).value,
+        "optim_args": args.optim_args,
+        "learning_rate": args.learning_rate,
+        "seed": args.seed,
+        "steps": trainer.state.global_step,
+        "tokens": trainer.state.global_step * tokens_per_step(args, blocks.block_size),
+        "parameters": parameters,
+        **measured,
+        "state_bytes_per_param": None if state_bytes is None else state_bytes / parameters,
+        "train_loss": train_evaluation["train_blocks_loss"],
+        "eval_loss": evaluation["eval_loss"],
+        "eval_perplexity": evaluation["eval_perplexity"],
+        "eval_tokens": evaluation["eval_tokens"],
+        "environment": environment(),
+    }
+    if trainer.is_world_process_zero():
+        write_json(folder / "run.json", run)
+        card = _card(folder.resolve().name, type(model).__name__, run, train, blocks, base_model)
+        write_text(folder / "README.md", card)
+    return run
+
+
+def tokens_per_step(args: TrainingArguments, block_size: int) -> int:
+    """Returns how many tokens one optimizer step trains on, over all processes."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size * block_size
+
+
+def _card(
+    name: str,
+    architecture: str,
+    run: dict[str, Any],
+    train: TokenSplit,
+    blocks: ContiguousBlocks,
+    base_model: str | None,
+) -> str:
+    source = train.meta.get("source", {}).get("name") or train.path.parent.name
+    rows = [
+        ("validation loss", f"{run['eval_loss']:.4f}"),
+        ("validation perplexity", f"{run['eval_perplexity']:.3f}"),
+        ("training loss", f"{run['train_loss']:.4f}"),
+        ("steps", f"{run['steps']:,}"),
+        ("tokens", f"{run['tokens']:,}"),
+        ("learning rate", f"{run['learning_rate']:g}"),
+        ("seed", str(run["seed"])),
+        ("optimizer state, bytes per parameter", f"{run['state_bytes_per_param']:.2f}"),
+    ]
+    card_data = ModelCardData(
+        model_name=name,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["striped_hf", run["optim"]],
+        base_model=base_model if base_model and not Path(base_model).exists() else None,
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="text",
+                dataset_name=f"{source}, validation split",
+                metric_type="loss",
+                metric_value=run["eval_loss"],
+            )
+        ],
+    )
+    text = _CARD.format(
+        card_data=card_data.to_yaml(),
+        name=name,
+        model_description=(
+            f"{architecture} of {run['parameters']:,} parameters, "
+            + (f"finetuned from `{base_model}`" if base_model else "trained from scratch")
+        ),
+        source=source,
+        recipe=run["recipe"],
+        optim=run["optim"],
+        table=markdown_table(("", ""), rows),
+        block_size=blocks.block_size,
+        command=run["command"],
+    )
+    ModelCard(text)  # parses the metadata, and so checks it
+    return text
