@@ -45,7 +45,7 @@ _PACKED: tuple[tuple[str, Blocks | Callable[[Any], Blocks], str], ...] = (
     ("in_proj_weight", (3, 1), "MultiheadAttention"),
     # nn.Linear, [3 d, in]: read by chunk(3), split(d) or view(.., 3, heads, head_dim)
     ("Wqkv.weight", (3, 1), "MptAttention ModernBertAttention"),
-    ("att_proj.weight", (2, 1), "BarkSelfAttention"),
+    ("att_proj.weight", (3, 1), "BarkSelfAttention"),
     ("qkv_linear.weight", (3, 1), "LayoutLMv2SelfAttention"),
     (
         "qkv.weight",
@@ -66,7 +66,7 @@ _PACKED: tuple[tuple[str, Blocks | Callable[[Any], Blocks], str], ...] = (
         """,
     ),
     # the same, [q + 2 kv, in], where K and V may be smaller than Q
-    ("qkv_proj.weight", _one_head_count, "GPTNeoXAttention Phi3Attention Phi4MultimodalAttention"),
+    ("qkv_proj.weight", _one_head_count, "Phi3Attention Phi4MultimodalAttention"),
     (
         "Wqkv.weight",
         lambda module: (3, 1) if module.num_heads == module.num_key_value_heads else (1, 1),
@@ -111,7 +111,7 @@ _PACKED: tuple[tuple[str, Blocks | Callable[[Any], Blocks], str], ...] = (
         GraniteMoeSharedMoE JetMoeMoE
         """,
     ),
-    ("Wi.weight", (1, 2), "ModernBertDecoderMLP ModernBertMLP"),
+    ("Wi.weight", (2, 1), "ModernBertDecoderMLP ModernBertMLP"),
     (
         "fc1.weight",
         (2, 1),
@@ -129,7 +129,7 @@ _PACKED: tuple[tuple[str, Blocks | Callable[[Any], Blocks], str], ...] = (
         "gate_up_proj",
         _fused_experts,
         """
-        GptOssExperts AXK1Experts AXK2Experts AfmoeExperts AriaExperts BailingHybridExperts BeamExperts
+        AXK1Experts AXK2Experts AfmoeExperts AriaExperts BailingHybridExperts BeamExperts
         Cohere2MoeExperts DeepseekOcr2TextExperts DeepseekV2Experts DeepseekV32Experts
         DeepseekV3Experts DeepseekV3NaiveMoe DeepseekV4Experts DiffusionGemmaTextExperts
         Dots1Experts Dots1NaiveMoe Dots3NoteExperts Ernie4_5_MoeExperts Ernie4_5_VLMoeMoeExperts
