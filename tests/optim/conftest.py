@@ -1,0 +1,40 @@
+"""Fixtures of the optimizer's tests, and one deterministic hypothesis profile."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for oracle.py
+
+settings.register_profile("striped", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile("striped")
+
+
+@pytest.fixture(
+    scope="session",
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+            ],
+        ),
+    ],
+)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers_in_every_test() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(20240607)
+        yield

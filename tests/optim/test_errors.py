@@ -1,0 +1,429 @@
+"""Bad input: which error, what its message names, and that nothing had been changed."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from optim_checks import (
+    FORMATS,
+    Follower,
+    assert_same_bits,
+    assert_same_snapshot,
+    parameter,
+    set_grad,
+    snapshot,
+)
+
+from striped_hf import StripedAdamW
+
+ERRORS = (ValueError, RuntimeError)
+
+
+def matrix(rows: int = 4, columns: int = 6, dtype: torch.dtype = torch.float32) -> Any:
+    return parameter(torch.randn(rows, columns), dtype)
+
+
+def assert_names(error: BaseException, *words: str) -> None:
+    text = str(error)
+    for word in words:
+        assert word in text, f"{word!r} is not in: {text}"
+
+
+# ---------------------------------------------------------------------------------------------
+# settings
+# ---------------------------------------------------------------------------------------------
+
+
+class BadSetting(NamedTuple):
+    setting: dict[str, Any]
+    words: tuple[str, ...]  # the argument, the value, and of the mend
+
+
+BAD_SETTINGS = [
+    BadSetting({"lr": -1e-3}, ("lr", "-0.001")),
+    BadSetting({"lr": math.nan}, ("lr", "nan")),
+    BadSetting({"lr": math.inf}, ("lr", "inf")),
+    BadSetting({"lr": "1e-3"}, ("lr", "1e-3")),
+    BadSetting({"lr": torch.tensor(-1.0)}, ("lr", "-1")),
+    BadSetting({"lr": torch.tensor([0.1, 0.2])}, ("lr",)),
+    BadSetting({"eps": -1e-8}, ("eps", "-1e-08")),
+    BadSetting({"eps": math.nan}, ("eps", "nan")),
+    BadSetting({"eps": math.inf}, ("eps", "inf")),
+    BadSetting({"weight_decay": -0.1}, ("weight_decay", "-0.1")),
+    BadSetting({"weight_decay": math.nan}, ("weight_decay", "nan")),
+    BadSetting({"weight_decay": math.inf}, ("weight_decay", "inf")),
+    BadSetting({"betas": (-0.1, 0.999)}, ("betas", "-0.1")),
+    BadSetting({"betas": (1.0, 0.999)}, ("betas", "1.0")),
+    BadSetting({"betas": (0.9, 1.0)}, ("betas", "1.0")),
+    BadSetting({"betas": (0.9, -0.5)}, ("betas", "-0.5")),
+    BadSetting({"betas": (0.9, math.nan)}, ("betas", "nan")),
+    BadSetting({"betas": (0.9,)}, ("betas", "0.9")),
+    BadSetting({"betas": (0.9, 0.99, 0.999)}, ("betas", "0.99")),
+    BadSetting({"betas": 0.9}, ("betas", "0.9")),
+    BadSetting(
+        {"momentum_dtype": "fp8"}, ("momentum_dtype", "fp8", "float32", "bfloat16", "int8", "int4")
+    ),
+    BadSetting({"momentum_dtype": torch.float32}, ("momentum_dtype", "torch.float32", "float32")),
+    BadSetting({"momentum_dtype": None}, ("momentum_dtype", "None", "float32")),
+    BadSetting({"blocks": (1, 4)}, ("blocks", "(1, 4)", "(4, 6)")),
+    BadSetting({"blocks": (3, 1)}, ("blocks", "(3, 1)", "(4, 6)")),
+    BadSetting({"blocks": (0, 1)}, ("blocks", "(0, 1)")),
+    BadSetting({"blocks": (1, -3)}, ("blocks", "(1, -3)")),
+    BadSetting({"blocks": (1,)}, ("blocks", "(1,)")),
+    BadSetting({"blocks": (1, 1, 1)}, ("blocks", "(1, 1, 1)")),
+    BadSetting({"blocks": 3}, ("blocks", "3")),
+    BadSetting({"blocks": (1.0, 2.0)}, ("blocks", "1.0")),
+    BadSetting({"blocks": "12"}, ("blocks", "12")),
+]
+
+
+@pytest.mark.parametrize("bad", BAD_SETTINGS, ids=lambda bad: str(bad.setting))
+def test_bad_settings_of_the_constructor(bad: BadSetting) -> None:
+    with pytest.raises(ERRORS) as caught:
+        StripedAdamW([matrix()], **bad.setting)
+    assert_names(caught.value, *bad.words)
+
+
+@pytest.mark.parametrize("bad", BAD_SETTINGS, ids=lambda bad: str(bad.setting))
+def test_bad_settings_of_a_group(bad: BadSetting) -> None:
+    with pytest.raises(ERRORS) as caught:
+        StripedAdamW([{"params": [matrix()]}, {"params": [matrix()], **bad.setting}])
+    assert_names(caught.value, *bad.words)
+
+
+@pytest.mark.parametrize("bad", BAD_SETTINGS, ids=lambda bad: str(bad.setting))
+def test_bad_settings_of_an_added_group_leave_the_optimizer_as_it_was(bad: BadSetting) -> None:
+    p = matrix()
+    optimizer = StripedAdamW([p])
+    p.grad = torch.randn(4, 6)
+    optimizer.step()
+    before = snapshot(optimizer)
+    with pytest.raises(ERRORS) as caught:
+        optimizer.add_param_group({"params": [matrix()], **bad.setting})
+    assert_names(caught.value, *bad.words)
+    assert_same_snapshot(snapshot(optimizer), before)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("backend", ["cuda", "Reference", "", None, 1])
+def test_unknown_backend(backend: Any) -> None:
+    with pytest.raises(ERRORS) as caught:
+        StripedAdamW([matrix()], backend=backend)
+    assert_names(caught.value, "backend", repr(backend), "auto", "reference")
+
+
+def test_edges_that_are_allowed() -> None:
+    """Zeros are settings, not mistakes."""
+    p = matrix()
+    optimizer = StripedAdamW([p], lr=0, betas=(0, 0), eps=0, weight_decay=0)
+    p.grad = torch.randn(4, 6)
+    before = p.detach().clone()
+    optimizer.step()
+    assert_same_bits(p, before)
+
+
+def test_blocks_that_do_not_divide_name_the_parameter() -> None:
+    named = [("encoder.weight", matrix(4, 6)), ("attention.packed", matrix(6, 8))]
+    with pytest.raises(ERRORS) as caught:
+        StripedAdamW(named, blocks=(1, 3))
+    assert_names(caught.value, "attention.packed", "(1, 3)", "(6, 8)")
+    with pytest.raises(ERRORS) as caught:
+        StripedAdamW([p for _, p in named], blocks=(1, 3))
+    assert_names(caught.value, "1", "(1, 3)", "(6, 8)")
+
+
+# ---------------------------------------------------------------------------------------------
+# parameters
+# ---------------------------------------------------------------------------------------------
+
+
+def flattened_by_fsdp1() -> torch.nn.Parameter:
+    p = parameter(torch.randn(24))
+    p._fsdp_flattened = True  # type: ignore[attr-defined]
+    return p
+
+
+BAD_PARAMETERS: dict[str, tuple[Callable[[], torch.Tensor], tuple[str, ...]]] = {
+    "float64": (lambda: matrix(dtype=torch.float64), ("float64", "float32")),
+    "complex64": (lambda: matrix(dtype=torch.complex64), ("complex64", "float32")),
+    "int32": (lambda: torch.zeros(3, 4, dtype=torch.int32), ("int32", "float32")),
+    "bool": (lambda: torch.zeros(3, 4, dtype=torch.bool), ("bool", "float32")),
+    "fsdp1": (flattened_by_fsdp1, ("FSDP2", "fully_shard")),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_PARAMETERS)
+@pytest.mark.parametrize("named", [True, False], ids=["named", "by index"])
+def test_bad_parameters(named: bool, kind: str) -> None:
+    make, words = BAD_PARAMETERS[kind]
+    params: list[Any] = [matrix(), matrix(), make()]
+    if named:
+        params = list(zip(["a.weight", "b.weight", "the.bad.one"], params, strict=True))
+    with pytest.raises(ERRORS) as caught:
+        StripedAdamW(params)
+    assert_names(caught.value, "the.bad.one" if named else "2", *words)
+
+    optimizer = StripedAdamW(params[:1])
+    with pytest.raises(ERRORS) as caught:
+        optimizer.add_param_group({"params": params[1:]})
+    assert_names(caught.value, *(("the.bad.one",) if named else ()), *words)
+    assert len(optimizer.param_groups) == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# gradients
+# ---------------------------------------------------------------------------------------------
+
+BAD_GRADIENTS: dict[str, tuple[Callable[[], torch.Tensor], tuple[str, ...]]] = {
+    "sparse": (lambda: torch.randn(4, 6).to_sparse(), ("sparse", "dense")),
+    "complex": (lambda: torch.randn(4, 6, dtype=torch.complex64), ("complex64",)),
+    "float64": (lambda: torch.randn(4, 6, dtype=torch.float64), ("float64",)),
+}
+
+
+def optimizer_with_history(named: bool, **settings: Any) -> tuple[StripedAdamW, list[Any]]:
+    ps = [matrix(), parameter(torch.randn(5)), matrix(), matrix(dtype=torch.bfloat16)]
+    names = ["first.weight", "first.bias", "second.weight", "third.weight"]
+    optimizer = StripedAdamW(list(zip(names, ps, strict=True)) if named else ps, **settings)
+    for _ in range(2):
+        for p in ps:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    return optimizer, ps
+
+
+@pytest.mark.parametrize("kind", BAD_GRADIENTS)
+@pytest.mark.parametrize("named", [True, False], ids=["named", "by index"])
+def test_bad_gradients_are_refused_before_anything_moves(named: bool, kind: str) -> None:
+    make, words = BAD_GRADIENTS[kind]
+    optimizer, ps = optimizer_with_history(named)
+    before = snapshot(optimizer)
+    for p in ps:
+        p.grad = torch.randn_like(p)
+    set_grad(ps[2], make())
+    with pytest.raises(ERRORS) as caught:
+        optimizer.step()
+    assert_names(caught.value, "second.weight" if named else "2", *words)
+    assert_same_snapshot(snapshot(optimizer), before)
+    ps[2].grad = torch.randn_like(ps[2])
+    optimizer.step()  # and with a good gradient the run goes on
+    assert {float(state["step"]) for state in optimizer.state.values()} == {3.0}
+
+
+def test_a_bad_gradient_in_the_first_step_leaves_no_state() -> None:
+    ps = [matrix(), matrix()]
+    optimizer = StripedAdamW(ps)
+    ps[0].grad = torch.randn(4, 6)
+    set_grad(ps[1], torch.randn(4, 6).to_sparse())
+    with pytest.raises(ERRORS):
+        optimizer.step()
+    assert all(not state for state in optimizer.state.values())
+
+
+def test_a_real_sparse_embedding_gradient() -> None:
+    embedding = torch.nn.Embedding(7, 3, sparse=True)
+    optimizer = StripedAdamW(embedding.named_parameters())
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ERRORS) as caught:
+        optimizer.step()
+    assert_names(caught.value, "weight", "sparse")
+
+
+# ---------------------------------------------------------------------------------------------
+# gradients that are not finite: no error, no hidden skip, and nobody else is hurt
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("momentum_dtype", FORMATS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_bad_number_stays_in_its_parameter(
+    dtype: torch.dtype, bad: float, momentum_dtype: str
+) -> None:
+    """The same-shaped parameters beside it move as if it were not there."""
+    moved = []
+    for poison in (False, True):
+        torch.manual_seed(3)
+        shapes = [(4, 6), (4, 6), (4, 6), (6,), (6,), (2, 4, 6)]
+        ps = [parameter(torch.randn(shape), dtype) for shape in shapes]
+        optimizer = StripedAdamW(ps, lr=0.1, momentum_dtype=momentum_dtype)
+        for t in range(3):
+            for p in ps:
+                p.grad = torch.randn_like(p)
+            if t == 1 and poison:
+                ps[1].grad[2, 3] = bad
+                ps[4].grad[1] = bad
+                ps[5].grad[0, 1, 2] = bad
+            optimizer.step()
+        moved.append(ps)
+    clean, poisoned = moved
+    for i in (0, 2, 3):
+        assert_same_bits(poisoned[i], clean[i])
+    assert poisoned[1].isnan().all()
+    assert poisoned[4].isnan().tolist() == [False, True, False, False, False, False]
+    # the other matrix of a stack, and the other elements of a vector, are others too
+    assert poisoned[5][0].isnan().all()
+    assert_same_bits(poisoned[5][1], clean[5][1])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("blocks", [(1, 1), (2, 1), (1, 2), (2, 3)], ids=str)
+def test_a_bad_number_stays_in_its_block(blocks: tuple[int, int], bad: float) -> None:
+    p = matrix(4, 6)
+    optimizer = StripedAdamW([p], lr=0.1, blocks=blocks)
+    follower = Follower(optimizer, rtol=4e-6)
+    for t in range(3):
+        p.grad = torch.randn(4, 6)
+        if t == 1:
+            p.grad[0, 0] = bad
+        if t == 0:
+            follower.step()
+        else:
+            optimizer.step()
+    height, width = 4 // blocks[0], 6 // blocks[1]
+    inside = torch.zeros(4, 6, dtype=torch.bool)
+    inside[:height, :width] = True
+    assert torch.equal(p.isnan(), inside)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+def test_a_bad_number_with_a_learning_rate_of_zero_is_as_loud_as_in_adamw(bad: float) -> None:
+    p, q = parameter(torch.randn(4)), parameter(torch.zeros(4))
+    for cls, x in ((StripedAdamW, p), (torch.optim.AdamW, q)):
+        optimizer = cls([x], lr=0.0)
+        x.grad = torch.tensor([1.0, bad, 1.0, 1.0])
+        optimizer.step()
+    assert torch.equal(p.isnan(), q.isnan())
+
+
+# ---------------------------------------------------------------------------------------------
+# state dicts
+# ---------------------------------------------------------------------------------------------
+
+
+def saved_state(named: bool = True, **settings: Any) -> dict[str, Any]:
+    optimizer, _ = optimizer_with_history(named, **settings)
+    return copy.deepcopy(optimizer.state_dict())
+
+
+class BadState(NamedTuple):
+    source: dict[str, Any]
+    target: dict[str, Any]
+    change: Callable[[dict[str, Any]], Any]
+    words: tuple[str, ...]
+
+
+def set_state(key: str, value: torch.Tensor) -> Callable[[dict[str, Any]], Any]:
+    return lambda saved: saved["state"][2].__setitem__(key, value)
+
+
+BAD_STATES: dict[str, BadState] = {
+    "int8 into float32": BadState(
+        {"momentum_dtype": "int8"}, {}, lambda s: None, ("momentum_dtype", "int8", "float32")
+    ),
+    "float32 into int8": BadState(
+        {}, {"momentum_dtype": "int8"}, lambda s: None, ("momentum_dtype", "int8", "float32")
+    ),
+    "int4 into int8": BadState(
+        {"momentum_dtype": "int4"},
+        {"momentum_dtype": "int8"},
+        lambda s: None,
+        ("momentum_dtype", "int4", "int8"),
+    ),
+    "bfloat16 into float32": BadState(
+        {"momentum_dtype": "bfloat16"}, {}, lambda s: None, ("momentum_dtype", "bfloat16")
+    ),
+    "other blocks": BadState(
+        {"blocks": (1, 3)}, {"blocks": (2, 1)}, lambda s: None, ("blocks", "(1, 3)", "(2, 1)")
+    ),
+    "blocks into none": BadState({"blocks": (2, 2)}, {}, lambda s: None, ("blocks", "(2, 2)")),
+    "momentum of another format than its group says": BadState(
+        {"momentum_dtype": "int8"},
+        {"momentum_dtype": "int8"},
+        set_state("exp_avg", torch.zeros(4, 6)),
+        ("second.weight", "exp_avg", "float32", "int8"),
+    ),
+    "row of another length": BadState(
+        {}, {}, set_state("exp_avg_sq_row", torch.zeros(5, 1)), ("second.weight", "exp_avg_sq_row")
+    ),
+    "col of another length": BadState(
+        {}, {}, set_state("exp_avg_sq_col", torch.zeros(1, 7)), ("second.weight", "exp_avg_sq_col")
+    ),
+    "momentum of another shape": BadState(
+        {}, {}, set_state("exp_avg", torch.zeros(6, 4)), ("second.weight", "exp_avg", "(6, 4)")
+    ),
+    "scale of another shape": BadState(
+        {"momentum_dtype": "int8"},
+        {"momentum_dtype": "int8"},
+        set_state("exp_avg_scale", torch.zeros(4, 2)),
+        ("second.weight", "exp_avg_scale", "(4, 2)"),
+    ),
+    "no row": BadState(
+        {}, {}, lambda s: s["state"][2].pop("exp_avg_sq_row"), ("second.weight", "exp_avg_sq_row")
+    ),
+    "no step": BadState({}, {}, lambda s: s["state"][2].pop("step"), ("second.weight", "step")),
+    "no momentum": BadState(
+        {}, {}, lambda s: s["state"][2].pop("exp_avg"), ("second.weight", "exp_avg")
+    ),
+    "no scale": BadState(
+        {"momentum_dtype": "int4"},
+        {"momentum_dtype": "int4"},
+        lambda s: s["state"][2].pop("exp_avg_scale"),
+        ("second.weight", "exp_avg_scale"),
+    ),
+    "no second moment of a vector": BadState(
+        {}, {}, lambda s: s["state"][1].pop("exp_avg_sq"), ("first.bias", "exp_avg_sq")
+    ),
+    "another group": BadState(
+        {},
+        {},
+        lambda s: s["param_groups"].append({**s["param_groups"][0], "params": []}),
+        ("group",),
+    ),
+    "a parameter less": BadState(
+        {}, {}, lambda s: s["param_groups"][0]["params"].pop(), ("group",)
+    ),
+    "not a state dict": BadState({}, {}, lambda s: s.pop("param_groups"), ("param_groups",)),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_STATES.values(), ids=BAD_STATES)
+def test_a_state_dict_that_does_not_fit_is_refused_whole(bad: BadState) -> None:
+    saved = saved_state(**bad.source)
+    bad.change(saved)
+    optimizer, ps = optimizer_with_history(named=True, **bad.target)
+    before = snapshot(optimizer)
+    with pytest.raises((*ERRORS, KeyError)) as caught:
+        optimizer.load_state_dict(saved)
+    assert_names(caught.value, *bad.words)
+    assert_same_snapshot(snapshot(optimizer), before)
+    for p in ps:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+
+
+def test_a_state_dict_of_an_unnamed_run_is_refused_by_index() -> None:
+    saved = saved_state(named=False)
+    saved["state"][2]["exp_avg_sq_row"] = torch.zeros(5, 1)
+    optimizer, _ = optimizer_with_history(named=False)
+    with pytest.raises(ERRORS) as caught:
+        optimizer.load_state_dict(saved)
+    assert_names(caught.value, "2", "exp_avg_sq_row")
+
+
+def test_a_state_dict_of_another_optimizer_is_refused() -> None:
+    ps = [matrix(), parameter(torch.randn(5)), matrix(), matrix(dtype=torch.bfloat16)]
+    for other in (torch.optim.SGD(ps, lr=0.1, momentum=0.9), torch.optim.RMSprop(ps)):
+        for p in ps:
+            p.grad = torch.randn_like(p)
+        other.step()
+        optimizer, _ = optimizer_with_history(named=False)
+        before = snapshot(optimizer)
+        with pytest.raises(ERRORS):
+            optimizer.load_state_dict(other.state_dict())
+        assert_same_snapshot(snapshot(optimizer), before)

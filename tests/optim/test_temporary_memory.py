@@ -1,0 +1,110 @@
+"""One step's temporary memory on GPT-2 124M's shapes, from the allocator's own records."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from optim_checks import FORMATS, gpt2_124m_shapes, state_bytes
+from torch.profiler import ProfilerActivity, profile
+
+from striped_hf import StripedAdamW
+
+MIB = 2**20
+LIMIT = 64 * MIB
+# one "[memory]" event of a Chrome trace; reading it all as JSON takes longer than the step
+MEMORY_EVENT = re.compile(r'"name": "\[memory\]".*?"ts": ([\d.]+).*?"Bytes": (-?\d+)', re.DOTALL)
+
+
+def peak_of_a_step(optimizer: torch.optim.Optimizer, trace: Path) -> tuple[int, int]:
+    """Bytes above the start: the most at any time of the step, and what is left after it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        optimizer.step()
+    profiler.export_chrome_trace(str(trace))
+    changes = [(float(ts), int(change)) for ts, change in MEMORY_EVENT.findall(trace.read_text())]
+    assert changes, "the profiler recorded no allocation"
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda timed: timed[0]):
+        held += change
+        peak = max(peak, held)
+    return peak, held
+
+
+def test_the_measurement_sees_what_a_step_allocates(tmp_path: Path) -> None:
+    """For-loop AdamW on one matrix of 4 MiB: two states kept, and temporaries of its size."""
+    p = torch.nn.Parameter(torch.zeros(1024, 1024))
+    p.grad = torch.ones(1024, 1024)
+    optimizer = torch.optim.AdamW([p], foreach=False)
+    peak, held = peak_of_a_step(optimizer, tmp_path / "trace.json")
+    assert 8 * MIB <= held < 9 * MIB
+    assert 12 * MIB <= peak < 20 * MIB
+    peak, held = peak_of_a_step(optimizer, tmp_path / "trace.json")
+    assert held < MIB
+    assert 4 * MIB <= peak < 12 * MIB
+
+
+def model_on(
+    device: str, shapes: list[tuple[int, ...]], dtype: torch.dtype, momentum_dtype: str
+) -> StripedAdamW:
+    ps = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)) for shape in shapes]
+    grads = {shape: torch.full(shape, 1e-3, dtype=dtype, device=device) for shape in set(shapes)}
+    for p, shape in zip(ps, shapes, strict=True):
+        p.grad = grads[shape]  # only read, so equal shapes may share one
+    groups = [
+        {"params": [p for p in ps if p.shape == (768, 2304)], "blocks": (1, 3)},
+        {"params": [p for p in ps if p.shape != (768, 2304)]},
+    ]
+    return StripedAdamW(groups, momentum_dtype=momentum_dtype)
+
+
+def stripe_bytes(optimizer: torch.optim.Optimizer) -> int:
+    return sum(
+        value.nbytes
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if key.startswith("exp_avg_sq")
+    )
+
+
+def allocator_slack(shapes: list[tuple[int, ...]]) -> int:
+    """Every state tensor's allocation is rounded up to 64 bytes."""
+    return 64 * 5 * len(shapes)
+
+
+@pytest.mark.slow
+def test_a_first_step_on_gpt2_124m(tmp_path: Path) -> None:
+    """All 148 tensors; what is left behind is the state."""
+    shapes = gpt2_124m_shapes()
+    optimizer = model_on("cpu", shapes, torch.float32, "int8")
+    peak, held = peak_of_a_step(optimizer, tmp_path / "trace.json")
+    assert state_bytes(optimizer) <= held <= state_bytes(optimizer) + allocator_slack(shapes)
+    assert peak - held <= LIMIT + stripe_bytes(optimizer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("momentum_dtype", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_temporaries_on_gpt2_124m(dtype: torch.dtype, momentum_dtype: str, tmp_path: Path) -> None:
+    """Both embeddings and one of the twelve equal layers; the second step allocates no state."""
+    shapes = gpt2_124m_shapes()[:14]
+    optimizer = model_on("cpu", shapes, dtype, momentum_dtype)
+    optimizer.step()
+    peak, held = peak_of_a_step(optimizer, tmp_path / "trace.json")
+    assert held <= allocator_slack(shapes)
+    assert peak <= LIMIT + stripe_bytes(optimizer)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("momentum_dtype", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_temporaries_on_a_gpu(dtype: torch.dtype, momentum_dtype: str) -> None:
+    optimizer = model_on("cuda", gpt2_124m_shapes(), dtype, momentum_dtype)
+    optimizer.step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    optimizer.step()
+    assert torch.cuda.max_memory_allocated() - before <= LIMIT + stripe_bytes(optimizer)

@@ -1,0 +1,104 @@
+"""The striped update a second time: float64 NumPy, written as the equations read.
+
+It is what the tests hold the optimizer against, so it shares no code with the package, knows
+nothing of storage formats, chunks or batches, and prefers loops that can be read to speed.
+
+For a parameter of shape [..., R, C] with gradient g at step t (counted from 1)::
+
+    m     <- b1 m   + (1 - b1) g
+    row   <- b2 row + (1 - b2) mean_C(g^2)
+    col   <- b2 col + (1 - b2) mean_R(g^2)
+    a_i   =  sqrt(row_i / mean(row))
+    c_j   =  sqrt(col_j / (1 - b2^t))
+    p     <- p (1 - lr wd) - lr (m_ij / (1 - b1^t)) / (a_i c_j + eps)
+
+block by block where the matrix is split; 0-D and 1-D parameters keep the full second moment v.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+# a zero gradient with eps = 0 is no step, not 0/0: the denominator never falls below this
+SMALLEST_DENOMINATOR = float(np.finfo(np.float32).tiny)
+
+State = dict[str, np.ndarray]
+
+
+def new_state(shape: tuple[int, ...], blocks: tuple[int, int] = (1, 1)) -> State:
+    """The state before the first step, zeros: m, and v or row [..., R, bc] and col [..., br, C]."""
+    if len(shape) < 2:
+        return {"m": np.zeros(shape), "v": np.zeros(shape)}
+    *batch, R, C = shape
+    br, bc = blocks
+    return {
+        "m": np.zeros(shape),
+        "row": np.zeros((*batch, R, bc)),
+        "col": np.zeros((*batch, br, C)),
+    }
+
+
+def step(
+    p: np.ndarray,
+    g: np.ndarray,
+    state: State,
+    t: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+    nesterov: bool = False,
+    blocks: tuple[int, int] = (1, 1),
+) -> tuple[np.ndarray, State]:
+    """One step. Nothing is changed in place; returns the new parameter and the new state."""
+    b1, b2 = (float(beta) for beta in betas)
+    lr, eps = float(lr), float(eps)
+    p = np.asarray(p, dtype=np.float64)
+    g = np.asarray(g, dtype=np.float64)
+    if maximize:
+        g = -g
+    with np.errstate(all="ignore"):
+        m = b1 * state["m"] + (1 - b1) * g
+        numerator = (b1 * m + (1 - b1) * g if nesterov else m) / (1 - b1**t)
+        new: State = {"m": m}
+        if p.ndim < 2:
+            new["v"] = b2 * state["v"] + (1 - b2) * g * g
+            denominator = np.sqrt(new["v"] / (1 - b2**t)) + eps
+        else:
+            new["row"], new["col"], root = _stripes(g, state, t, b2, blocks)
+            denominator = root + eps
+        denominator = np.maximum(denominator, SMALLEST_DENOMINATOR)  # NaN stays NaN
+        return p * (1 - lr * weight_decay) - lr * numerator / denominator, new
+
+
+def _stripes(
+    g: np.ndarray, state: State, t: int, b2: float, blocks: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The new row and col, and a_i c_j for every element."""
+    *batch, R, C = g.shape
+    br, bc = blocks
+    height, width = R // br, C // bc
+    row, col, root = state["row"].copy(), state["col"].copy(), np.zeros(g.shape)
+    if g.size == 0:
+        return row, col, root
+    for where in np.ndindex(*batch):
+        for i in range(br):
+            for j in range(bc):
+                rows = slice(i * height, (i + 1) * height)
+                cols = slice(j * width, (j + 1) * width)
+                square = g[where][rows, cols] ** 2
+                r = b2 * row[where][rows, j] + (1 - b2) * square.mean(axis=1)
+                c = b2 * col[where][i, cols] + (1 - b2) * square.mean(axis=0)
+                row[where][rows, j] = r
+                col[where][i, cols] = c
+                mean = r.mean()
+                if mean == 0:
+                    a = np.zeros_like(r)
+                elif np.isfinite(mean):
+                    a = np.sqrt(r / mean)
+                else:
+                    a = np.full_like(r, np.nan)
+                root[where][rows, cols] = np.outer(a, np.sqrt(c / (1 - b2**t)))
+    return row, col, root
