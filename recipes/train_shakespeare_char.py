@@ -9,7 +9,7 @@ and its command for a CPU (context 64, 4 layers, 2,000 steps; a minute and a hal
 
     python recipes/train_shakespeare_char.py --preset cpu
 
-`accelerate launch` works in place of `python`. Every setting of TrainingArguments is a flag:
+`accelerate launch` works in place of `python`, and every setting of TrainingArguments is a flag:
 --optim adamw_torch_fused, --learning_rate 2e-3, --seed 1, --bf16, --report_to wandb,
 --resume_from_checkpoint out/shakespeare_char/checkpoint-1000 (or `last`).
 """
@@ -19,11 +19,12 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, set_seed
 
+from striped_hf.cli import run
 from striped_hf.data import ContiguousBlocks, RandomWindows, collate, open_split
 from striped_hf.trainer.arguments import parse_arguments
 from striped_hf.trainer.callbacks import RunMeasurements
 from striped_hf.trainer.causal_lm import CausalLMTrainer
-from striped_hf.trainer.run_folder import finish_run
+from striped_hf.trainer.run_folder import finish_run, windows_per_step
 
 DEFAULTS = {
     "output_dir": "out/shakespeare_char",
@@ -102,13 +103,12 @@ def main() -> None:
     )
     model = GPT2LMHeadModel(config)
 
-    windows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     measurements = RunMeasurements()
     trainer = CausalLMTrainer(
         model=model,
         args=args,
         train_dataset=RandomWindows(
-            train, options.block_size, args.max_steps * windows_per_step, args.seed
+            train, options.block_size, args.max_steps * windows_per_step(args), args.seed
         ),
         eval_dataset=ContiguousBlocks(val, options.block_size),
         data_collator=collate,
@@ -116,12 +116,12 @@ def main() -> None:
         callbacks=[measurements],
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    run = finish_run(trainer, measurements, train)
+    result = finish_run(trainer, measurements, train)
     trainer.accelerator.print(
-        f"train loss {run['train_loss']:.4f}, val loss {run['eval_loss']:.4f}; "
+        f"train loss {result['train_loss']:.4f}, val loss {result['eval_loss']:.4f}; "
         f"the model is in {args.output_dir}"
     )
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -44,7 +44,7 @@ def parse_arguments(
         SystemExit: A flag is unknown or its value is wrong; the message names it.
     """
     parser = HfArgumentParser((options_class, TrainingArguments))  # type: ignore[arg-type]
-    parser.set_defaults(**_DEFAULTS, **defaults)
+    parser.set_defaults(**{**_DEFAULTS, **defaults})
     if presets is not None:
         preset = parser.parse_known_args()[0].preset
         if preset not in presets:

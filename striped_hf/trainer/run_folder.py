@@ -81,7 +81,7 @@ def finish_run(
         "learning_rate": args.learning_rate,
         "seed": args.seed,
         "steps": trainer.state.global_step,
-        "tokens": trainer.state.global_step * tokens_per_step(args, blocks.block_size),
+        "tokens": trainer.state.global_step * windows_per_step(args) * blocks.block_size,
         "parameters": parameters,
         **measured,
         "state_bytes_per_param": None if state_bytes is None else state_bytes / parameters,
@@ -98,9 +98,9 @@ def finish_run(
     return run
 
 
-def tokens_per_step(args: TrainingArguments, block_size: int) -> int:
-    """Returns how many tokens one optimizer step trains on, over all processes."""
-    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size * block_size
+def windows_per_step(args: TrainingArguments) -> int:
+    """Returns how many windows of the data one optimizer step trains on, over all processes."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def _card(

@@ -1,0 +1,38 @@
+"""What the scripts share: failures that a user can mend end them with one line."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class UserError(Exception):
+    """A failure that the user can mend; its message is one line that says how."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a script's main; a ``UserError`` or ``OSError`` ends it with one line and status 1."""
+    try:
+        main()
+    except (UserError, OSError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+
+
+def load_pretrained(auto_class: Any, name_or_path: str) -> Any:
+    """Calls ``auto_class.from_pretrained``.
+
+    Args:
+        auto_class: Such as ``AutoModelForCausalLM`` or ``AutoTokenizer``.
+        name_or_path: A local folder, or a name on the hub.
+
+    Raises:
+        UserError: It is no such folder and the hub does not give it.
+    """
+    try:
+        return auto_class.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"cannot load {name_or_path!r} ({reason}): pass a local folder that holds the model "
+            "and its tokenizer, or a hub name where the hub can be reached"
+        ) from error

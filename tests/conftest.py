@@ -1,0 +1,55 @@
+"""What the tests of every room share."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+Script = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of real data; a test that needs it is skipped where there is none."""
+    folder = os.environ.get("STRIPED_HF_TEST_DATA")
+    if not folder:
+        pytest.skip("STRIPED_HF_TEST_DATA is not set to the folder of real data")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def run_script() -> Script:
+    """Runs a script of the repository in a process of its own and returns its output.
+
+    ``run_script("recipes/sample.py", "out/run", cwd=folder, status=0, FLAG="1")``: keywords other
+    than ``cwd`` and ``status``, the exit status to expect, are environment variables.
+    """
+
+    def run(
+        script: str, *arguments: object, cwd: Path, status: int = 0, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        finished = subprocess.run(
+            [sys.executable, str(REPOSITORY / script), *map(str, arguments)],
+            cwd=cwd,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert finished.returncode == status, finished.stdout + finished.stderr
+        return finished
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def docs_data(tmp_path_factory: pytest.TempPathFactory, run_script: Script) -> Path:
+    """The documentation topics of this Python as a character data set."""
+    folder = tmp_path_factory.mktemp("python_docs")
+    run_script("data_scripts/python_docs.py", "--output_dir", folder, cwd=folder)
+    return folder

@@ -1,0 +1,106 @@
+"""The comparison: its files, a sweep, going on after a stop, and a recipe that fails."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny import QUIET, TINY
+
+SCRIPT = "recipes/compare_optimizers.py"
+RECIPE = Path(__file__).parents[2] / "recipes" / "train_shakespeare_char.py"
+FEW = ("--max_steps", 4, "--eval_steps", 2, "--save_steps", 2, "--logging_steps", 1)
+pytestmark = pytest.mark.slow
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, run_script, docs_data):
+    """A comparison's folder and what it printed."""
+    folder = tmp_path_factory.mktemp("comparison")
+    optims = ("adamw_torch_fused", "striped_adamw_8bit", "striped_adamw:nesterov=true")
+    flags = (*TINY, *QUIET, *FEW, "--data_dir", docs_data)
+    done = run_script(
+        *(SCRIPT, RECIPE, "--optim", *optims, "--output_dir", folder, "--", *flags), cwd=folder
+    )
+    return folder, done.stdout
+
+
+def test_comparison_json_holds_what_was_measured(compared):
+    folder, _ = compared
+    comparison = read(folder)
+    assert {"device", "threads", "torch", "transformers", "commit"} <= set(
+        comparison["environment"]
+    )
+    names = [(run["optim"], run["optim_args"]) for run in comparison["runs"]]
+    assert names == [
+        ("adamw_torch_fused", None),
+        ("striped_adamw_8bit", None),
+        ("striped_adamw", "nesterov=true"),
+    ]
+    for run in comparison["runs"]:
+        assert run["steps"] == 4
+        assert run["tokens"] == 4 * 12 * 32
+        assert run["seed"] == 1337
+        for key in ("peak_memory_mib", "median_step_ms", "train_loss", "eval_loss"):
+            assert run[key] > 0
+        assert run["history"]["steps"] == [1, 2, 3, 4]
+        assert run["history"]["eval_steps"] == [2, 4]
+    adamw, coded, striped = (run["state_bytes_per_param"] for run in comparison["runs"])
+    assert 8 <= adamw < 8.1
+    assert coded < striped < adamw
+    # one seed: the same weights and the same first batch, before any step
+    assert len({round(run["history"]["losses"][0], 4) for run in comparison["runs"]}) == 1
+
+
+def test_table_and_plot(compared):
+    folder, printed = compared
+    table = (folder / "comparison.md").read_text(encoding="utf-8")
+    assert table.strip() in printed
+    assert len(table.splitlines()) == 2 + 3
+    assert "`striped_adamw (nesterov=true)`" in table
+    for run in read(folder)["runs"]:
+        assert f"{run['eval_loss']:.4f}" in table
+    with Image.open(folder / "comparison.png") as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 400
+
+
+def test_sweep_goes_on_where_it_was_stopped(tmp_path, run_script, docs_data):
+    def sweep(*seeds):
+        flags = (*TINY, *QUIET, *FEW, "--eval_strategy", "no", "--save_strategy", "no")
+        flags += ("--load_best_model_at_end", "false", "--data_dir", docs_data)
+        arguments = ("--optim", "striped_adamw", "--learning_rate", "1e-3", "2e-3", "--seed")
+        run_script(
+            *(SCRIPT, RECIPE, *arguments, *seeds, "--output_dir", tmp_path, "--resume", "--"),
+            *flags,
+            cwd=tmp_path,
+        )
+
+    sweep(1)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/run.json")}
+    sweep(1, 2)
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    runs = read(tmp_path)["runs"]
+    assert [(run["learning_rate"], run["seed"]) for run in runs] == [
+        (1e-3, 1),
+        (1e-3, 2),
+        (2e-3, 1),
+        (2e-3, 2),
+    ]
+    assert len((tmp_path / "comparison.md").read_text(encoding="utf-8").splitlines()) == 2 + 2
+
+
+def test_failing_recipe_ends_the_comparison(tmp_path, run_script):
+    arguments = ("--optim", "striped_adamw", "--output_dir", tmp_path, "--")
+    failed = run_script(SCRIPT, RECIPE, *arguments, "--data_dir", "no", cwd=tmp_path, status=1)
+    assert "ended with status 1" in failed.stderr
+    assert not (tmp_path / "comparison.json").exists()
+
+
+def test_unknown_recipe_is_named(tmp_path, run_script):
+    failed = run_script(SCRIPT, "no.py", "--optim", "striped_adamw", cwd=tmp_path, status=2)
+    assert "no.py does not exist" in failed.stderr

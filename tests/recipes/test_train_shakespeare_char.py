@@ -1,0 +1,115 @@
+"""The character recipe: what it trains, what it leaves behind, how it goes on and how it fails."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from tiny import QUIET, STEPS, TINY, read_run
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from striped_hf.data import open_split
+
+RECIPE = "recipes/train_shakespeare_char.py"
+pytestmark = pytest.mark.slow
+
+
+def test_run_folder_is_a_model_folder(tiny_run):
+    model = AutoModelForCausalLM.from_pretrained(tiny_run)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_run)
+    assert model.config.n_positions == 32
+    assert model.config.vocab_size == len(tokenizer)
+    text = "The statement  has\ntwo lines"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    generate = pipeline("text-generation", model=str(tiny_run), device="cpu")
+    out = generate("The ", max_new_tokens=5, do_sample=False)[0]["generated_text"]
+    assert out.startswith("The ")
+    assert len(out) == 9
+
+
+def test_run_json_is_measured(tiny_run, docs_data):
+    run = read_run(tiny_run)
+    val = open_split(docs_data, "val")
+    model = AutoModelForCausalLM.from_pretrained(tiny_run)
+    assert run["optim"] == "striped_adamw_8bit"
+    assert run["steps"] == 20
+    assert run["tokens"] == 20 * 12 * 32
+    assert run["eval_tokens"] == len(val) - 1
+    assert run["parameters"] == model.num_parameters()
+    assert run["state_bytes_per_param"] == run["state_bytes"] / run["parameters"]
+    assert 1 < run["state_bytes_per_param"] < 2
+    assert run["peak_memory_mib"] > 100
+    assert run["median_step_ms"] > 0
+    # it learned: a uniform guess has log(vocabulary)
+    assert run["eval_loss"] < math.log(val.vocab_size) - 0.5
+    assert abs(run["eval_loss"] - run["train_loss"]) < 0.5
+    assert run["environment"]["torch"] == torch.__version__
+
+
+def test_model_card_says_how_it_was_made(tiny_run):
+    card = ModelCard.load(tiny_run / "README.md")
+    run = read_run(tiny_run)
+    assert card.data.library_name == "transformers"
+    assert card.data.eval_results[0].metric_value == run["eval_loss"]
+    for part in ("train_shakespeare_char.py", "`striped_adamw_8bit`", f"{run['eval_loss']:.4f}"):
+        assert part in card.text
+    assert run["command"] in card.text
+
+
+def test_resumed_run_equals_the_uninterrupted_one(tiny_run, docs_data, run_script, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_run / "checkpoint-10", folder / "checkpoint-10")
+    run_script(
+        RECIPE,
+        *(*TINY, *STEPS, *QUIET, "--data_dir", docs_data, "--output_dir", folder),
+        *("--resume_from_checkpoint", "last"),
+        cwd=tmp_path,
+    )
+    resumed, whole = (load_file(f / "model.safetensors") for f in (folder, tiny_run))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert read_run(folder)["eval_loss"] == read_run(tiny_run)["eval_loss"]
+
+
+def test_resume_without_a_checkpoint(docs_data, run_script, tmp_path):
+    flags = ("--data_dir", docs_data, "--output_dir", tmp_path, "--resume_from_checkpoint", "last")
+    error = run_script(RECIPE, *flags, cwd=tmp_path, status=2).stderr
+    assert "has no checkpoint yet" in error
+
+
+def test_reads_what_nanogpt_prepared(docs_data, run_script, tmp_path):
+    for split in ("train", "val"):
+        shutil.copy(docs_data / f"{split}.bin", tmp_path)
+    out = tmp_path / "run"
+    flags = ("--max_steps", 2, "--eval_strategy", "no", "--save_strategy", "no")
+    flags += ("--load_best_model_at_end", "false", "--data_dir", tmp_path, "--output_dir", out)
+    run_script(RECIPE, *TINY, *QUIET, *flags, cwd=tmp_path)
+    assert read_run(out)["steps"] == 2
+    assert not (out / "tokenizer.json").exists()
+
+
+def test_missing_data_is_one_line(run_script, tmp_path):
+    error = run_script(RECIPE, "--data_dir", tmp_path / "no", cwd=tmp_path, status=1).stderr
+    assert "Traceback" not in error
+    assert "prepare the data first" in error.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--preset", "tpu"), "choose one of gpu, cpu"),
+        (("--optim", "striped_adam"), "striped_adamw_8bit"),
+        (("--learning", "1"), "--learning"),
+    ],
+)
+def test_wrong_flags_are_named(run_script, tmp_path, flags, message):
+    failed = run_script(RECIPE, *flags, cwd=tmp_path, status=2)
+    assert message in failed.stderr
+
+
+def test_logs_hold_both_losses(tiny_run):
+    state = json.loads((tiny_run / "trainer_state.json").read_text(encoding="utf-8"))
+    assert {e["step"] for e in state["log_history"] if "loss" in e} == {10, 20}
+    assert {e["step"] for e in state["log_history"] if "eval_loss" in e} == {10, 20}
