@@ -12,6 +12,7 @@ name, in every version from 4.57 to 5.23:
   splits it, which loses duplicates and fails without a message on a missing "=".
 """
 
+import contextlib
 import functools
 import importlib.util
 import warnings
@@ -216,7 +217,7 @@ def _add_member(enum: EnumMeta, name: str, value: str) -> None:
     """Adds a member to an enum of strings, as its class statement would have.
 
     An enum cannot be subclassed once it has members. The private names below are the same in
-    Python 3.10 to 3.14; what only some versions have is marked.
+    Python 3.10 to 3.13, but for what is marked.
     """
     if value in enum._value2member_map_:
         return
@@ -229,7 +230,7 @@ def _add_member(enum: EnumMeta, name: str, value: str) -> None:
     enum._member_names_.append(name)
     enum._member_map_[name] = member
     enum._value2member_map_[value] = member
-    if hasattr(enum, "_hashable_values_"):  # later versions of 3.13, and 3.14
+    if hasattr(enum, "_hashable_values_"):  # 3.13.1 and later
         enum._hashable_values_.append(value)
     if enum(value) is not member or member not in list(enum):  # type: ignore[call-overload]
         raise TypeError(f"{enum.__name__} did not take the member {name}")
@@ -238,15 +239,14 @@ def _add_member(enum: EnumMeta, name: str, value: str) -> None:
 def _refuse_names(enum: type, message: str) -> None:
     """Makes our names raise ``message``, by the hook that enums have for unknown values."""
     missing = getattr(enum, "_missing_", None)
-    if missing is None:
-        return
 
     def _missing_(cls: type, value: object) -> Any:
         if value in OPTIMIZERS:
             raise ValueError(message)
-        return missing(value)
+        return missing(value) if missing is not None else None
 
-    enum._missing_ = classmethod(_missing_)  # type: ignore[attr-defined]
+    with contextlib.suppress(AttributeError, TypeError):  # no enum any more: the warning must do
+        enum._missing_ = classmethod(_missing_)  # type: ignore[attr-defined]
 
 
 def _unavailable(error: Exception) -> str:

@@ -1,0 +1,155 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from trainer_runs import arguments, tiny_model
+from transformers import AutoConfig, AutoModel, Trainer
+
+from striped_hf import StripedAdamW
+from striped_hf.trainer import packed_blocks, param_groups
+
+BERT = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "pad_token_id": 0,
+    "max_position_embeddings": 16,
+}
+
+
+def other_model(model_type: str, **config: Any) -> nn.Module:
+    return AutoModel.from_config(AutoConfig.for_model(model_type, **config))
+
+
+MODELS = {
+    "gpt2": lambda: tiny_model("gpt2"),
+    "llama": lambda: tiny_model("llama"),
+    "bert": lambda: other_model("bert", **BERT),
+    "modernbert": lambda: other_model("modernbert", **BERT, global_attn_every_n_layers=2),
+    "t5": lambda: other_model(
+        "t5", vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2
+    ),
+}
+
+
+def blocks_by_name(groups: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
+    return {
+        name: blocks
+        for group in groups
+        for (name, _), blocks in zip(
+            group["params"],
+            [group["blocks"]] * len(group["params"])
+            if isinstance(group["blocks"], tuple)
+            else group["blocks"],
+            strict=True,
+        )
+    }
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_decay_goes_exactly_where_trainer_puts_it(kind: str, tmp_path: Path) -> None:
+    model = MODELS[kind]()
+    trainer = Trainer(model, arguments(tmp_path, optim="adamw_torch", weight_decay=0.1))
+    theirs = trainer.create_optimizer().param_groups
+    expected = {param: group["weight_decay"] for group in theirs for param in group["params"]}
+    ours = param_groups(model, 0.1)
+    assert {p: group["weight_decay"] for group in ours for _, p in group["params"]} == expected
+    assert set(expected.values()) == {0.1, 0.0}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_parameter_stands_once_under_its_name(kind: str) -> None:
+    model = MODELS[kind]()
+    groups = param_groups(model, 0.1)
+    named = [pair for group in groups for pair in group["params"]]
+    assert len(named) == len(dict(named))
+    assert dict(named) == dict(model.named_parameters())
+    assert all(group["params"] for group in groups)
+
+
+def test_gpt2_has_blocks_in_its_packed_projections_only() -> None:
+    blocks = blocks_by_name(param_groups(tiny_model("gpt2"), 0.1))
+    for name, pair in blocks.items():
+        assert pair == ((1, 3) if name.endswith("c_attn.weight") else (1, 1))
+    assert list(blocks.values()).count((1, 3)) == 2
+
+
+def test_the_order_is_decay_then_no_decay() -> None:
+    for kind in MODELS:
+        groups = param_groups(MODELS[kind](), 0.1)
+        decays = [group["weight_decay"] > 0 for group in groups]
+        assert decays == sorted(decays, reverse=True)
+
+
+def test_the_optimizer_takes_the_groups_and_names_parameters_in_errors() -> None:
+    model = tiny_model("gpt2")
+    optimizer = StripedAdamW(param_groups(model, 0.1), lr=1e-3)
+    model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    optimizer.step()
+    row = optimizer.state[model.transformer.h[0].attn.c_attn.weight]["exp_avg_sq_row"]
+    assert row.shape == (32, 3)
+
+    packed = model.transformer.h[1].attn.c_attn.weight
+    packed.grad = packed.grad.to_sparse()
+    with pytest.raises(RuntimeError, match=r"transformer\.h\.1\.attn\.c_attn\.weight"):
+        optimizer.step()
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = tiny_model("gpt2")
+    model.transformer.wte.requires_grad_(False)
+    for block in model.transformer.h:
+        block.attn.requires_grad_(False)
+    names = set(blocks_by_name(param_groups(model, 0.1)))
+    assert names == {name for name, param in model.named_parameters() if param.requires_grad}
+    assert not any("attn" in name or "wte" in name for name in names)
+
+
+def test_no_group_is_empty() -> None:
+    model = tiny_model("llama")
+    for name, param in model.named_parameters():
+        param.requires_grad_("norm" in name)
+    assert [group["weight_decay"] for group in param_groups(model, 0.1)] == [0.0]
+    model.requires_grad_(False)
+    assert param_groups(model, 0.1) == []
+
+
+def test_lora_trains_its_adapters_whole() -> None:
+    model = get_peft_model(
+        tiny_model("gpt2"), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    )
+    blocks = blocks_by_name(param_groups(model, 0.1))
+    assert blocks
+    assert all(".lora_" in name for name in blocks)
+    assert set(blocks.values()) == {(1, 1)}
+
+
+def test_modules_that_peft_saves_keep_their_blocks() -> None:
+    model = get_peft_model(
+        tiny_model("gpt2"),
+        LoraConfig(r=2, target_modules=["c_fc"], modules_to_save=["c_attn"], fan_in_fan_out=True),
+    )
+    blocks = blocks_by_name(param_groups(model, 0.1))
+    packed = {name for name, pair in blocks.items() if pair == (1, 3)}
+    assert packed == {name for name in blocks if "c_attn" in name and name.endswith("weight")}
+    assert len(packed) == 2
+
+
+def test_a_wrapped_model_is_seen_through() -> None:
+    model = tiny_model("gpt2")
+    assert packed_blocks(torch.compile(model)) == packed_blocks(model)
+    groups = param_groups(torch.compile(model), 0.1)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_blocks_that_do_not_divide_are_left_whole() -> None:
+    model = tiny_model("gpt2")
+    attention = model.transformer.h[0].attn
+    attention.c_attn.weight = nn.Parameter(torch.zeros(32, 97))  # as pruning may leave it
+    assert attention.c_attn.weight not in packed_blocks(model)
+    assert len(packed_blocks(model)) == 1

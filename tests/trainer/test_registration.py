@@ -1,0 +1,406 @@
+"""The names in transformers, in processes as fresh as a user's, and the way without names."""
+
+import importlib
+import inspect
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from trainer_runs import (
+    NAMES,
+    Counting,
+    arguments,
+    losses,
+    optimizer_of,
+    tiny_model,
+    train,
+)
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+import striped_hf
+from striped_hf import StripedAdamW, optimizer_cls_and_kwargs
+from striped_hf.trainer import registration
+
+
+def python(script: str, *args: object) -> str:
+    """Runs a script in a fresh process and returns what it printed."""
+    finished = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *map(str, args)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout + finished.stderr
+
+
+# the names
+
+
+@pytest.mark.slow
+def test_a_fresh_process_knows_the_names_by_import_alone(tmp_path: Path) -> None:
+    """As a command line, as an argument, and in a file that another process unpickles."""
+    script = """
+        import sys
+        import striped_hf, torch
+        from transformers import HfArgumentParser, TrainingArguments
+
+        (args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(
+            ["--output_dir", "out", "--use_cpu", "--optim", sys.argv[1]]
+        )
+        assert args.optim == TrainingArguments("out", optim=sys.argv[1], use_cpu=True).optim
+        torch.save(args, sys.argv[2])
+    """
+    file = tmp_path / "training_args.bin"
+    python(script, "striped_adamw_8bit", file)
+    read = """
+        import sys
+        import striped_hf
+        import torch
+
+        args = torch.load(sys.argv[1], weights_only=False)
+        from transformers.training_args import OptimizerNames
+        assert args.optim is OptimizerNames.STRIPED_ADAMW_8BIT, args.optim
+        assert args.to_dict()["optim"] == "striped_adamw_8bit"
+    """
+    python(read, file)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_a_member_as_any_other(name: str) -> None:
+    member = OptimizerNames(name)
+    assert member is OptimizerNames[name.upper()] is getattr(OptimizerNames, name.upper())
+    assert member is TrainingArguments("out", optim=name, use_cpu=True).optim
+    assert (member.name, member.value, str(member)) == (
+        name.upper(),
+        name,
+        str(OptimizerNames.ADAFACTOR).replace("ADAFACTOR", name.upper()).replace("adafactor", name),
+    )
+    assert list(OptimizerNames).count(member) == 1
+    assert member in OptimizerNames
+    assert pickle.loads(pickle.dumps(member)) is member
+    with pytest.raises(AttributeError):
+        setattr(OptimizerNames, name.upper(), "another")
+
+
+def test_the_parser_offers_the_names_and_refuses_others(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = HfArgumentParser(TrainingArguments)
+    for name in NAMES:
+        assert name in parser.format_help()
+    with pytest.raises(SystemExit):
+        parser.parse_args_into_dataclasses(["--output_dir", "out", "--optim", "striped_adam"])
+    assert "'striped_adamw'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="striped_adamw_8bit"):  # among those to select from
+        TrainingArguments("out", optim="striped_adam")
+
+
+def test_registering_again_changes_nothing() -> None:
+    members = list(OptimizerNames)
+    args = arguments("out", optim="striped_adamw_4bit")
+    for _ in range(2):
+        striped_hf.trainer.register()
+        importlib.reload(registration)
+        registration.register()
+    assert list(OptimizerNames) == members
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+    assert (cls, kwargs["momentum_dtype"]) == (StripedAdamW, "int4")
+    # one wrapper, not one in another
+    assert not hasattr(inspect.unwrap(Trainer.get_optimizer_cls_and_kwargs), "_striped_hf_wraps")
+    assert inspect.unwrap(Trainer.get_optimizer_cls_and_kwargs) is (
+        Trainer.get_optimizer_cls_and_kwargs.__wrapped__
+    )
+
+
+def test_other_names_are_left_alone() -> None:
+    cls, _ = Trainer.get_optimizer_cls_and_kwargs(arguments("out", optim="adamw_torch"))
+    assert cls is torch.optim.AdamW
+
+
+def other_pythons() -> list[str]:
+    names = ["python3.10", "python3.11", "python3.12", "python3.13", "python3.14"]
+    found = [path for name in names if (path := shutil.which(name)) and "shims" not in path]
+    # pyenv's need not be on the path
+    return found + list(map(str, Path.home().glob(".pyenv/versions/3.1[0-9]*/bin/python")))
+
+
+def test_members_are_added_in_every_python() -> None:
+    """Enums differ inside from version to version."""
+    script = """
+        import copy, pickle
+        from enum import Enum, EnumMeta
+
+        class Names(str, Enum):
+            ADAM = "adam"
+
+        for _ in range(2):
+            _add_member(Names, "STRIPED", "striped")
+        member = Names.STRIPED
+        assert member is Names("striped") is Names["STRIPED"] is pickle.loads(pickle.dumps(member))
+        assert copy.deepcopy(member) is member in Names
+        assert list(Names) == [Names.ADAM, member] == list(reversed(Names))[::-1]
+        assert repr(member) == "<Names.STRIPED: 'striped'>" and "STRIPED" in Names.__members__
+        assert member == "striped" and {"striped": 1}[member] == 1 and "STRIPED" in dir(Names)
+        if hasattr(Names, "_hashable_values_"):
+            assert "striped" in Names
+    """
+    source = "from typing import Any\nfrom enum import EnumMeta\n"
+    source += inspect.getsource(registration._add_member) + textwrap.dedent(script)
+    for interpreter in (sys.executable, *other_pythons()):
+        subprocess.run([interpreter, "-c", source], check=True)
+
+
+# what reaches the optimizer
+
+
+def test_the_arguments_arrive_in_the_optimizer(tmp_path: Path) -> None:
+    args = arguments(
+        tmp_path,
+        optim="striped_adamw_8bit",
+        optim_args="momentum_dtype=bfloat16, backend=reference,nesterov=True,maximize=FALSE,"
+        "stochastic_rounding=none",
+        learning_rate=2e-3,
+        adam_beta1=0.8,
+        adam_beta2=0.95,
+        adam_epsilon=1e-6,
+        weight_decay=0.2,
+    )
+    optimizer = Trainer(tiny_model("gpt2"), args).create_optimizer()
+    assert type(optimizer) is StripedAdamW
+    assert optimizer.backend == "reference"
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (2e-3, (0.8, 0.95), 1e-6)
+        assert group["momentum_dtype"] == "bfloat16"
+        assert (group["nesterov"], group["maximize"]) == (True, False)
+        assert group["stochastic_rounding"] is None
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.2, 0.0}
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("False", False), ("NONE", None)])
+def test_booleans_are_not_strings(text: str, value: bool | None) -> None:
+    args = arguments("out", optim="striped_adamw", optim_args=f"stochastic_rounding={text}")
+    _, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+    assert kwargs["stochastic_rounding"] is value
+
+
+BAD_OPTIM_ARGS = {
+    "momentum_dtype=int9": ("momentum_dtype='int9'", "float32, bfloat16, int8, int4"),
+    "momentum_dtype=Int8": ("momentum_dtype='Int8'", "float32, bfloat16, int8, int4"),
+    "backend=cuda": ("backend='cuda'", "reference"),
+    "nesterov=1": ("nesterov='1'", "true, false"),
+    "nesterov=none": ("nesterov='none'", "true, false"),
+    "maximize=yes": ("maximize='yes'", "true, false"),
+    "maximize=": ("maximize=''", "true, false"),
+    "stochastic_rounding=maybe": ("stochastic_rounding='maybe'", "true, false, none"),
+    "momentum=int8": ("'momentum'", "momentum_dtype, backend, maximize, nesterov"),
+    "nesterov": ("'nesterov'", "key=value"),
+    "nesterov=true,": ("''", "key=value"),
+    "=true": ("''", "momentum_dtype, backend"),
+    "nesterov=true,nesterov=false": ("nesterov twice", "once"),
+    "blocks=(1,3)": ("blocks", "param group", "optimizer_cls_and_kwargs"),
+    "lr=1e-3": ("lr", "TrainingArguments.learning_rate"),
+    "learning_rate=1e-3": ("learning_rate", "TrainingArguments.learning_rate"),
+    "betas=0.9": ("betas", "adam_beta1", "adam_beta2"),
+    "beta2=0.9": ("beta2", "TrainingArguments.adam_beta2"),
+    "eps=1e-6": ("eps", "TrainingArguments.adam_epsilon"),
+    "weight_decay=0.1": ("weight_decay", "TrainingArguments.weight_decay"),
+}
+
+
+@pytest.mark.parametrize("optim_args", BAD_OPTIM_ARGS)
+def test_bad_optim_args_say_what_to_pass(optim_args: str) -> None:
+    args = arguments("out", optim="striped_adamw", optim_args=optim_args)
+    model = tiny_model("gpt2")
+    for call in (Trainer.get_optimizer_cls_and_kwargs, optimizer_cls_and_kwargs):
+        with pytest.raises(ValueError, match="optim_args") as caught:
+            call(args, model)
+        assert repr(optim_args) in str(caught.value)
+        for part in BAD_OPTIM_ARGS[optim_args]:
+            assert part in str(caught.value)
+
+
+def test_without_a_model_there_are_no_params() -> None:
+    args = arguments("out", optim="striped_adamw_8bit")
+    for call in (Trainer.get_optimizer_cls_and_kwargs, optimizer_cls_and_kwargs):
+        cls, kwargs = call(args)
+        assert cls is StripedAdamW
+        assert "params" not in kwargs
+        assert kwargs["weight_decay"] == 0.1
+        cls([nn.Parameter(torch.zeros(2, 2))], **kwargs)
+
+
+# the public way
+
+
+@pytest.mark.parametrize(
+    ("optim", "optim_args", "momentum_dtype"),
+    [
+        *((name, None, momentum_dtype) for name, momentum_dtype in NAMES.items()),
+        ("adamw_torch", None, "float32"),
+        ("adamw_torch_fused", "momentum_dtype=int8", "int8"),
+    ],
+)
+def test_the_public_way_trains_as_the_name_does(
+    tmp_path: Path, optim: str, optim_args: str | None, momentum_dtype: str
+) -> None:
+    model = tiny_model("gpt2")
+    args = arguments(tmp_path, optim=optim, optim_args=optim_args)
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=Counting(),
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args, model),
+    )
+    trainer.train()
+    (name,) = (name for name in NAMES if NAMES[name] == momentum_dtype)
+    named = train("gpt2", tmp_path, optim=name)
+    assert losses(trainer) == losses(named)
+    for ours, theirs in zip(
+        optimizer_of(trainer).param_groups, optimizer_of(named).param_groups, strict=True
+    ):
+        for key in ("blocks", "weight_decay", "momentum_dtype", "param_names"):
+            assert ours[key] == theirs[key]
+
+
+def test_one_answer_serves_two_trainers() -> None:
+    """Trainer pops the groups out of the arguments; the second trainer needs them, too."""
+    model, args = tiny_model("gpt2"), arguments("out", optim="striped_adamw")
+    answer = optimizer_cls_and_kwargs(args, model)
+    first, second = (
+        Trainer(model, args, optimizer_cls_and_kwargs=answer).create_optimizer() for _ in range(2)
+    )
+    assert [g["param_names"] for g in first.param_groups] == [
+        g["param_names"] for g in second.param_groups
+    ]
+    assert first.param_groups[0]["blocks"] == second.param_groups[0]["blocks"]
+    # and so does a call of the class itself
+    cls, kwargs = optimizer_cls_and_kwargs(args, model)
+    assert len(cls(**kwargs).param_groups) == len(first.param_groups)
+
+
+def test_the_groups_are_those_of_the_model_when_it_is_trained() -> None:
+    model, args = tiny_model("gpt2"), arguments("out", optim="striped_adamw")
+    answer = optimizer_cls_and_kwargs(args, model)
+    model.resize_token_embeddings(80, mean_resizing=False)  # another parameter
+    model.transformer.h[0].requires_grad_(False)
+    optimizer = Trainer(model, args, optimizer_cls_and_kwargs=answer).create_optimizer()
+    params = {param for group in optimizer.param_groups for param in group["params"]}
+    assert params == {param for param in model.parameters() if param.requires_grad}
+
+
+def test_each_new_model_of_model_init_gets_its_groups(tmp_path: Path) -> None:
+    """As in a hyperparameter search: the names serve whatever model is trained."""
+    trainer = Trainer(
+        args=arguments(tmp_path, optim="striped_adamw_8bit", max_steps=2),
+        model_init=lambda: tiny_model("gpt2"),
+        train_dataset=Counting(),
+    )
+    runs = []
+    for _ in range(2):
+        trainer.train()
+        optimizer = optimizer_of(trainer)
+        assert {p for group in optimizer.param_groups for p in group["params"]} == set(
+            trainer.model.parameters()
+        )
+        runs.append([group["blocks"] for group in optimizer.param_groups])
+    assert runs[0] == runs[1]
+
+
+# a version of transformers that is not as expected
+
+
+CHANGED_INTERNALS = {
+    "the method is gone": "del Trainer.get_optimizer_cls_and_kwargs",
+    "the enum's list is a tuple": "type.__setattr__(names, '_member_names_', (*list(names),))",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", CHANGED_INTERNALS)
+def test_changed_internals_leave_the_public_way(change: str, tmp_path: Path) -> None:
+    script = f"""
+        import sys, warnings
+        from transformers import Trainer, TrainingArguments
+        from transformers.training_args import OptimizerNames as names
+
+        {CHANGED_INTERNALS[change]}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import striped_hf
+        messages = [str(w.message) for w in caught if "striped_adamw" in str(w.message)]
+        assert len(messages) == 1 and "optimizer_cls_and_kwargs(args, model)" in messages[0], caught
+
+        for name in ("striped_adamw", "striped_adamw_8bit", "striped_adamw_4bit"):
+            try:
+                TrainingArguments(sys.argv[1], optim=name)
+            except ValueError as error:
+                assert str(error) == messages[0], error
+            else:
+                raise SystemExit(name + " was accepted")
+        try:
+            TrainingArguments(sys.argv[1], optim="nonsense")
+        except ValueError as error:
+            assert "optimizer_cls_and_kwargs" not in str(error)
+
+        from trainer_runs import Counting, arguments, losses, optimizer_of, tiny_model
+        model, args = tiny_model("gpt2"), arguments(sys.argv[1], max_steps=3)
+        trainer = Trainer(
+            model,
+            args,
+            train_dataset=Counting(),
+            optimizer_cls_and_kwargs=striped_hf.optimizer_cls_and_kwargs(args, model),
+        )
+        trainer.train()
+        assert type(optimizer_of(trainer)) is striped_hf.StripedAdamW
+        assert losses(trainer)[-1] < losses(trainer)[0]
+    """
+    python(script, tmp_path)
+
+
+@pytest.mark.slow
+def test_without_the_enum_only_the_import_warns() -> None:
+    script = """
+        import warnings
+        from transformers import training_args
+        import transformers.trainer
+
+        del training_args.OptimizerNames
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import striped_hf
+        assert sum("optimizer_cls_and_kwargs" in str(w.message) for w in caught) == 1
+        striped_hf.StripedAdamW
+    """
+    python(script)
+
+
+@pytest.mark.slow
+def test_the_optimizer_is_there_without_transformers() -> None:
+    script = """
+        import sys
+        import torch
+
+        class Missing:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] == "transformers":
+                    raise ModuleNotFoundError(name)
+
+        import importlib.util
+        found = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *rest: (
+            None if name == "transformers" else found(name, *rest)
+        )
+        sys.meta_path.insert(0, Missing())
+        import striped_hf
+        striped_hf.StripedAdamW([torch.nn.Parameter(torch.zeros(2, 2))])
+        assert "transformers" not in sys.modules
+    """
+    python(script)

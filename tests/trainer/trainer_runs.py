@@ -1,0 +1,124 @@
+"""Tiny models and data, and real ``transformers.Trainer`` runs over them.
+
+As a script, ``python trainer_runs.py OUTPUT_DIR`` trains with each name and prints the results as
+JSON; the tests run it under other versions of transformers.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+import striped_hf
+
+VOCAB_SIZE, LENGTH = 64, 16
+NAMES = {"striped_adamw": "float32", "striped_adamw_8bit": "int8", "striped_adamw_4bit": "int4"}
+
+
+class Counting(Dataset[dict[str, torch.Tensor]]):
+    """Sequences that count upwards from different starts in different strides."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = (index + torch.arange(LENGTH) * (1 + index % 3)) % VOCAB_SIZE
+        return {"input_ids": ids, "labels": ids}
+
+
+def tiny_model(kind: str) -> PreTrainedModel:
+    """A GPT-2 (packed projections, tied embeddings, dropout) or a Llama (none of them)."""
+    set_seed(0)
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    if kind == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=VOCAB_SIZE, n_positions=LENGTH, n_embd=32, n_layer=2, n_head=2, **ids
+            )
+        )
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=LENGTH,
+            **ids,
+        )
+    )
+
+
+def arguments(output_dir: Path | str, **changes: Any) -> TrainingArguments:
+    return TrainingArguments(
+        **{
+            "output_dir": str(output_dir),
+            "max_steps": 8,
+            "per_device_train_batch_size": 8,
+            "per_device_eval_batch_size": 64,
+            "learning_rate": 1e-2,
+            "weight_decay": 0.1,
+            "lr_scheduler_type": "cosine",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **changes,
+        }
+    )
+
+
+def train(
+    kind: str, output_dir: Path | str, resume_from: Path | None = None, **changes: Any
+) -> Trainer:
+    trainer = Trainer(
+        tiny_model(kind),
+        arguments(output_dir, **changes),
+        train_dataset=Counting(),
+        eval_dataset=Counting(),
+    )
+    trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    return trainer
+
+
+def optimizer_of(trainer: Trainer) -> striped_hf.StripedAdamW:
+    # accelerate wraps it
+    return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def main() -> None:
+    results = {}
+    for kind in ("gpt2", "llama"):
+        for name in NAMES:
+            trainer = train(kind, Path(sys.argv[1]) / kind / name, optim=name)
+            groups = optimizer_of(trainer).param_groups
+            results[f"{kind} {name}"] = {
+                "losses": losses(trainer),
+                "optimizer": type(optimizer_of(trainer)).__name__,
+                "momentum_dtype": groups[0]["momentum_dtype"],
+                "blocks": [group["blocks"] for group in groups],
+                "weight_decay": [group["weight_decay"] for group in groups],
+            }
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
