@@ -1,5 +1,4 @@
-import os
-import subprocess
+import runpy
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,18 +13,9 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
-def real_data():
-    """The folder with the real data."""
-    folder = os.environ.get("STRIPED_HF_TEST_DATA")
-    if not folder:
-        pytest.skip("STRIPED_HF_TEST_DATA is not set: no real data on this machine")
-    return Path(folder)
-
-
-@pytest.fixture(scope="session")
-def corpus(real_data):
+def corpus(test_data):
     """Tiny Shakespeare."""
-    return real_data / "tinyshakespeare" / "input.txt"
+    return test_data / "tinyshakespeare" / "input.txt"
 
 
 @pytest.fixture
@@ -50,19 +40,32 @@ def make_data(tmp_path):
 
 
 @pytest.fixture
-def run_script(tmp_path):
-    """Run one of data_scripts/ as a process, with no way to the network, in ``tmp_path``."""
+def no_network(monkeypatch):
+    """Make every download fail at once, here and in processes started from here."""
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
-    def run(name, *arguments, **environment):
-        dead_end = dict.fromkeys(["http_proxy", "https_proxy"], "http://127.0.0.1:9")
-        return subprocess.run(
-            [sys.executable, REPOSITORY / "data_scripts" / name, *map(str, arguments)],
-            cwd=tmp_path,
-            env={**os.environ, **dead_end, "HF_HUB_OFFLINE": "1", **environment},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+
+@pytest.fixture
+def run_here(monkeypatch, capsys, tmp_path):
+    """Run one of data_scripts/ in this process, in ``tmp_path``; return (stdout, stderr).
+
+    It has to exit with the error message ``fails`` where that is given. (Starting a process
+    takes seconds; that the scripts work as processes is shown once for each.)
+    """
+
+    def run(name, *arguments, fails=None):
+        script = str(REPOSITORY / "data_scripts" / name)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        if fails is None:
+            runpy.run_path(script, run_name="__main__")
+        else:
+            with pytest.raises(SystemExit, match=fails) as caught:
+                runpy.run_path(script, run_name="__main__")
+            assert "\n" not in str(caught.value)
+        return capsys.readouterr()
 
     return run
 

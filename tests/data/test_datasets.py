@@ -146,7 +146,7 @@ def test_windows_come_in_any_order_from_uint32_too(make_data):
     assert -100 not in batch["labels"][1]
 
 
-@pytest.mark.parametrize("context", [None, "fork", "spawn"])
+@pytest.mark.parametrize("context", [None, "fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_make_no_difference(split, context):
     if context is not None and context not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this platform cannot start processes by {context}")
