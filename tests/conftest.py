@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny import QUIET, STEPS, TINY
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -52,4 +53,16 @@ def docs_data(tmp_path_factory: pytest.TempPathFactory, run_script: Script) -> P
     """The documentation topics of this Python as a character data set."""
     folder = tmp_path_factory.mktemp("python_docs")
     run_script("data_scripts/python_docs.py", "--output_dir", folder, cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory, run_script, docs_data) -> Path:
+    """The folder of a finished run of the character recipe."""
+    folder = tmp_path_factory.mktemp("tiny") / "run"
+    run_script(
+        "recipes/train_shakespeare_char.py",
+        *(*TINY, *STEPS, *QUIET, "--data_dir", docs_data, "--output_dir", folder),
+        cwd=folder.parent,
+    )
     return folder

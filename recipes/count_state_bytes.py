@@ -1,0 +1,69 @@
+"""Count the bytes of optimizer state of GPT-2's four sizes, without allocating them.
+
+    python recipes/count_state_bytes.py
+
+AdamW keeps two float32 numbers per parameter; StripedAdamW is counted from the tensors that its own
+initialisation makes, on torch's meta device, with the param groups that Trainer would give it.
+"""
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from striped_hf.optim.momentum import MOMENTUM_DTYPES
+from striped_hf.optim.state import init_state
+from striped_hf.results import environment, markdown_table, write_json
+from striped_hf.trainer import param_groups
+
+SIZES = {  # the configurations that the hub has under these names
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+}
+RESULTS = "recipes/results/state_bytes.json"
+
+
+def count(model: GPT2LMHeadModel, momentum_dtype: str) -> int:
+    """Returns the bytes of StripedAdamW's state for a model on the meta device."""
+    return sum(
+        value.nbytes
+        for group in param_groups(model, weight_decay=0.1)
+        for _, param in group["params"]
+        for value in init_state(
+            param, {"blocks": (1, 1), **group, "momentum_dtype": momentum_dtype}
+        ).values()
+    )
+
+
+def render(results: dict) -> str:
+    """Makes the Markdown table of a results file."""
+    header = ("model", "parameters", "AdamW", *(f"striped, {d}" for d in MOMENTUM_DTYPES))
+    rows = [
+        (
+            f"`{model['name']}`",
+            f"{model['parameters']:,}",
+            *(
+                f"{size / 2**20:,.0f} MiB ({size / model['parameters']:.2f})"
+                for size in (model["adamw"], *(model[d] for d in MOMENTUM_DTYPES))
+            ),
+        )
+        for model in results["models"]
+    ]
+    return markdown_table(header, rows)
+
+
+def main() -> None:
+    models = []
+    for name, size in SIZES.items():
+        with torch.device("meta"):
+            model = GPT2LMHeadModel(GPT2Config(**size))
+        parameters = model.num_parameters()
+        counts = {dtype: count(model, dtype) for dtype in MOMENTUM_DTYPES}
+        models.append({"name": name, "parameters": parameters, "adamw": 8 * parameters, **counts})
+    results = {"environment": environment(), "models": models}
+    write_json(RESULTS, results)
+    print(render(results))
+
+
+if __name__ == "__main__":
+    main()

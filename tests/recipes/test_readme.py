@@ -1,0 +1,101 @@
+"""The README: its tables are those of the results files, and its commands run."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import QUIET
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+FEW = ("--max_steps", "2", "--eval_steps", "1", "--save_steps", "1", *QUIET)
+# what makes each script's command small; the shape of the command stays the README's
+SMALL = {
+    "train_shakespeare_char.py": (*FEW, "--n_layer", "1", "--n_head", "2", "--n_embd", "32"),
+    "finetune_shakespeare.py": (*FEW, "--gradient_accumulation_steps", "1"),
+    "compare_optimizers.py": (*FEW, "--n_layer", "1"),
+    "sample.py": ("--max_new_tokens", "5"),
+    "bench.py": ("--rounds", "1", "--steps", "2", "--results", "step_time.json"),
+}
+
+
+def bash_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
+    return [
+        line
+        for block in blocks
+        for line in block.replace("\\\n", " ").splitlines()
+        if line and not line.startswith("#")
+    ]
+
+
+def test_tables_are_those_of_the_results_files(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "recipes")
+    import render_readme
+
+    assert render_readme.render(README) == README
+
+
+def test_finetune_prose_is_that_of_the_results_file():
+    path = REPOSITORY / "recipes" / "results" / "finetune_stories260k.json"
+    history = json.loads(path.read_text(encoding="utf-8"))["runs"][0]["history"]
+    assert history["eval_steps"][0] == 0
+    assert f"begins at {history['eval_losses'][0]:.2f}" in " ".join(README.split())
+
+
+def test_python_examples_run(tiny_run, tmp_path, docs_data):
+    """The three snippets, one after another, with a model and data that the reader would have."""
+    model, using_names, public_way, plain = (
+        "from transformers import AutoModelForCausalLM\n"
+        "from striped_hf.data import ContiguousBlocks, open_split\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(tiny_run)!r})\n"
+        f"blocks = ContiguousBlocks(open_split({str(docs_data)!r}, 'val'), 32)\n"
+        "dataset = [{k: v for k, v in blocks[i].items() if k != 'shift_labels'} for i in (0, 1)]\n",
+        *re.findall(r"```python\n(.*?)```", README, flags=re.S),
+    )
+    script = "\n".join((model, using_names, public_way, "trainer.train()", plain))
+    script += "\nassert len(optimizer.param_groups) == 3\n"
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.slow
+def test_commands_run(test_data, tmp_path):
+    """Every command, in order, in a folder where a reader would stand; scripts' own tests cover the
+    ones marked as needing a GPU. Downloads are replaced by --input."""
+    for name in ("recipes", "data_scripts"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    (tmp_path / "stories260K").symlink_to(test_data / "stories260K")
+    ran = set()
+    for line in bash_commands():
+        command, _, needs = line.partition("#")
+        words = shlex.split(command)
+        if words[0] == "make":  # the demo and the tests themselves
+            assert words[1] in ("demo", "test")
+            continue
+        assert words[0] == "python", line
+        script = Path(words[1]).name
+        assert (REPOSITORY / words[1]).is_file(), line
+        if "GPU" in needs or ("network" in needs and "data_scripts" not in words[1]):
+            continue
+        if script.startswith("shakespeare"):
+            words += ["--input", str(test_data / "tinyshakespeare" / "input.txt")]
+        finished = subprocess.run(
+            [sys.executable, *words[1:], *SMALL.get(script, ())],
+            cwd=tmp_path,
+            env={**os.environ, "TIKTOKEN_CACHE_DIR": str(test_data / "tiktoken_cache")},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert finished.returncode == 0, line + finished.stdout + finished.stderr
+        ran.add(script)
+    assert ran >= {*SMALL, "shakespeare_char.py", "shakespeare.py", "python_docs.py"}
