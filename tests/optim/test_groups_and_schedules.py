@@ -155,7 +155,8 @@ def test_zero_grad(set_to_none: bool) -> None:
 
 def test_the_step_leaves_autograd_alone() -> None:
     """The parameter stays a leaf, grad mode stays on, the version counter tells of the write."""
-    ps = small_parameters()
+    # twice the same shapes, so that some may be stepped as one
+    ps = [*small_parameters(), *small_parameters()]
     optimizer = StripedAdamW(ps)
     give_gradients(ps, 0)
     versions = [p._version for p in ps]
