@@ -11,6 +11,7 @@ Writes data/python_docs: train.bin, val.bin, meta.json, and the characters as a 
 import hashlib
 import platform
 
+from striped_hf.cli import UserError, run
 from striped_hf.data import prepare
 
 
@@ -18,7 +19,7 @@ def read_topics() -> tuple[str, prepare.Source]:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise prepare.PreparationError(
+        raise UserError(
             f"this Python comes without pydoc_data.topics ({error}); pass a text with --input FILE"
         ) from error
     text = "\n\n".join(topics[name].strip("\n") for name in sorted(topics)) + "\n"
@@ -36,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    prepare.run(main)
+    run(main)

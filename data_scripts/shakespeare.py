@@ -9,6 +9,7 @@ meta.json, and the tokenizer. GPT-2's BPE is tiktoken's, which downloads its voc
 TIKTOKEN_CACHE_DIR to a folder that has it to work without network.
 """
 
+from striped_hf.cli import run
 from striped_hf.data import prepare
 
 
@@ -30,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    prepare.run(main)
+    run(main)

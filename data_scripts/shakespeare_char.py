@@ -7,6 +7,7 @@ Writes data/shakespeare_char: train.bin and val.bin (as nanoGPT's data/shakespea
 does, ids included), meta.json, and the characters as a tokenizer for AutoTokenizer.
 """
 
+from striped_hf.cli import run
 from striped_hf.data import prepare
 
 
@@ -18,4 +19,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    prepare.run(main)
+    run(main)

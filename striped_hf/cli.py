@@ -1,6 +1,7 @@
 """What the scripts share: failures that a user can mend end them with one line."""
 
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,12 @@ def load_pretrained(auto_class: Any, name_or_path: str) -> Any:
     try:
         return auto_class.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"cannot load {name_or_path!r} ({reason}): pass a local folder that holds the model "
-            "and its tokenizer, or a hub name where the hub can be reached"
+            f"cannot load {name_or_path}: pass a local folder that holds the model and its "
+            f"tokenizer, or a hub's name where there is a network ({one_line(error)})"
         ) from error
+
+
+def one_line(error: Exception) -> str:
+    """Returns an error's message, cut to fit into a line."""
+    return textwrap.shorten(str(error), 160)

@@ -77,11 +77,9 @@ def test_two_processes_agree_with_one(tiny_run, docs_data, tmp_path):
     (tmp_path / "evaluate.py").write_text(SCRIPT, encoding="utf-8")
     results = []
     for processes in (1, 2):
-        launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        launch += ["--multi_gpu"] if processes > 1 and torch.cuda.is_available() else []
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
         run = subprocess.run(
-            [sys.executable, *launch, "evaluate.py", str(tiny_run), str(docs_data)],
+            [sys.executable, *launch, str(processes), "evaluate.py", str(tiny_run), str(docs_data)],
             cwd=tmp_path,
             capture_output=True,
             text=True,

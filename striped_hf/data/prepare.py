@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
 import tempfile
-import textwrap
-from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from tiktoken.load import read_file_cached
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from striped_hf.cli import UserError, load_pretrained, one_line
 from striped_hf.data.tokens import write_data_set
 
 Source = dict[str, str | None]
@@ -42,18 +40,6 @@ _GPT2_FILES = (
         "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     ),
 )
-
-
-class PreparationError(Exception):
-    """A failure that the user can mend; its message is one line."""
-
-
-def run(main: Callable[[], None]) -> None:
-    """Run a script's main; a failure that the user can mend ends it with one line and code 1."""
-    try:
-        main()
-    except (PreparationError, OSError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
 
 
 def argument_parser(description: str | None, name: str) -> argparse.ArgumentParser:
@@ -88,7 +74,7 @@ def download(url: str, sha256: str, path: Path) -> None:
         path: Where it goes; written under a temporary name and renamed once it is whole.
 
     Raises:
-        PreparationError: If it cannot be fetched or what came has another checksum.
+        UserError: If it cannot be fetched or what came has another checksum.
     """
     if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
         print(f"using {path}, downloaded before")
@@ -98,9 +84,9 @@ def download(url: str, sha256: str, path: Path) -> None:
     try:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
     except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the checksum differs
-        raise PreparationError(
+        raise UserError(
             f"cannot download {url}: fetch it where there is a network and pass it with "
-            f"--input FILE ({_one_line(error)})"
+            f"--input FILE ({one_line(error)})"
         ) from error
 
 
@@ -114,7 +100,7 @@ def read_text(path: Path) -> tuple[str, Source]:
         The text, and its name, URL (None if it is not known) and sha256.
 
     Raises:
-        PreparationError: If the file is not UTF-8, or too short to be split.
+        UserError: If the file is not UTF-8, or too short to be split.
         OSError: If it cannot be read.
     """
     content = path.read_bytes()
@@ -122,9 +108,9 @@ def read_text(path: Path) -> tuple[str, Source]:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise PreparationError(f"{path} is not UTF-8 text ({error})") from error
+        raise UserError(f"{path} is not UTF-8 text ({error})") from error
     if len(text) < 2:
-        raise PreparationError(f"{path} holds {len(text)} characters: too short to be split in two")
+        raise UserError(f"{path} holds {len(text)} characters: too short to be split in two")
     if sha256 == TINY_SHAKESPEARE["sha256"]:
         return text, TINY_SHAKESPEARE
     return text, {"name": path.name, "url": None, "sha256": sha256}
@@ -177,7 +163,7 @@ def write_characters(
         expected: What the numbers of symbols, train and val tokens have to be, if known.
 
     Raises:
-        PreparationError: If the numbers are not those expected.
+        UserError: If the numbers are not those expected.
     """
     code_points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     symbols, ids = np.unique(code_points, return_inverse=True)
@@ -199,17 +185,17 @@ def write_gpt2_tokens(
 ) -> None:
     """Write a text as a data set of GPT-2's BPE tokens, encoded by tiktoken.
 
-    Arguments and errors as :func:`write_characters`; also PreparationError if tiktoken has the
+    Arguments and errors as :func:`write_characters`; also UserError if tiktoken has the
     vocabulary neither in its cache nor from the network.
     """
     try:
         encoding = tiktoken.get_encoding("gpt2")
         tokenizer = gpt2_tokenizer()
     except (OSError, ValueError) as error:
-        raise PreparationError(
+        raise UserError(
             "tiktoken cannot load GPT-2's vocabulary: run once where there is a network, or set "
             "TIKTOKEN_CACHE_DIR to a cache filled there, or pass --tokenizer with a local "
-            f"tokenizer's folder ({_one_line(error)})"
+            f"tokenizer's folder ({one_line(error)})"
         ) from error
     cut = _cut(text)
     _write(
@@ -230,15 +216,9 @@ def write_model_tokens(output_dir: Path, text: str, source: Source, name_or_path
     Arguments as :func:`write_characters`.
 
     Raises:
-        PreparationError: If ``AutoTokenizer`` cannot load ``name_or_path``.
+        UserError: If ``AutoTokenizer`` cannot load ``name_or_path``.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise PreparationError(
-            f"cannot load --tokenizer {name_or_path}: pass a local folder with tokenizer.json and "
-            f"tokenizer_config.json, or a hub's name where there is a network ({_one_line(error)})"
-        ) from error
+    tokenizer = load_pretrained(AutoTokenizer, name_or_path)
     cut = _cut(text)
     train, val = (
         # verbose=False: that the text is longer than the model's context is no news here
@@ -275,7 +255,7 @@ def _write(
 ) -> None:
     counts = (vocab_size, len(train), len(val))
     if expected is not None and counts != expected:
-        raise PreparationError(
+        raise UserError(
             f"got {counts} as vocabulary size, train and val tokens of {source['name']}, where "
             f"{expected} are known to be right: nothing was written"
         )
@@ -291,7 +271,3 @@ def _write(
         f"{output_dir}: {source['name']} as {tokenizer_name}, vocabulary {vocab_size:,}; "
         f"train.bin {len(train):,} and val.bin {len(val):,} tokens ({meta['dtype']})"
     )
-
-
-def _one_line(error: Exception) -> str:
-    return textwrap.shorten(str(error), 160)

@@ -113,7 +113,7 @@ def test_unreachable_hub_ends_a_process_with_one_line(run_script, own_text, tmp_
     arguments = ["--input", own_text, "--tokenizer", "nobody/nothing"]
     done = run_script("data_scripts/shakespeare.py", *arguments, cwd=tmp_path, status=1)
     assert "Traceback" not in done.stderr
-    assert "cannot load --tokenizer nobody/nothing: pass a local folder" in done.stderr
+    assert "cannot load nobody/nothing: pass a local folder" in done.stderr
     assert not (tmp_path / "data").exists()
 
 

@@ -8,6 +8,7 @@ import tiktoken
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
+from striped_hf.cli import UserError
 from striped_hf.data import open_split, prepare
 
 CONTENT = b"Twice two makes four.\n" * 20_000
@@ -40,13 +41,13 @@ def test_failed_download_leaves_nothing_and_says_what_to_do(server, tmp_path, ro
     server.files.update({"/text": CONTENT, "/other": b"something else"})
     url = "http://127.0.0.1:9/refused" if route is None else server.url + route
     path = tmp_path / "text"
-    with pytest.raises(prepare.PreparationError, match="--input FILE") as caught:
+    with pytest.raises(UserError, match="--input FILE") as caught:
         prepare.download(url, SHA256, path)
     assert url in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
     path.write_bytes(b"older")
-    with pytest.raises(prepare.PreparationError):
+    with pytest.raises(UserError):
         prepare.download(url, SHA256, path)
     assert path.read_bytes() == b"older"
     assert list(tmp_path.iterdir()) == [path]
@@ -69,7 +70,7 @@ def test_whole_script_over_the_network(server, corpus, monkeypatch, run_here):
 )
 def test_unusable_text(tmp_path, content, message):
     (tmp_path / "text").write_bytes(content)
-    with pytest.raises(prepare.PreparationError, match=message):
+    with pytest.raises(UserError, match=message):
         prepare.read_text(tmp_path / "text")
 
 
@@ -83,7 +84,7 @@ def test_text_is_taken_as_it_is(tmp_path):
 
 def test_unexpected_counts_write_nothing(tmp_path):
     source = {"name": "abc", "url": None, "sha256": ""}
-    with pytest.raises(prepare.PreparationError, match=r"\(3, 2, 1\).*\(3, 2, 2\)"):
+    with pytest.raises(UserError, match=r"\(3, 2, 1\).*\(3, 2, 2\)"):
         prepare.write_characters(tmp_path / "data", "abc", source, expected=(3, 2, 2))
     assert not (tmp_path / "data").exists()
 
