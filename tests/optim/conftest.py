@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # for oracle.py
 
 settings.register_profile("striped", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("striped")

@@ -373,13 +373,20 @@ def test_the_index_is_the_elements_place_in_the_whole_parameter(
 
 
 @pytest.mark.slow
-def test_chunks_do_not_change_the_bits() -> None:
-    """A matrix of nine million elements begins with the bits that a small one has."""
-    small = move(torch.ones(300, 1000, dtype=torch.bfloat16), 2e-3, steps=2)
-    large = move(torch.ones(9001, 1000, dtype=torch.bfloat16), 2e-3, steps=2)
-    assert (bits(large[:300]) != bits(small)).sum() <= 8
-    as_vector = move(torch.ones(9001 * 1000, dtype=torch.bfloat16), 2e-3, steps=2)
-    assert (bits(large.flatten()) != bits(as_vector)).sum() <= 9001 * 1000 / 2**14
+@pytest.mark.parametrize(
+    "shape", [(9001, 1000), (999, 9001), (5, 1301, 1000), (9_000_001,)], ids=str
+)
+def test_chunks_do_not_change_the_bits(shape: tuple[int, ...]) -> None:
+    """Nine million elements begin with the bits that small tensors have, wherever they are cut."""
+    n = 6000
+    large = move(torch.ones(shape, dtype=torch.bfloat16), 2e-3, steps=2).flatten()
+    small = move(torch.ones(n, dtype=torch.bfloat16), 2e-3, steps=2)
+    assert (bits(large[:n]) != bits(small)).sum() <= 1
+    # and go on with those of others that are cut elsewhere; a few may be tipped by the fp32 rounding
+    # of the update, which depends on the shape
+    n = 2_000_000
+    other = move(torch.ones(2857, 701, dtype=torch.bfloat16), 2e-3, steps=2).flatten()[:n]
+    assert (bits(large[:n]) != bits(other)).sum() <= 20
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
