@@ -101,6 +101,9 @@ def render_plot(comparison: Comparison, path: str | os.PathLike[str]) -> None:
                 seeds = [run["eval_loss"] for run in same]
                 losses.scatter([rate] * len(seeds), seeds, s=12, alpha=0.5, color=colors[name])
         losses.set(xscale="log", xlabel="learning rate", ylabel="validation loss, nats per token")
+        every_rate = sorted({rate for _, rate in groups(comparison)})
+        losses.set_xticks(every_rate, [f"{rate:g}" for rate in every_rate])
+        losses.minorticks_off()
         losses.set_title("validation loss: mean of the seeds (lines) and each seed (dots)")
     else:
         for run in comparison["runs"]:

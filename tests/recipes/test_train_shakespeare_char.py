@@ -3,6 +3,9 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from striped_hf.data import open_split
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = "recipes/train_shakespeare_char.py"
 pytestmark = pytest.mark.slow
 
@@ -88,6 +92,18 @@ def test_reads_what_nanogpt_prepared(docs_data, run_script, tmp_path):
     run_script(RECIPE, *TINY, *QUIET, *flags, cwd=tmp_path)
     assert read_run(out)["steps"] == 2
     assert not (out / "tokenizer.json").exists()
+
+
+def test_runs_under_accelerate_launch(docs_data, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    flags = ("--max_steps", 2, "--eval_steps", 2, "--save_steps", 2, "--data_dir", docs_data)
+    command = [*launch, REPOSITORY / RECIPE, *TINY, *QUIET, *flags, "--output_dir", tmp_path]
+    finished = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert read_run(tmp_path)["steps"] == 2
 
 
 def test_missing_data_is_one_line(run_script, tmp_path):
