@@ -1,0 +1,110 @@
+"""PEFT's LoRA and TRL's SFTTrainer, as their users run them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from trainer_runs import NAMES, Counting, arguments, losses, optimizer_of, tiny_model
+from transformers import PreTrainedTokenizerFast, Trainer
+from trl import SFTConfig, SFTTrainer
+
+from striped_hf import StripedAdamW, optimizer_cls_and_kwargs
+
+TEXT = "the cat sat on the mat and the dog sat on the log"
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character."""
+    vocabulary = {token: i for i, token in enumerate(["<eos>", *sorted(set(TEXT))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>", bos_token="<eos>"
+    )
+
+
+def lora(**changes: Any) -> LoraConfig:
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], **changes)
+
+
+def trained(trainer: Trainer) -> set[str]:
+    """The names of the parameters that the optimizer holds, each with a momentum."""
+    optimizer = optimizer_of(trainer)
+    assert type(optimizer) is StripedAdamW
+    names = set()
+    for group in optimizer.param_groups:
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            assert "exp_avg" in optimizer.state[param]
+            names.add(name)
+    return names
+
+
+def test_lora_trains_only_its_adapters_and_resumes(tmp_path: Path) -> None:
+    def run(resume: bool) -> Trainer:
+        args = arguments(
+            tmp_path,
+            optim="striped_adamw_8bit",
+            max_steps=12,
+            learning_rate=3e-2,
+            save_strategy="steps",
+            save_steps=6,
+        )
+        model = get_peft_model(tiny_model("llama"), lora())
+        trainer = Trainer(model, args, train_dataset=Counting())
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6") if resume else None)
+        return trainer
+
+    whole, resumed = run(False), run(True)
+    assert trained(whole) == {
+        name for name, param in whole.model.named_parameters() if param.requires_grad
+    }
+    assert all(".lora_" in name for name in trained(whole))
+    assert losses(whole)[-1] < losses(whole)[0] - 0.1
+    assert losses(resumed) == losses(whole)
+    frozen = dict(tiny_model("llama").named_parameters())
+    for name, param in whole.model.get_base_model().named_parameters():
+        original = frozen.get(name.replace(".base_layer", ""))
+        if original is not None:
+            torch.testing.assert_close(param, original, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("way", ["name", "public"])
+def test_sft_trainer(tmp_path: Path, way: str, peft: bool) -> None:
+    tokenizer = tiny_tokenizer()
+    args = SFTConfig(
+        str(tmp_path),
+        optim="striped_adamw_8bit",
+        max_steps=8,
+        per_device_train_batch_size=4,
+        learning_rate=2e-2,
+        max_length=16,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
+    model = tiny_model("llama")
+    # made before SFTTrainer puts adapters into the model, as a user would
+    answer = optimizer_cls_and_kwargs(args, model) if way == "public" else None
+    trainer = SFTTrainer(
+        model,
+        args=args,
+        train_dataset=Dataset.from_dict({"text": [TEXT[i:] for i in range(32)]}),
+        processing_class=tokenizer,
+        peft_config=lora() if peft else None,
+        optimizer_cls_and_kwargs=answer,
+    )
+    trainer.train()
+    assert isinstance(trainer.model, PeftModel) is peft
+    assert all(".lora_" in name for name in trained(trainer)) is peft
+    assert len(trained(trainer)) == sum(p.requires_grad for p in trainer.model.parameters())
+    groups = optimizer_of(trainer).param_groups
+    assert {group["momentum_dtype"] for group in groups} == {NAMES["striped_adamw_8bit"]}
+    assert losses(trainer)[-1] < losses(trainer)[0] - 0.1
