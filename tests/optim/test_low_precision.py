@@ -382,8 +382,8 @@ def test_chunks_do_not_change_the_bits(shape: tuple[int, ...]) -> None:
     large = move(torch.ones(shape, dtype=torch.bfloat16), 2e-3, steps=2).flatten()
     small = move(torch.ones(n, dtype=torch.bfloat16), 2e-3, steps=2)
     assert (bits(large[:n]) != bits(small)).sum() <= 1
-    # and go on with those of others that are cut elsewhere; a few may be tipped by the fp32 rounding
-    # of the update, which depends on the shape
+    # and go on with those of others that are cut elsewhere; a few may be tipped by the update's
+    # fp32 rounding, which depends on the shape
     n = 2_000_000
     other = move(torch.ones(2857, 701, dtype=torch.bfloat16), 2e-3, steps=2).flatten()[:n]
     assert (bits(large[:n]) != bits(other)).sum() <= 20
