@@ -1,11 +1,12 @@
 """Run one recipe with several optimizers, one after another, and compare them.
 
     python recipes/compare_optimizers.py recipes/train_shakespeare_char.py \\
-        --optim adamw_torch_fused striped_adamw striped_adamw_8bit -- --preset cpu
+        --optim adamw_torch_fused@4e-3 striped_adamw@6e-3 striped_adamw_8bit@6e-3 -- --preset cpu
 
 What stands behind `--` goes to the recipe. Each run is a process of its own and leaves its folder
 in --output_dir, which gets comparison.json (every figure measured), comparison.md and
-comparison.png. An optimizer's own arguments follow its name: striped_adamw_8bit:nesterov=true.
+comparison.png. An optimizer's own arguments and learning rate follow its name:
+striped_adamw_8bit:nesterov=true@6e-3.
 
 --learning_rate and --seed take several values: every combination is run, and the table has each
 optimizer's mean over the seeds at each learning rate. --resume takes over the runs that an earlier,
@@ -30,10 +31,12 @@ def main() -> None:
     settings = list(itertools.product(args.optim, args.learning_rate, args.seed))
     runs = []
     for i, (optim, learning_rate, seed) in enumerate(settings, start=1):
-        name = "-".join(filter(None, (optim.replace(":", "-"), learning_rate, seed)))
+        optim, _, own_rate = optim.partition("@")
+        optim, _, optim_args = optim.partition(":")
+        learning_rate = own_rate or learning_rate
+        name = "-".join(filter(None, (optim, optim_args, learning_rate, seed)))
         print(f"== run {i} of {len(settings)}: {name}", flush=True)
-        flags = ["--optim", optim.partition(":")[0]]
-        flags += ["--optim_args", optim.partition(":")[2]] if ":" in optim else []
+        flags = ["--optim", optim, "--optim_args", optim_args]
         flags += ["--learning_rate", learning_rate] if learning_rate else []
         flags += ["--seed", seed] if seed else []
         flags += [*args.recipe_flags, "--output_dir", str(args.output_dir / name)]
@@ -58,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", help="the script to run, such as recipes/finetune_shakespeare.py")
-    parser.add_argument("--optim", nargs="+", required=True, metavar="NAME[:OPTIM_ARGS]")
+    parser.add_argument("--optim", nargs="+", required=True, metavar="NAME[:OPTIM_ARGS][@LR]")
     parser.add_argument("--learning_rate", nargs="+", default=[""], metavar="LR")
     parser.add_argument("--seed", nargs="+", default=[""], metavar="SEED")
     parser.add_argument("--output_dir", type=Path, default=Path("out/comparison"))

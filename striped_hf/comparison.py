@@ -41,14 +41,17 @@ def is_sweep(comparison: Comparison) -> bool:
 
 def render_table(comparison: Comparison) -> str:
     """Makes the Markdown table: one row a run, or for a sweep one a learning rate."""
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
     if not is_sweep(comparison):
         header = (
-            *("optimizer", "state, bytes per parameter", "peak memory, MiB", "median step, ms"),
-            *("train loss", "val loss"),
+            *("optimizer", "learning rate", "state, bytes per parameter", "peak memory, MiB"),
+            *("median step, ms", "train loss", "val loss"),
         )
         rows = [
             (
                 f"`{label(run)}`",
+                f"{run['learning_rate']:g}",
                 f"{run['state_bytes_per_param']:.2f}",
                 f"{run['peak_memory_mib']:,.0f}",
                 f"{run['median_step_ms']:.1f}",

@@ -33,7 +33,8 @@ def parse_arguments(
     Args:
         options_class: A dataclass of the recipe's own options. With ``presets`` it has a field
             ``preset``, whose default names one of them.
-        defaults: The recipe's defaults, of its own options and of TrainingArguments.
+        defaults: The recipe's defaults, of its own options and of TrainingArguments. A default
+            ``optim_args`` is the default optimizer's: another ``--optim`` does not get it.
         presets: Named sets of further defaults, which ``--preset`` chooses from.
 
     Returns:
@@ -44,12 +45,16 @@ def parse_arguments(
         SystemExit: A flag is unknown or its value is wrong; the message names it.
     """
     parser = HfArgumentParser((options_class, TrainingArguments))  # type: ignore[arg-type]
-    parser.set_defaults(**{**_DEFAULTS, **defaults})
+    defaults = {**_DEFAULTS, **defaults}
+    parser.set_defaults(**defaults)
+    given = parser.parse_known_args()[0]
     if presets is not None:
-        preset = parser.parse_known_args()[0].preset
-        if preset not in presets:
-            parser.error(f"--preset {preset}: choose one of {', '.join(presets)}")
-        parser.set_defaults(**presets[preset])
+        if given.preset not in presets:
+            parser.error(f"--preset {given.preset}: choose one of {', '.join(presets)}")
+        defaults |= presets[given.preset]
+    if given.optim != defaults["optim"]:
+        defaults.pop("optim_args", None)
+    parser.set_defaults(**defaults)
     options, args = parser.parse_args_into_dataclasses()
     if args.resume_from_checkpoint == "last":
         args.resume_from_checkpoint = get_last_checkpoint(args.output_dir)

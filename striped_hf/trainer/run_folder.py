@@ -77,7 +77,7 @@ def finish_run(
         "recipe": Path(sys.argv[0]).name,
         "command": shlex.join(["python", *sys.argv]),
         "optim": OptimizerNames(args.optim).value,
-        "optim_args": args.optim_args,
+        "optim_args": args.optim_args or None,
         "learning_rate": args.learning_rate,
         "seed": args.seed,
         "steps": trainer.state.global_step,

@@ -21,7 +21,7 @@ def read(folder: Path) -> dict:
 def compared(tmp_path_factory, run_script, docs_data):
     """A comparison's folder and what it printed."""
     folder = tmp_path_factory.mktemp("comparison")
-    optims = ("adamw_torch_fused", "striped_adamw_8bit", "striped_adamw:nesterov=true")
+    optims = ("adamw_torch_fused@2e-3", "striped_adamw_8bit", "striped_adamw:nesterov=true")
     flags = (*TINY, *QUIET, *FEW, "--data_dir", docs_data)
     done = run_script(
         *(SCRIPT, RECIPE, "--optim", *optims, "--output_dir", folder, "--", *flags), cwd=folder
@@ -42,6 +42,7 @@ def test_comparison_json_holds_what_was_measured(compared):
         ("striped_adamw", "nesterov=true"),
     ]
     for run in comparison["runs"]:
+        assert run["learning_rate"] == (2e-3 if run["optim"] == "adamw_torch_fused" else 4e-3)
         assert run["steps"] == 4
         assert run["tokens"] == 4 * 12 * 32
         assert run["seed"] == 1337

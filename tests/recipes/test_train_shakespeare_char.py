@@ -38,7 +38,7 @@ def test_run_json_is_measured(tiny_run, docs_data):
     run = read_run(tiny_run)
     val = open_split(docs_data, "val")
     model = AutoModelForCausalLM.from_pretrained(tiny_run)
-    assert run["optim"] == "striped_adamw_8bit"
+    assert (run["optim"], run["optim_args"]) == ("striped_adamw_8bit", "nesterov=true")
     assert run["steps"] == 20
     assert run["tokens"] == 20 * 12 * 32
     assert run["eval_tokens"] == len(val) - 1
@@ -89,8 +89,10 @@ def test_reads_what_nanogpt_prepared(docs_data, run_script, tmp_path):
     out = tmp_path / "run"
     flags = ("--max_steps", 2, "--eval_strategy", "no", "--save_strategy", "no")
     flags += ("--load_best_model_at_end", "false", "--data_dir", tmp_path, "--output_dir", out)
+    flags += ("--optim", "adamw_torch_fused")
     run_script(RECIPE, *TINY, *QUIET, *flags, cwd=tmp_path)
     assert read_run(out)["steps"] == 2
+    assert read_run(out)["optim_args"] is None  # the default optimizer's are not AdamW's
     assert not (out / "tokenizer.json").exists()
 
 
