@@ -77,7 +77,7 @@ def test_goes_in_the_right_direction(
         loss = optimizer.step(closure)
         for one in running:
             if isinstance(one, schedulers.ReduceLROnPlateau):
-                one.step(loss)
+                one.step(loss.item())
             else:
                 one.step()
     last = closure().item()
