@@ -77,7 +77,7 @@ def init(shape: torch.Size, momentum_dtype: str, device: torch.device) -> dict[s
     codes = torch.zeros(*rows, code_columns(columns, momentum_dtype), dtype=packed, device=device)
     if momentum_dtype == "int4":
         codes.copy_(_pack(torch.zeros(columns, dtype=torch.int8, device=device)))
-    scale = torch.zeros(*rows, scale_columns(columns), device=device)
+    scale = torch.zeros(*rows, scale_columns(columns), dtype=torch.float32, device=device)
     return {"exp_avg": codes, "exp_avg_scale": scale}
 
 
@@ -125,7 +125,13 @@ def decode(codes: Tensor, scale: Tensor | None, momentum_dtype: str, columns: in
 
 
 def _blocks(values: Tensor) -> Tensor:
-    """[..., C] to [..., ceil(C / 128), 128], zeros behind the last element; a view where it can."""
+    """[..., C] to [..., ceil(C / 128), 128], zeros behind the last element; a view where it can.
+
+    A row shorter than a block stays as it is, [..., 1, C]: filling up rows of 2 would take 64 times
+    the memory.
+    """
+    if values.shape[-1] <= BLOCK_SIZE:
+        return values.unsqueeze(-2)
     missing = -values.shape[-1] % BLOCK_SIZE
     # F.pad copies even where there is nothing to add
     padded = pad(values, (0, missing)) if missing else values

@@ -39,16 +39,21 @@ def init_state(param: Tensor, group: Group, device: torch.device | None = None) 
         all float32.
     """
     device = param.device if device is None else device
-    state = {"step": torch.zeros((), device="meta" if device.type == "meta" else "cpu")}
+    # dtypes are spelled out: torch.set_default_dtype must not change what the state is
+    step_device = "meta" if device.type == "meta" else "cpu"
+    state = {"step": torch.zeros((), dtype=torch.float32, device=step_device)}
     momentum_dtype = momentum.storage_format(param.shape, group["momentum_dtype"])
     state.update(momentum.init(param.shape, momentum_dtype, device))
     if param.dim() < 2:
-        state["exp_avg_sq"] = torch.zeros(param.shape, device=device)
+        state["exp_avg_sq"] = torch.zeros(param.shape, dtype=torch.float32, device=device)
     else:
         *matrices, rows, columns = param.shape
         row_blocks, col_blocks = group["blocks"]
-        state["exp_avg_sq_row"] = torch.zeros(*matrices, rows, col_blocks, device=device)
-        state["exp_avg_sq_col"] = torch.zeros(*matrices, row_blocks, columns, device=device)
+        for key, shape in (
+            ("exp_avg_sq_row", (*matrices, rows, col_blocks)),
+            ("exp_avg_sq_col", (*matrices, row_blocks, columns)),
+        ):
+            state[key] = torch.zeros(shape, dtype=torch.float32, device=device)
     return state
 
 
@@ -114,6 +119,11 @@ def _check_sizes(saved_groups: list[Group], groups: list[Group]) -> None:
 
 def _check_same_storage(saved: Group, group: Group, name: str) -> None:
     for key in ("momentum_dtype", "blocks"):
+        if key not in saved:
+            raise ValueError(
+                f"{name}: the state dict's param group has no {key!r} (it has {sorted(saved)}): "
+                "load one that StripedAdamW or torch.optim.AdamW saved"
+            )
         own = group[key]
         theirs = tuple(saved[key]) if key == "blocks" else saved[key]
         if theirs != own:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from itertools import chain
+from numbers import Real
 from typing import Any, overload
 
 import torch
@@ -216,10 +217,11 @@ def _check_hyperparameters(group: Group) -> None:
     if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
         raise ValueError(f"lr={group['lr']} is a tensor of several elements: pass one of one")
     for key in ("lr", "eps", "weight_decay"):
-        if not 0 <= float(group[key]) < math.inf:
-            raise ValueError(f"{key}={group[key]} is out of range: pass a finite number >= 0")
+        value = group[key]
+        if not isinstance(value, (Real, Tensor)) or not 0 <= float(value) < math.inf:
+            raise ValueError(f"{key}={value!r} is out of range: pass a finite number >= 0")
     betas = group["betas"]
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+    if not _is_pair(betas) or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas={betas} is out of range: pass two numbers in [0, 1)")
     if group["momentum_dtype"] not in momentum.MOMENTUM_DTYPES:
         raise ValueError(
@@ -227,11 +229,15 @@ def _check_hyperparameters(group: Group) -> None:
             f"{', '.join(momentum.MOMENTUM_DTYPES)}"
         )
     blocks = group["blocks"]
-    if len(blocks) != 2 or not all(isinstance(b, int) and b > 0 for b in blocks):
+    if not _is_pair(blocks) or not all(isinstance(b, int) and b > 0 for b in blocks):
         raise ValueError(f"blocks={blocks} is no pair of counts: pass two integers >= 1")
     for key, allowed in _SWITCHES.items():
         if group[key] not in allowed:
             raise ValueError(f"{key}={group[key]!r} is no switch: pass one of {allowed}")
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2
 
 
 def _check_group(group: Group, group_index: int) -> None:
