@@ -28,10 +28,8 @@ def count(model: GPT2LMHeadModel, momentum_dtype: str) -> int:
     return sum(
         value.nbytes
         for group in param_groups(model, weight_decay=0.1)
-        for _, param in group["params"]
-        for value in init_state(
-            param, {"blocks": (1, 1), **group, "momentum_dtype": momentum_dtype}
-        ).values()
+        for (_, param), blocks in zip(group["params"], group["blocks"], strict=True)
+        for value in init_state(param, momentum_dtype, blocks).values()
     )
 
 

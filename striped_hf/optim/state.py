@@ -9,6 +9,7 @@ from torch import Tensor
 from striped_hf.optim import momentum
 
 State = dict[str, Tensor]
+Blocks = tuple[int, int]
 Group = dict[str, Any]
 
 # What an AdamW's group and ours both mean by the same name; the rest stays as constructed.
@@ -24,12 +25,22 @@ def describe(group: Group, position: int, group_index: int | None = None) -> str
     return f"parameter {position}{where}, of shape {shape}"
 
 
-def init_state(param: Tensor, group: Group, device: torch.device | None = None) -> State:
+def blocks_of(group: Group, position: int) -> Blocks:
+    """Returns the blocks of one parameter: a group has one pair for all, or a list of one each."""
+    blocks = group["blocks"]
+    row_blocks, col_blocks = blocks if isinstance(blocks[0], int) else blocks[position]
+    return row_blocks, col_blocks
+
+
+def init_state(
+    param: Tensor, momentum_dtype: str, blocks: Blocks, device: torch.device | None = None
+) -> State:
     """Returns the zero state of one parameter.
 
     Args:
         param: The parameter; only its shape and device count.
-        group: Its param group, for ``momentum_dtype`` and ``blocks``.
+        momentum_dtype: As its param group has it.
+        blocks: (br, bc), as ``blocks_of`` gives them.
         device: Where to allocate, instead of on the parameter's device.
 
     Returns:
@@ -42,13 +53,13 @@ def init_state(param: Tensor, group: Group, device: torch.device | None = None) 
     # dtypes are spelled out: torch.set_default_dtype must not change what the state is
     step_device = "meta" if device.type == "meta" else "cpu"
     state = {"step": torch.zeros((), dtype=torch.float32, device=step_device)}
-    momentum_dtype = momentum.storage_format(param.shape, group["momentum_dtype"])
+    momentum_dtype = momentum.storage_format(param.shape, momentum_dtype)
     state.update(momentum.init(param.shape, momentum_dtype, device))
     if param.dim() < 2:
         state["exp_avg_sq"] = torch.zeros(param.shape, dtype=torch.float32, device=device)
     else:
         *matrices, rows, columns = param.shape
-        row_blocks, col_blocks = group["blocks"]
+        row_blocks, col_blocks = blocks
         for key, shape in (
             ("exp_avg_sq_row", (*matrices, rows, col_blocks)),
             ("exp_avg_sq_col", (*matrices, row_blocks, columns)),
@@ -63,8 +74,7 @@ def prepare_state_dict(state_dict: dict[str, Any], groups: list[Group]) -> dict[
     Nothing is changed, neither the state dict nor the groups. A ``torch.optim.AdamW`` state dict
     is converted: full second moments are reduced to their means by row and by column, momentum is
     coded, and what AdamW has no name for stays as the groups have it. Its parameters are matched by
-    name where both sides know names; by position where the groups have the same sizes; else, as
-    when a group was split because of ``blocks``, in order by shape and weight decay.
+    name where both sides know names, else by position.
 
     Args:
         state_dict: Of a StripedAdamW or an AdamW.
@@ -76,7 +86,7 @@ def prepare_state_dict(state_dict: dict[str, Any], groups: list[Group]) -> dict[
 
     Raises:
         ValueError: The state dict has other groups, another momentum format, other stripes, or a
-            state that is incomplete or of a wrong shape; or it cannot be matched unambiguously.
+            state that is incomplete or of a wrong shape.
     """
     if _is_adamw(state_dict):
         state_dict = _from_adamw(state_dict, groups)
@@ -97,12 +107,16 @@ def prepare_state_dict(state_dict: dict[str, Any], groups: list[Group]) -> dict[
         first = position
         for i, param in enumerate(group["params"]):
             name = describe(group, i, group_index)
-            _check_same_storage(saved, group, name)
+            _check_same_storage(saved, group, i, name)
             if saved_ids[position] in state_dict["state"]:
                 loaded = state_dict["state"][saved_ids[position]]
-                states[position] = _checked_state(loaded, param, group, name)
+                zeros = init_state(
+                    param, group["momentum_dtype"], blocks_of(group, i), torch.device("meta")
+                )
+                states[position] = _checked_state(loaded, zeros, name)
             position += 1
-        kept = {key: value for key, value in saved.items() if key not in ("params", "param_names")}
+        own = ("params", "param_names", "blocks")  # the blocks are the same, perhaps as one pair
+        kept = {key: value for key, value in saved.items() if key not in own}
         new_groups.append({**group, **kept, "params": list(range(first, position))})
     return {"state": states, "param_groups": new_groups}
 
@@ -117,15 +131,16 @@ def _check_sizes(saved_groups: list[Group], groups: list[Group]) -> None:
         )
 
 
-def _check_same_storage(saved: Group, group: Group, name: str) -> None:
+def _check_same_storage(saved: Group, group: Group, position: int, name: str) -> None:
     for key in ("momentum_dtype", "blocks"):
         if key not in saved:
             raise ValueError(
                 f"{name}: the state dict's param group has no {key!r} (it has {sorted(saved)}): "
                 "load one that StripedAdamW or torch.optim.AdamW saved"
             )
-        own = group[key]
-        theirs = tuple(saved[key]) if key == "blocks" else saved[key]
+        own, theirs = (
+            blocks_of(side, position) if key == "blocks" else side[key] for side in (group, saved)
+        )
         if theirs != own:
             raise ValueError(
                 f"{name}: the state dict was saved with {key}={theirs!r}, this optimizer has "
@@ -133,11 +148,10 @@ def _check_same_storage(saved: Group, group: Group, name: str) -> None:
             )
 
 
-def _checked_state(loaded: dict[str, Any], param: Tensor, group: Group, name: str) -> State:
-    """Returns the entries of ``loaded`` that a state has, each checked."""
-    expected = init_state(param, group, device=torch.device("meta"))
+def _checked_state(loaded: dict[str, Any], zeros: State, name: str) -> State:
+    """Returns the entries of ``loaded`` that a state has, each checked against its zeros."""
     state = {}
-    for key, like in expected.items():
+    for key, like in zeros.items():
         if key not in loaded:
             raise ValueError(
                 f"{name}: the state dict lacks {key!r} (it has {sorted(loaded)}): it was cut short "
@@ -186,19 +200,23 @@ def _from_adamw(state_dict: dict[str, Any], groups: list[Group]) -> dict[str, An
             new_group["params"].append(position)
             if id_ in state_dict["state"]:
                 loaded = state_dict["state"][id_]
-                states[position] = _state_from_adamw(loaded, param, group, name)
+                states[position] = _state_from_adamw(
+                    loaded, param, group["momentum_dtype"], blocks_of(group, i), name
+                )
             position += 1
         new_groups.append(new_group)
     return {"state": states, "param_groups": new_groups}
 
 
-def _state_from_adamw(loaded: dict[str, Any], param: Tensor, group: Group, name: str) -> State:
+def _state_from_adamw(
+    loaded: dict[str, Any], param: Tensor, momentum_dtype: str, blocks: Blocks, name: str
+) -> State:
     for key in ("step", "exp_avg", "exp_avg_sq"):
         if key not in loaded or (key != "step" and loaded[key].shape != param.shape):
             raise ValueError(
                 f"{name}: the AdamW state dict has no {key!r} of its shape: load one of this model"
             )
-    momentum_dtype = momentum.storage_format(param.shape, group["momentum_dtype"])
+    momentum_dtype = momentum.storage_format(param.shape, momentum_dtype)
     exp_avg, scale = momentum.encode(loaded["exp_avg"].float(), momentum_dtype)
     state = {"step": torch.as_tensor(loaded["step"], dtype=torch.float32), "exp_avg": exp_avg}
     if scale is not None:
@@ -207,7 +225,7 @@ def _state_from_adamw(loaded: dict[str, Any], param: Tensor, group: Group, name:
     if param.dim() < 2:
         state["exp_avg_sq"] = exp_avg_sq
     else:
-        row_blocks, col_blocks = group["blocks"]
+        row_blocks, col_blocks = blocks
         state["exp_avg_sq_row"] = exp_avg_sq.unflatten(-1, (col_blocks, -1)).mean(-1)
         state["exp_avg_sq_col"] = exp_avg_sq.unflatten(-2, (row_blocks, -1)).mean(-2)
     return state
@@ -227,35 +245,5 @@ def _match(state_dict: dict[str, Any], groups: list[Group]) -> list[int]:
             )
         return [saved_names.index(name) for name in names]
 
-    sizes = [len(group["params"]) for group in groups]
-    if [len(group["params"]) for group in saved_groups] == sizes:
-        return list(range(sum(sizes)))
-    return _match_by_shape(state_dict, groups)
-
-
-def _match_by_shape(state_dict: dict[str, Any], groups: list[Group]) -> list[int]:
-    """``_match`` where every group of ours is a part, in order, of one of the saved groups."""
-    saved = [(group, id_) for group in state_dict["param_groups"] for id_ in group["params"]]
-    if len(saved) != sum(len(group["params"]) for group in groups):
-        _check_sizes(state_dict["param_groups"], groups)
-    partners: list[list[int]] = [[] for _ in groups]
-    for position, (saved_group, id_) in enumerate(saved):
-        shape = state_dict["state"].get(id_, {}).get("exp_avg", torch.empty(0)).shape
-        known = id_ in state_dict["state"]
-        fits = [
-            k
-            for k, group in enumerate(groups)
-            if len(partners[k]) < len(group["params"])
-            and (not known or group["params"][len(partners[k])].shape == shape)
-        ]
-        same_decay = [k for k in fits if groups[k]["weight_decay"] == saved_group["weight_decay"]]
-        if len(fits) > 1 and same_decay:
-            fits = same_decay
-        if len(fits) != 1:
-            which = f"of shape {tuple(shape)}" if known else "without state"
-            raise ValueError(
-                f"parameter {position} of the AdamW state dict, {which}, fits {len(fits)} of this "
-                "optimizer's param groups: name the parameters of both, or give both equal groups"
-            )
-        partners[fits[0]].append(position)
-    return list(chain.from_iterable(partners))
+    _check_sizes(saved_groups, groups)
+    return list(range(sum(len(group["params"]) for group in groups)))

@@ -12,7 +12,14 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from striped_hf.optim import backends, momentum
 from striped_hf.optim.reference import Entry, Settings
-from striped_hf.optim.state import Group, describe, init_state, prepare_state_dict
+from striped_hf.optim.state import (
+    Blocks,
+    Group,
+    blocks_of,
+    describe,
+    init_state,
+    prepare_state_dict,
+)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SWITCHES = {
@@ -49,7 +56,8 @@ class StripedAdamW(Optimizer):
             matrices is stored (4, 2, 1.03 and 0.53 bytes per element).
         blocks: (br, bc): take each matrix of the group as br x bc equal blocks with stripes of
             their own. For a matrix that packs several projections along its rows or columns, such
-            as GPT-2's ``c_attn``: (1, 3). Without meaning for 0-D and 1-D parameters.
+            as GPT-2's ``c_attn``: (1, 3). Without meaning for 0-D and 1-D parameters. A param
+            group may have a list instead, of one such tuple for each of its parameters.
         backend: What computes the step: ``"auto"``, the fastest that can run, or one by name.
         stochastic_rounding: Round updates of bfloat16 and float16 parameters stochastically instead
             of to nearest. None means True. Without meaning for float32 parameters.
@@ -70,7 +78,7 @@ class StripedAdamW(Optimizer):
         *,
         maximize: bool = False,
         momentum_dtype: str = "float32",
-        blocks: tuple[int, int] = (1, 1),
+        blocks: Blocks = (1, 1),
         backend: str = "auto",
         stochastic_rounding: bool | None = None,
         nesterov: bool = False,
@@ -144,19 +152,20 @@ class StripedAdamW(Optimizer):
 
         tables = []
         for group in self.param_groups:
-            by_step: dict[int, list[Entry]] = {}
-            for param in group["params"]:
+            by_kind: dict[tuple[int, Blocks], list[Entry]] = {}
+            for i, param in enumerate(group["params"]):
                 if param.grad is None:
                     continue
                 state = self.state[param]
+                blocks = blocks_of(group, i)
                 if not state:
-                    state.update(init_state(param, group))
+                    state.update(init_state(param, group["momentum_dtype"], blocks))
                 state["step"] += 1
                 if param.numel() > 0:
                     momentum_dtype = momentum.storage_format(param.shape, group["momentum_dtype"])
                     entry = Entry(param, param.grad, state, momentum_dtype)
-                    by_step.setdefault(int(state["step"]), []).append(entry)
-            tables += [(_settings(group, step), table) for step, table in by_step.items()]
+                    by_kind.setdefault((int(state["step"]), blocks), []).append(entry)
+            tables += [(_settings(group, *kind), table) for kind, table in by_kind.items()]
         return tables
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -197,7 +206,7 @@ class StripedAdamW(Optimizer):
             post_hook.remove()
 
 
-def _settings(group: Group, step: int) -> Settings:
+def _settings(group: Group, step: int, blocks: Blocks) -> Settings:
     beta1, beta2 = group["betas"]
     return Settings(
         lr=float(group["lr"]),
@@ -208,7 +217,7 @@ def _settings(group: Group, step: int) -> Settings:
         maximize=group["maximize"],
         nesterov=group["nesterov"],
         stochastic_rounding=group["stochastic_rounding"] is not False,
-        blocks=group["blocks"],
+        blocks=blocks,
         step=step,
     )
 
@@ -229,8 +238,9 @@ def _check_hyperparameters(group: Group) -> None:
             f"{', '.join(momentum.MOMENTUM_DTYPES)}"
         )
     blocks = group["blocks"]
-    if not _is_pair(blocks) or not all(isinstance(b, int) and b > 0 for b in blocks):
-        raise ValueError(f"blocks={blocks} is no pair of counts: pass two integers >= 1")
+    for pair in blocks if _is_one_each(blocks) else [blocks]:
+        if not _is_pair(pair) or not all(isinstance(b, int) and b > 0 for b in pair):
+            raise ValueError(f"blocks={pair} is no pair of counts: pass two integers >= 1")
     for key, allowed in _SWITCHES.items():
         if group[key] not in allowed:
             raise ValueError(f"{key}={group[key]!r} is no switch: pass one of {allowed}")
@@ -240,10 +250,23 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and len(value) == 2
 
 
+def _is_one_each(blocks: Any) -> bool:
+    return isinstance(blocks, list) and all(isinstance(pair, (tuple, list)) for pair in blocks)
+
+
 def _check_group(group: Group, group_index: int) -> None:
     """Checks a param group before its first step."""
     _check_hyperparameters(group)
-    group["blocks"] = tuple(group["blocks"])
+    blocks = group["blocks"]
+    if not _is_one_each(blocks):
+        group["blocks"] = tuple(blocks)
+    elif len(blocks) == len(group["params"]):
+        group["blocks"] = [tuple(pair) for pair in blocks]
+    else:
+        raise ValueError(
+            f"blocks has {len(blocks)} pairs for the {len(group['params'])} parameters of param "
+            f"group {group_index}: pass a pair for each, or one for all"
+        )
     for i, param in enumerate(group["params"]):
         name = describe(group, i, group_index)
         if param.dtype not in _DTYPES:
@@ -252,11 +275,11 @@ def _check_group(group: Group, group_index: int) -> None:
                 "leave the parameter out of the optimizer"
             )
         if param.dim() >= 2 and any(
-            size % count for size, count in zip(param.shape[-2:], group["blocks"], strict=True)
+            size % count for size, count in zip(param.shape[-2:], blocks_of(group, i), strict=True)
         ):
             raise ValueError(
-                f"{name} is not divided by blocks={group['blocks']}: pass counts that divide its "
-                "last two dimensions, or put it into a param group with blocks=(1, 1)"
+                f"{name} is not divided by blocks={blocks_of(group, i)}: pass counts that divide "
+                "its last two dimensions, or put it into a param group with blocks=(1, 1)"
             )
         if _is_flattened(param):
             raise ValueError(_flattened_message(name))

@@ -207,29 +207,36 @@ def packed_blocks(model: nn.Module) -> dict[nn.Parameter, Blocks]:
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Builds the param groups with which StripedAdamW trains a model.
 
-    Weight decay goes where ``transformers.Trainer`` puts it, by Trainer's own function: on every
-    parameter but biases and norms. Packed projections get ``blocks`` of their own. Frozen
-    parameters are left out.
+    The groups are those of ``transformers.Trainer``, in its order, by its own function: weight
+    decay on every parameter but biases and norms, frozen parameters left out. So what is kept by
+    group, the state of an AdamW or of a learning-rate scheduler, fits them too.
 
     Args:
         model: The model to train.
         weight_decay: Decay of the parameters that decay, a rate times the learning rate.
 
     Returns:
-        Groups of ``params``, as (name, parameter), ``weight_decay`` and ``blocks``; none is empty.
-        First what decays, with blocks (1, 1) and then with others, then what does not.
+        First what decays, then what does not, unless empty: ``params`` as (name, parameter),
+        ``weight_decay``, and ``blocks`` as a list with a pair for each parameter.
     """
     from transformers.trainer import Trainer
 
     # the method uses nothing of its Trainer, and there is none yet
     decaying = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     packed = packed_blocks(model)
-    groups: dict[tuple[bool, Blocks], list[tuple[str, nn.Parameter]]] = {}
-    for name, param in model.named_parameters():
-        if param.requires_grad:
-            key = (name not in decaying, packed.get(param, (1, 1)))
-            groups.setdefault(key, []).append((name, param))
-    return [
-        {"params": named, "weight_decay": 0.0 if exempt else weight_decay, "blocks": blocks}
-        for (exempt, blocks), named in sorted(groups.items(), key=lambda item: item[0])
-    ]
+    groups = []
+    for decays in (True, False):
+        named = [
+            (name, param)
+            for name, param in model.named_parameters()
+            if param.requires_grad and (name in decaying) == decays
+        ]
+        if named:
+            groups.append(
+                {
+                    "params": named,
+                    "weight_decay": weight_decay if decays else 0.0,
+                    "blocks": [packed.get(param, (1, 1)) for _, param in named],
+                }
+            )
+    return groups

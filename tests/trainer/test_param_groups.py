@@ -41,13 +41,7 @@ def blocks_by_name(groups: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
     return {
         name: blocks
         for group in groups
-        for (name, _), blocks in zip(
-            group["params"],
-            [group["blocks"]] * len(group["params"])
-            if isinstance(group["blocks"], tuple)
-            else group["blocks"],
-            strict=True,
-        )
+        for (name, _), blocks in zip(group["params"], group["blocks"], strict=True)
     }
 
 
@@ -79,11 +73,15 @@ def test_gpt2_has_blocks_in_its_packed_projections_only() -> None:
     assert list(blocks.values()).count((1, 3)) == 2
 
 
-def test_the_order_is_decay_then_no_decay() -> None:
-    for kind in MODELS:
-        groups = param_groups(MODELS[kind](), 0.1)
-        decays = [group["weight_decay"] > 0 for group in groups]
-        assert decays == sorted(decays, reverse=True)
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_groups_are_trainers_own_in_its_order(kind: str, tmp_path: Path) -> None:
+    """So that a scheduler's state and an AdamW's, both kept by position, fit them."""
+    model = MODELS[kind]()
+    theirs = Trainer(model, arguments(tmp_path, optim="adamw_torch")).create_optimizer()
+    ours = StripedAdamW(param_groups(model, 0.1))
+    for group, expected in zip(ours.param_groups, theirs.param_groups, strict=True):
+        assert all(p is q for p, q in zip(group["params"], expected["params"], strict=True))
+        assert group["weight_decay"] == expected["weight_decay"]
 
 
 def test_the_optimizer_takes_the_groups_and_names_parameters_in_errors() -> None:

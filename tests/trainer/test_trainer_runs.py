@@ -208,20 +208,7 @@ def test_resuming_with_another_momentum_format_says_so(tmp_path: Path, other: st
     ("optim", "name"),
     [*(("adamw_torch", name) for name in NAMES), ("adamw_torch_fused", "striped_adamw_8bit")],
 )
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "llama",
-        pytest.param(
-            "gpt2",
-            marks=pytest.mark.xfail(
-                reason="the scheduler's state is by param group, and blocks need a group more",
-                raises=ValueError,
-                strict=True,
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("kind", MODELS)
 def test_a_run_begun_with_adamw_goes_on(
     begun: Any, tmp_path: Path, kind: str, optim: str, name: str
 ) -> None:
