@@ -14,6 +14,16 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 Script = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips the tests that install packages, unless they are asked for."""
+    if "compat" in config.getoption("markexpr"):
+        return
+    skip = pytest.mark.skip(reason="installs another transformers: ask for it by pytest -m compat")
+    for item in items:
+        if item.get_closest_marker("compat"):
+            item.add_marker(skip)
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """The folder of real data; a test that needs it is skipped where there is none."""

@@ -1,10 +1,8 @@
 """This room's tests under the older versions of transformers that are promised to work.
 
-They install packages, so they run only when asked for: ``pytest -m compat``, or with
-``STRIPED_HF_COMPAT=1``.
+They install packages, so they run only when asked for: ``pytest -m compat``.
 """
 
-import os
 import site
 import subprocess
 import sys
@@ -25,11 +23,7 @@ VERSIONS = {
 @pytest.mark.compat
 @pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
-def test_this_room_under(version: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    if "compat" not in request.config.getoption("markexpr") and not os.environ.get(
-        "STRIPED_HF_COMPAT"
-    ):
-        pytest.skip("installs another transformers: ask for it by -m compat or STRIPED_HF_COMPAT=1")
+def test_this_room_under(version: str, tmp_path: Path) -> None:
     venv.create(tmp_path, with_pip=False, symlinks=True)
     python = str(tmp_path / "bin" / "python")
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps"]
