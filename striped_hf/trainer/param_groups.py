@@ -216,8 +216,8 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         weight_decay: Decay of the parameters that decay, a rate times the learning rate.
 
     Returns:
-        First what decays, then what does not, unless empty: ``params`` as (name, parameter),
-        ``weight_decay``, and ``blocks`` as a list with a pair for each parameter.
+        First what decays, then what does not, also where there is none: ``params`` as (name,
+        parameter), ``weight_decay``, and ``blocks`` as a list with a pair for each parameter.
     """
     from transformers.trainer import Trainer
 
@@ -231,12 +231,12 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
             for name, param in model.named_parameters()
             if param.requires_grad and (name in decaying) == decays
         ]
-        if named:
-            groups.append(
-                {
-                    "params": named,
-                    "weight_decay": weight_decay if decays else 0.0,
-                    "blocks": [packed.get(param, (1, 1)) for _, param in named],
-                }
-            )
+        group: dict[str, Any] = {
+            "params": named,
+            "weight_decay": weight_decay if decays else 0.0,
+            "blocks": [packed.get(param, (1, 1)) for _, param in named],
+        }
+        if not named:
+            group["param_names"] = []  # torch takes no names from none, and wants all groups named
+        groups.append(group)
     return groups

@@ -72,6 +72,22 @@ def test_lora_trains_only_its_adapters_and_resumes(tmp_path: Path) -> None:
             torch.testing.assert_close(param, original, rtol=0, atol=0)
 
 
+def test_lora_begun_with_adamw_goes_on(tmp_path: Path) -> None:
+    """Adapters have no parameter without decay, so that one of Trainer's groups is empty."""
+
+    def run(optim: str, resume_from: str | None = None) -> Trainer:
+        args = arguments(tmp_path, optim=optim, save_strategy="steps", save_steps=4)
+        model = get_peft_model(tiny_model("llama"), lora())
+        trainer = Trainer(model, args, train_dataset=Counting())
+        trainer.train(resume_from_checkpoint=resume_from)
+        return trainer
+
+    adamw = run("adamw_torch")
+    striped = run("striped_adamw_8bit", str(tmp_path / "checkpoint-4"))
+    assert trained(striped)
+    torch.testing.assert_close(losses(striped), losses(adamw), rtol=0.02, atol=0)
+
+
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("way", ["name", "public"])
 def test_sft_trainer(tmp_path: Path, way: str, peft: bool) -> None:
