@@ -1,7 +1,7 @@
 """Run one recipe with several optimizers, one after another, and compare them.
 
     python recipes/compare_optimizers.py recipes/train_shakespeare_char.py \\
-        --optim adamw_torch_fused@4e-3 striped_adamw@6e-3 striped_adamw_8bit@6e-3 -- --preset cpu
+        --optim adamw_torch_fused@4e-3 striped_adamw@4e-3 striped_adamw_8bit@6e-3 -- --preset cpu
 
 What stands behind `--` goes to the recipe. Each run is a process of its own and leaves its folder
 in --output_dir, which gets comparison.json (every figure measured), comparison.md and
