@@ -95,6 +95,8 @@ def render(results: dict) -> str:
     header = ("", *(f"`{name}`" for name in results["optimizers"]))
     columns = results["optimizers"].values()
     rows = [(f"bare loop: {part}", *(f"{c[part]:.2f}" for c in columns)) for part in PARTS]
+    slower = f"{results['gelu_new_forward_and_backward']:.2f}"
+    rows.append(("forward and backward with `gelu_new`", slower, "", ""))
     rows.append(("Trainer: whole step", *(f"{c['trainer']:.2f}" for c in columns)))
     rows.append(
         (
