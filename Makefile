@@ -24,10 +24,10 @@ demo: .venv/.installed
 	$(BIN)/python data_scripts/python_docs.py --output_dir data/python_docs
 	@echo "== training the same GPT with three optimizers, one after another (about 5 minutes on 2 cores)"
 	$(BIN)/python recipes/compare_optimizers.py recipes/train_shakespeare_char.py \
-	  --optim adamw_torch_fused@4e-3 striped_adamw@4e-3 striped_adamw_8bit@6e-3 \
+	  --optim adamw_torch_fused striped_adamw striped_adamw_8bit \
 	  --output_dir out/demo -- --preset cpu --data_dir data/python_docs
 	@echo "== two samples from the model trained with striped_adamw_8bit"
-	$(BIN)/python recipes/sample.py out/demo/striped_adamw_8bit-6e-3 --start "The " --num_samples 2 --max_new_tokens 300
+	$(BIN)/python recipes/sample.py out/demo/striped_adamw_8bit --start "The " --num_samples 2 --max_new_tokens 300
 
 test: .venv/.installed
 	@echo "== running the tests"
