@@ -40,6 +40,7 @@ DEFAULTS = {
     "adam_beta2": 0.95,
     "weight_decay": 0.1,
     "max_grad_norm": 1.0,
+    "eval_on_start": True,
     "eval_steps": 5,
     "save_steps": 5,
     "per_device_eval_batch_size": 4,
@@ -88,8 +89,9 @@ def main() -> None:
         processing_class=tokenizer,
         callbacks=[measurements],
     )
-    before = trainer.evaluate()["eval_loss"]
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    log = trainer.state.log_history
+    before = next((entry["eval_loss"] for entry in log if "eval_loss" in entry), float("nan"))
     result = finish_run(trainer, measurements, train, base_model=options.model_name_or_path)
     trainer.accelerator.print(
         f"val loss {before:.4f} before, {result['eval_loss']:.4f} after {result['steps']} steps; "
