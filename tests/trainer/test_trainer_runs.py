@@ -137,24 +137,25 @@ def test_gradient_checkpointing_changes_nothing(
 
 
 @pytest.mark.slow
-def test_torch_compile_changes_little(plain: Any, tmp_path: Path) -> None:
-    # One model and one name, and traced without generating kernels, which takes minutes: what may
-    # go wrong is how the wrapped model's parameters are found.
+@for_every_run
+def test_torch_compile_changes_little(plain: Any, tmp_path: Path, kind: str, name: str) -> None:
+    # Traced without generating kernels, which takes minutes: what may go wrong is how the wrapped
+    # model's parameters are found.
     trainer = train(
-        "gpt2",
+        kind,
         tmp_path,
-        optim="striped_adamw_8bit",
+        optim=name,
         torch_compile=True,
         torch_compile_backend="aot_eager",
         max_steps=3,
     )
     assert isinstance(trainer.model_wrapped, torch._dynamo.OptimizedModule)
-    compiled, eager = (optimizer_of(run) for run in (trainer, plain("gpt2", "striped_adamw_8bit")))
+    compiled, eager = (optimizer_of(run) for run in (trainer, plain(kind, name)))
     for ours, theirs in zip(compiled.param_groups, eager.param_groups, strict=True):
         for key in ("blocks", "weight_decay", "momentum_dtype"):
             assert ours[key] == theirs[key]
     # the schedule is shorter
-    expected = losses(plain("gpt2", "striped_adamw_8bit"))[:3]
+    expected = losses(plain(kind, name))[:3]
     torch.testing.assert_close(losses(trainer), expected, rtol=0.02, atol=0)
 
 
