@@ -20,7 +20,7 @@ is [..., R, bc], col is [..., br, C]. The code sees every matrix on its grid,
 [..., br, R / br, bc, C / bc], where a stripe is an array with one dimension of size 1, so that
 blocks need no arithmetic of their own.
 
-A backend is two functions over a table of tensors that share their settings: ``statistics`` turns
+A backend is two functions over a table, the tensors of one param group: ``statistics`` turns
 gradients into sums of squares, ``update`` turns the sums into new state and parameters. Between
 them stands the only communication that sharded parameters need.
 """
@@ -46,10 +46,8 @@ _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class Settings:
-    """What the tensors of one table share: a param group's hyperparameters, and the step.
-
-    ``step`` counts from 1 and is that of the update about to be made. The others are
-    ``StripedAdamW``'s arguments of the same names, ``stochastic_rounding`` resolved to a bool.
+    """A param group's hyperparameters: ``StripedAdamW``'s arguments of the same names,
+    ``stochastic_rounding`` resolved to a bool.
     """
 
     lr: float
@@ -60,8 +58,6 @@ class Settings:
     maximize: bool
     nesterov: bool
     stochastic_rounding: bool
-    blocks: tuple[int, int]
-    step: int
 
 
 @dataclass(frozen=True)
@@ -69,25 +65,27 @@ class Entry:
     """One row of a table: a parameter, its gradient and its state, all of which a step changes in
     place but the gradient.
 
-    ``momentum_dtype`` is the format that this parameter's momentum has (``storage_format``).
+    ``momentum_dtype`` is the format that this parameter's momentum has (``storage_format``),
+    ``blocks`` its (br, bc), and ``step`` that of the update about to be made, from 1.
     """
 
     param: Tensor
     grad: Tensor
     state: dict[str, Tensor]
     momentum_dtype: str
+    blocks: tuple[int, int]
+    step: int
 
 
 Sums = tuple[Tensor, Tensor]
 Index = tuple[int | slice, ...]
 
 
-def statistics(table: list[Entry], settings: Settings) -> list[Sums | None]:
+def statistics(table: list[Entry]) -> list[Sums | None]:
     """Sums the squares of every gradient by row and by column.
 
     Args:
         table: Parameters of any shape, none empty; gradients of any floating dtype.
-        settings: Of the table; only ``blocks`` counts here.
 
     Returns:
         For each matrix the row sums [..., R, bc] and the column sums [..., br, C], float32; None
@@ -95,9 +93,10 @@ def statistics(table: list[Entry], settings: Settings) -> list[Sums | None]:
     """
     sums: list[Sums | None] = [None] * len(table)
     for batch in _batches(table):
-        if table[batch[0]].param.dim() < 2:
+        first = table[batch[0]]
+        if first.param.dim() < 2:
             continue
-        grad = _grid(_stack([table[i].grad for i in batch]), settings.blocks)
+        grad = _grid(_stack([table[i].grad for i in batch]), first.blocks)
         *matrices, rows, col_blocks, columns = grad.shape
         row_sums = grad.new_empty(*matrices, rows, col_blocks, 1, dtype=torch.float32)
         col_sums = grad.new_zeros(*matrices, 1, col_blocks, columns, dtype=torch.float32)
@@ -117,21 +116,22 @@ def update(table: list[Entry], sums: list[Sums | None], settings: Settings) -> N
     Args:
         table: What was given to ``statistics``.
         sums: What it returned, in full where the parameters are shards of a whole.
-        settings: Of the table.
+        settings: Of the param group.
     """
     for batch in _batches(table):
         entries = [table[i] for i in batch]
-        keys = [key for key in entries[0].state if key != "step"]
+        first = entries[0]  # what the whole batch shares
+        keys = [key for key in first.state if key != "step"]
         state = {key: _stack([entry.state[key] for entry in entries]) for key in keys}
         param = _stack([entry.param for entry in entries])
         grad = _stack([entry.grad for entry in entries])
 
-        if entries[0].param.dim() < 2:
-            _update_vectors(param, grad, state, settings)
+        if first.param.dim() < 2:
+            _update_vectors(param, grad, state, first.step, settings)
         else:
             row_sums, col_sums = zip(*(sums[i] for i in batch), strict=True)  # type: ignore[misc]
-            _update_second_moment(state, _stack(row_sums), _stack(col_sums), param.shape, settings)
-            _update_matrices(param, grad, state, entries[0].momentum_dtype, settings)
+            _update_second_moment(state, _stack(row_sums), _stack(col_sums), first, settings)
+            _update_matrices(param, grad, state, first, settings)
 
         if len(batch) > 1:  # else the stacks are views of what they stack
             torch._foreach_copy_([entry.param for entry in entries], list(param.unbind()))
@@ -140,31 +140,32 @@ def update(table: list[Entry], sums: list[Sums | None], settings: Settings) -> N
 
 
 def _update_vectors(
-    param: Tensor, grad: Tensor, state: dict[str, Tensor], settings: Settings
+    param: Tensor, grad: Tensor, state: dict[str, Tensor], step: int, settings: Settings
 ) -> None:
     """AdamW's step, with the exact second moment. All tensors are [n] or [n, length]."""
     beta1, beta2 = settings.beta1, settings.beta2
-    bias_correction2_sqrt = (1 - beta2**settings.step) ** 0.5
+    bias_correction2_sqrt = (1 - beta2**step) ** 0.5
     for index, start in _chunks(param.shape[1:], 1, param.device):
         g = _ascent(grad[index], settings)
         m = state["exp_avg"][index].lerp_(g, 1 - beta1)
         v = state["exp_avg_sq"][index].mul_(beta2).addcmul_(g, g, value=1 - beta2)
         denominator = v.sqrt().div_(bias_correction2_sqrt)
-        _update_parameter(param[index], m, g, denominator, start, settings)
+        _update_parameter(param[index], m, g, denominator, start, step, settings)
 
 
 def _update_second_moment(
     state: dict[str, Tensor],
     row_sums: Tensor,
     col_sums: Tensor,
-    shape: torch.Size,
+    entry: Entry,
     settings: Settings,
 ) -> None:
     """Averages the sums into the stripes: [n, ..., R, bc] and [n, ..., br, C]."""
-    row_blocks, col_blocks = settings.blocks
+    rows, columns = entry.param.shape[-2:]
+    row_blocks, col_blocks = entry.blocks
     for key, sums, count in (
-        ("exp_avg_sq_row", row_sums, shape[-1] // col_blocks),
-        ("exp_avg_sq_col", col_sums, shape[-2] // row_blocks),
+        ("exp_avg_sq_row", row_sums, columns // col_blocks),
+        ("exp_avg_sq_col", col_sums, rows // row_blocks),
     ):
         state[key].mul_(settings.beta2).add_(sums, alpha=(1 - settings.beta2) / count)
 
@@ -173,13 +174,16 @@ def _update_matrices(
     param: Tensor,
     grad: Tensor,
     state: dict[str, Tensor],
-    momentum_dtype: str,
+    entry: Entry,
     settings: Settings,
 ) -> None:
-    """The striped step, given this step's stripes. ``param`` and ``grad`` are [n, ..., R, C]."""
-    row_blocks, col_blocks = settings.blocks
+    """The striped step, given this step's stripes.
+
+    ``param`` and ``grad`` are [n, ..., R, C], n times what ``entry`` describes.
+    """
+    row_blocks, col_blocks = entry.blocks
     columns = param.shape[-1]
-    param, grad = _grid(param, settings.blocks), _grid(grad, settings.blocks)
+    param, grad = _grid(param, entry.blocks), _grid(grad, entry.blocks)
     # [n, ..., br, R / br, bc, 1] and [n, ..., br, 1, bc, C / bc]
     row = state["exp_avg_sq_row"].unflatten(-2, (row_blocks, -1)).unsqueeze(-1)
     col = state["exp_avg_sq_col"].unflatten(-1, (col_blocks, -1)).unsqueeze(-3)
@@ -192,24 +196,30 @@ def _update_matrices(
     # 0/0 is an all-zero gradient, which moves nothing; an Inf must be as loud as AdamW's Inf/Inf
     a = torch.where(mean == 0, 0.0, (row / mean).sqrt_()).masked_fill_(mean.isinf(), torch.nan)
     # the two roots are taken apart because row * col underflows where g is near 1e-12
-    c = (col / (1 - settings.beta2**settings.step)).sqrt_()
+    c = (col / (1 - settings.beta2**entry.step)).sqrt_()
 
     for index, start in _chunks(param.shape[1:-2], columns, param.device):
         g = _ascent(grad[index], settings)
         stored, stored_scale = codes[index], scale[index] if scale is not None else None
-        m = momentum.decode(stored, stored_scale, momentum_dtype, columns)
+        m = momentum.decode(stored, stored_scale, entry.momentum_dtype, columns)
         m_grid = m.unflatten(-1, (col_blocks, -1)).lerp_(g, 1 - settings.beta1)
         denominator = a[index] * c[index[: c.dim() - 3]]
-        _update_parameter(param[index], m_grid, g, denominator, start, settings)
+        _update_parameter(param[index], m_grid, g, denominator, start, entry.step, settings)
         if m is not stored:
-            new_codes, new_scale = momentum.encode(m, momentum_dtype)
+            new_codes, new_scale = momentum.encode(m, entry.momentum_dtype)
             stored.copy_(new_codes)
             if stored_scale is not None:
                 stored_scale.copy_(new_scale)
 
 
 def _update_parameter(
-    param: Tensor, m: Tensor, g: Tensor, denominator: Tensor, start: int, settings: Settings
+    param: Tensor,
+    m: Tensor,
+    g: Tensor,
+    denominator: Tensor,
+    start: int,
+    step: int,
+    settings: Settings,
 ) -> None:
     """Decays and moves one chunk of a parameter.
 
@@ -219,20 +229,21 @@ def _update_parameter(
         g: This step's gradient, float32.
         denominator: Root of the second moment, without eps; overwritten.
         start: Row-major index in the whole parameter of the chunk's first element.
-        settings: Of the table.
+        step: Of this update, from 1.
+        settings: Of the param group.
     """
     if settings.nesterov:
         m = torch.lerp(m, g, 1 - settings.beta1)
     denominator.add_(settings.eps).clamp_(min=_SMALLEST_NORMAL)
     value = param.float()
     value.mul_(1 - settings.lr * settings.weight_decay)
-    step_size = settings.lr / (1 - settings.beta1**settings.step)
+    step_size = settings.lr / (1 - settings.beta1**step)
     value.addcdiv_(m, denominator, value=-step_size)
     if value is param:
         return
     if settings.stochastic_rounding:
         shape = param.shape[1:]  # stacked parameters share their bits: each counts its own elements
-        bits = rounding.random_bits(start, shape.numel(), settings.step, param.device).view(shape)
+        bits = rounding.random_bits(start, shape.numel(), step, param.device).view(shape)
         value = rounding.stochastic_round(value, param.dtype, bits)
     param.copy_(value)
 
@@ -257,9 +268,9 @@ def _batches(table: list[Entry]) -> Iterator[list[int]]:
     alike = defaultdict(list)
     for i, entry in enumerate(table):
         p = entry.param
-        key = (p.shape, p.dtype, p.device, entry.grad.dtype, entry.momentum_dtype)
-        alike[key].append(i)
-    for (shape, _, device, _, _), positions in alike.items():
+        kind = (p.dtype, entry.grad.dtype, entry.momentum_dtype, entry.blocks, entry.step)
+        alike[p.shape, p.device, kind].append(i)
+    for (shape, device, _), positions in alike.items():
         size = max(1, CHUNK_SIZE.get(device.type, DEFAULT_CHUNK_SIZE) // shape.numel())
         yield from (positions[i : i + size] for i in range(0, len(positions), size))
 

@@ -138,7 +138,7 @@ class StripedAdamW(Optimizer):
                 loss = closure()
         backend = backends.resolve(self.backend)
         tables = self._tables()
-        sums = [backend.statistics(table, settings) for settings, table in tables]
+        sums = [backend.statistics(table) for _, table in tables]
         for (settings, table), table_sums in zip(tables, sums, strict=True):
             backend.update(table, table_sums, settings)
         return loss
@@ -152,7 +152,7 @@ class StripedAdamW(Optimizer):
 
         tables = []
         for group in self.param_groups:
-            by_kind: dict[tuple[int, Blocks], list[Entry]] = {}
+            table = []
             for i, param in enumerate(group["params"]):
                 if param.grad is None:
                     continue
@@ -163,9 +163,9 @@ class StripedAdamW(Optimizer):
                 state["step"] += 1
                 if param.numel() > 0:
                     momentum_dtype = momentum.storage_format(param.shape, group["momentum_dtype"])
-                    entry = Entry(param, param.grad, state, momentum_dtype)
-                    by_kind.setdefault((int(state["step"]), blocks), []).append(entry)
-            tables += [(_settings(group, *kind), table) for kind, table in by_kind.items()]
+                    step = int(state["step"])
+                    table.append(Entry(param, param.grad, state, momentum_dtype, blocks, step))
+            tables.append((_settings(group), table))
         return tables
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -206,7 +206,7 @@ class StripedAdamW(Optimizer):
             post_hook.remove()
 
 
-def _settings(group: Group, step: int, blocks: Blocks) -> Settings:
+def _settings(group: Group) -> Settings:
     beta1, beta2 = group["betas"]
     return Settings(
         lr=float(group["lr"]),
@@ -217,8 +217,6 @@ def _settings(group: Group, step: int, blocks: Blocks) -> Settings:
         maximize=group["maximize"],
         nesterov=group["nesterov"],
         stochastic_rounding=group["stochastic_rounding"] is not False,
-        blocks=blocks,
-        step=step,
     )
 
 
