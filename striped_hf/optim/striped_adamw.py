@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from itertools import chain
 from numbers import Real
+from types import ModuleType
 from typing import Any, overload
 
 import torch
@@ -130,29 +131,35 @@ class StripedAdamW(Optimizer):
 
         Raises:
             RuntimeError: A gradient is sparse or not of a floating dtype that the optimizer takes,
-                or a parameter is sharded. Nothing has changed then.
+                a parameter is sharded, or the backend asked for by name cannot run. Nothing has
+                changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        backend = backends.resolve(self.backend)
         tables = self._tables()
-        sums = [backend.statistics(table) for _, table in tables]
-        for (settings, table), table_sums in zip(tables, sums, strict=True):
+        sums = [backend.statistics(table) for backend, _, table in tables]
+        for (backend, settings, table), table_sums in zip(tables, sums, strict=True):
             backend.update(table, table_sums, settings)
         return loss
 
-    def _tables(self) -> list[tuple[Settings, list[Entry]]]:
-        """Collects what is to be updated, makes missing state and counts the step."""
+    def _tables(self) -> list[tuple[ModuleType, Settings, list[Entry]]]:
+        """Collects what is to be updated, makes missing state and counts the step.
+
+        Returns:
+            For each param group, and each device that it has parameters on: the backend, the
+            group's settings, and the table.
+        """
         for group_index, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):
                 if param.grad is not None:
                     _check_gradient(param, group, i, group_index)
+                    backends.resolve(self.backend, param.device.type)
 
         tables = []
         for group in self.param_groups:
-            table = []
+            by_device: dict[torch.device, list[Entry]] = {}
             for i, param in enumerate(group["params"]):
                 if param.grad is None:
                     continue
@@ -164,8 +171,11 @@ class StripedAdamW(Optimizer):
                 if param.numel() > 0:
                     momentum_dtype = momentum.storage_format(param.shape, group["momentum_dtype"])
                     step = int(state["step"])
-                    table.append(Entry(param, param.grad, state, momentum_dtype, blocks, step))
-            tables.append((_settings(group), table))
+                    entry = Entry(param, param.grad, state, momentum_dtype, blocks, step)
+                    by_device.setdefault(param.device, []).append(entry)
+            for device, table in by_device.items():
+                backend = backends.resolve(self.backend, device.type)
+                tables.append((backend, _settings(group), table))
         return tables
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
