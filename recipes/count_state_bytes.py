@@ -6,24 +6,18 @@ AdamW keeps two float32 numbers per parameter; StripedAdamW is counted from the 
 initialisation makes, on torch's meta device, with the param groups that Trainer would give it.
 """
 
-import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from model_shapes import GPT2_SIZES, meta_model
+from transformers import PreTrainedModel
 
 from striped_hf.optim.momentum import MOMENTUM_DTYPES
 from striped_hf.optim.state import init_state
 from striped_hf.results import environment, markdown_table, write_json
 from striped_hf.trainer import param_groups
 
-SIZES = {  # the configurations that the hub has under these names
-    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
-    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
-    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
-    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
-}
 RESULTS = "recipes/results/state_bytes.json"
 
 
-def count(model: GPT2LMHeadModel, momentum_dtype: str) -> int:
+def count(model: PreTrainedModel, momentum_dtype: str) -> int:
     """Returns the bytes of StripedAdamW's state for a model on the meta device."""
     return sum(
         value.nbytes
@@ -52,9 +46,8 @@ def render(results: dict) -> str:
 
 def main() -> None:
     models = []
-    for name, size in SIZES.items():
-        with torch.device("meta"):
-            model = GPT2LMHeadModel(GPT2Config(**size))
+    for name in GPT2_SIZES:
+        model = meta_model(name)
         parameters = model.num_parameters()
         counts = {dtype: count(model, dtype) for dtype in MOMENTUM_DTYPES}
         models.append({"name": name, "parameters": parameters, "adamw": 8 * parameters, **counts})

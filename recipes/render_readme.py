@@ -2,7 +2,8 @@
 
     python recipes/render_readme.py            # rewrites README.md where a table has changed
 
-Each table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`.
+Each table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`, and says so where its
+results file is not there yet. The benchmark's plots stand under their tables.
 """
 
 import json
@@ -10,7 +11,9 @@ import re
 from pathlib import Path
 
 import bench
+import bench_tables
 import count_state_bytes
+import measure_training
 
 from striped_hf.comparison import render_plot, render_table
 from striped_hf.results import write_text
@@ -23,13 +26,24 @@ TABLES = {
     "finetune_stories260k": render_table,
     "step_time": bench.render,
     "state_bytes": count_state_bytes.render,
+    "bench_optimizers_gpt2_cpu_float32": bench_tables.render,
+    "bench_optimizers_gpt2_xl_cuda_float32": bench_tables.render,
+    "bench_optimizers_gpt2_xl_cuda_bfloat16": bench_tables.render,
+    "finetune_gpt2_xl_cuda": measure_training.render,
 }
-PLOTS = ("shakespeare_char_cpu", "shakespeare_char_cpu_sweep")
+PLOTS = {
+    "shakespeare_char_cpu": render_plot,
+    "shakespeare_char_cpu_sweep": render_plot,
+    "bench_optimizers_gpt2_cpu_float32": bench_tables.draw,
+    "bench_optimizers_gpt2_xl_cuda_float32": bench_tables.draw,
+    "bench_optimizers_gpt2_xl_cuda_bfloat16": bench_tables.draw,
+}
 
 
-def read(name: str) -> dict:
-    """Returns a results file."""
-    return json.loads((RECIPES / "results" / f"{name}.json").read_text(encoding="utf-8"))
+def read(name: str) -> dict | None:
+    """Returns a results file; None where it is not there."""
+    path = RECIPES / "results" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def where(results: dict) -> str:
@@ -46,7 +60,10 @@ def render(readme: str) -> str:
     """Returns the README's text with every table as its results file has it."""
     for name, table in TABLES.items():
         results = read(name)
-        block = f"<!-- begin {name} -->\n{table(results)}\n\n{where(results)}\n<!-- end {name} -->"
+        text = "Not measured yet." if results is None else f"{table(results)}\n\n{where(results)}"
+        if results is not None and PLOTS.get(name) is bench_tables.draw:
+            text += f"\n\n![State and time of a step](recipes/results/{name}.png)"
+        block = f"<!-- begin {name} -->\n{text}\n<!-- end {name} -->"
         places = re.findall(rf"<!-- begin {name} -->.*?<!-- end {name} -->", readme, flags=re.S)
         if len(places) != 1:
             raise ValueError(f"{README} has {len(places)} places for the table {name}: make it one")
@@ -56,8 +73,10 @@ def render(readme: str) -> str:
 
 def main() -> None:
     write_text(README, render(README.read_text(encoding="utf-8")))
-    for name in PLOTS:
-        render_plot(read(name), RECIPES / "results" / f"{name}.png")
+    for name, draw in PLOTS.items():
+        results = read(name)
+        if results is not None:
+            draw(results, RECIPES / "results" / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -12,11 +12,15 @@ import torch
 import transformers
 
 
-def environment() -> dict[str, Any]:
-    """Describes where a result was measured: device, threads, versions, and commit of this code."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+def environment(device_type: str | None = None) -> dict[str, Any]:
+    """Describes where a result was measured: device, threads, versions, and commit of this code.
+
+    Args:
+        device_type: "cuda" or "cpu"; None for the GPU where there is one.
+    """
+    on_gpu = torch.cuda.is_available() if device_type is None else device_type == "cuda"
     return {
-        "device": device,
+        "device": torch.cuda.get_device_name() if on_gpu else _processor(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

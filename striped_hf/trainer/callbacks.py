@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from striped_hf.measuring import tensor_bytes
+
 
 class RunMeasurements(TrainerCallback):
     """Measures step time, memory and optimizer state of a run, without a synchronisation per step.
@@ -59,12 +61,7 @@ class RunMeasurements(TrainerCallback):
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Counts the bytes of all tensors in an optimizer's state."""
-    return sum(
-        value.nbytes
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    )
+    return tensor_bytes(dict(optimizer.state))
 
 
 def peak_memory_mib() -> float:

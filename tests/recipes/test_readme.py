@@ -21,6 +21,9 @@ SMALL = {
     "finetune_shakespeare.py": (*FEW, "--gradient_accumulation_steps", "1"),
     "compare_optimizers.py": (*FEW, "--n_layer", "1"),
     "sample.py": ("--max_new_tokens", "5"),
+    "bench_optimizers.py": (
+        *("--optimizers", "striped_int8", "--block_size", "32", "--results", "memory.json"),
+    ),
     "bench.py": ("--rounds", "1", "--steps", "2", "--results", "step_time.json"),
 }
 
@@ -79,7 +82,7 @@ def test_commands_run(test_data, tmp_path):
         command, _, needs = line.partition("#")
         words = shlex.split(command)
         if words[0] == "make":  # the demo and the tests themselves
-            assert words[1] in ("demo", "test")
+            assert words[1] in ("demo", "test", "bench", "gpu")
             continue
         assert words[0] == "python", line
         script = Path(words[1]).name

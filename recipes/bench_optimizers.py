@@ -1,0 +1,284 @@
+"""Benchmark optimizers side by side on a model's shapes, or compute what finetuning it takes.
+
+    make bench                                          # GPT-2's shapes on the CPU, all peers
+    python recipes/bench_optimizers.py --shapes gpt2-xl --device cuda --dtype bfloat16
+    python recipes/bench_optimizers.py --memory gpt2-xl --device cuda
+    python recipes/bench_optimizers.py --render FILE    # a results file's table and plot
+
+A model is one of gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama-1b, a local folder or a name on the
+hub; only its configuration is read. Weights and gradients are random, and all optimizers share
+them; only the state is each one's own. An optimizer that cannot run is a row with its reason.
+
+What is measured, of each optimizer:
+
+- state: the bytes of its state tensors, counted, and the size of its state dict as a file;
+- first step: with the state's allocation, and compilation where it compiles, its caches empty;
+- temporary memory: how far a later step rises above what is kept, C code's allocations included;
+- step: in rounds in which every optimizer takes a turn of a few steps, the baseline in each; the
+  median over its turns, and the median and quartiles of its ratio to fused AdamW's time in the same
+  round. A slow optimizer sits some rounds out. Where the baseline itself varies by more than 15%
+  between its quartiles the machine was not quiet, and no time of that run is quoted;
+- effective GB/s: what its rule must move over the time it took. In bytes per parameter that is
+  2 p + k g + 2 s: parameter and state read and written, the gradient read k times (1 for AdamW; 2
+  where sums over a matrix come first; 3 in Adafactor, which needs the update's norm too). Beside
+  it stands the bandwidth of a plain copy, which no optimizer can pass.
+
+It takes about 8 minutes for GPT-2 in float32 on 2 cores, and is to run on a quiet machine.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # before torch reads them: the first step is to compile for real
+    caches = tempfile.TemporaryDirectory(prefix="bench_optimizers_", ignore_cleanup_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["TRITON_CACHE_DIR"] = caches.name
+
+import torch
+from bench_tables import draw, render
+from memory_budget import run_memory
+from model_shapes import Weight, allocate, meta_model, meta_weights, slug
+from optimizer_peers import BASELINE, Peer, all_peers, states
+
+from striped_hf.cli import UserError, one_line, run
+from striped_hf.measuring import (
+    available_bytes,
+    checkpoint_bytes,
+    copy_gb_s,
+    seconds,
+    temporary_bytes,
+    tensor_bytes,
+)
+from striped_hf.optim.backends import BACKENDS, resolve
+from striped_hf.results import environment, write_json
+
+# by device: a turn is as many steps as fit, at least one and at most 20
+TURN_SECONDS = {"cpu": 0.4, "cuda": 0.1}
+# of turns in all; an optimizer slower than that sits rounds out ...
+PEER_SECONDS = {"cpu": 16.0, "cuda": 4.0}
+FEWEST_TURNS = 3  # ... but for these
+SPREAD_LIMIT = 0.15
+
+
+@dataclass
+class Contender:
+    """An optimizer, the row being filled, and its times by round, in seconds."""
+
+    peer: Peer
+    optimizer: Any = None
+    row: dict[str, Any] = field(init=False)
+    steps: int = 1  # a turn
+    turns: int = FEWEST_TURNS
+    times: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        peer = self.peer
+        self.row = {"name": peer.name, "package": peer.package, "version": peer.version()}
+
+
+def prepare(peer: Peer, weights: list[Weight], device: torch.device, rounds: int) -> Contender:
+    """Makes an optimizer and measures all but its time, or fills in why it cannot run."""
+    contender = Contender(peer)
+    row = contender.row
+    try:
+        optimizer = contender.optimizer = peer.build(weights)
+        row["first_step_s"] = seconds(device, optimizer.step)
+    except Exception as error:  # whatever a peer raises here is its reason
+        contender.optimizer = None
+        row["reason"] = reason(error)
+        return contender
+    if peer.package == "striped_hf":
+        row["backend"] = resolve(optimizer.backend, device.type).__name__.split(".")[-1]
+    row["state_bytes_per_param"] = tensor_bytes(states(optimizer)) / sum(
+        w.param.numel() for w in weights
+    )
+    row["checkpoint_bytes"] = checkpoint_bytes(optimizer.state_dict())
+    row["temporary_bytes"] = temporary_bytes(device, optimizer.step)
+
+    step = seconds(device, optimizer.step)
+    contender.steps = max(1, min(20, int(TURN_SECONDS[device.type] / step)))
+    fitting = max(FEWEST_TURNS, int(PEER_SECONDS[device.type] / (contender.steps * step)))
+    contender.turns = rounds if peer.name == BASELINE else min(rounds, fitting)
+    return contender
+
+
+def reason(error: Exception) -> str:
+    """Says in one line why an optimizer cannot run."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed"
+    return one_line(error) or type(error).__name__
+
+
+def race(group: list[Contender], device: torch.device, rounds: int) -> None:
+    """Lets the optimizers take turns; round 0 warms up those that are in every round."""
+    for round_ in range(rounds + 1):
+        for contender in group[round_ % len(group) :] + group[: round_ % len(group)]:
+            turns = contender.turns
+            begins = round_ * turns // rounds > (round_ - 1) * turns // rounds  # evenly spread
+            if begins if round_ else turns == rounds:
+                contender.times[round_] = seconds(device, contender.optimizer.step, contender.steps)
+    for contender in group:
+        contender.times.pop(0, None)
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Returns first quartile, median and third quartile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, median, third
+
+
+def free_memory(device: torch.device) -> None:
+    """Returns the memory of what is no longer in use to the system."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def is_stable(baseline: list[float]) -> bool:
+    """Tells whether a baseline's times vary by at most 15% of their median between quartiles."""
+    first, median, third = quartiles(baseline)
+    return third - first <= SPREAD_LIMIT * median
+
+
+def moved_bytes(row: dict[str, Any], peer: Peer, itemsize: int) -> float | None:
+    """Returns the bytes per parameter that an optimizer's rule must move in a step."""
+    if peer.gradient_reads is None:
+        return None
+    return (2 + peer.gradient_reads) * itemsize + 2 * row["state_bytes_per_param"]
+
+
+def finish(group: list[Contender], parameters: int, itemsize: int) -> None:
+    """Fills in what follows from the times of a group, the first of which is the baseline."""
+    baseline = group[0].times
+    usable = is_stable(list(baseline.values()))
+    for contender in group:
+        row, times = contender.row, contender.times
+        step = statistics.median(times.values())
+        moved = moved_bytes(row, contender.peer, itemsize)
+        ratios = quartiles([time / baseline[round_] for round_, time in times.items()])
+        row["usable"] = usable
+        row["step_ms"] = 1e3 * step
+        row["ratio"], row["ratio_quartiles"] = ratios[1], [ratios[0], ratios[2]]
+        row["gb_s"] = None if moved is None else moved * parameters / step / 1e9
+        row["steps_per_turn"] = contender.steps
+        row["turns_ms"] = {str(round_): 1e3 * time for round_, time in times.items()}
+
+
+def benchmark(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs the benchmark and returns its results."""
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    shapes = meta_weights(meta_model(args.shapes))
+    parameters = sum(weight.param.numel() for weight in shapes)
+    baseline, *waiting = chosen(args)
+    needed = (2 + baseline.room / 4) * dtype.itemsize * parameters
+    if needed > available_bytes(device):
+        raise UserError(
+            f"{args.shapes} in {args.dtype} takes {needed / 2**30:.1f} GiB for weights, gradients "
+            f"and AdamW's state, and {available_bytes(device) / 2**30:.1f} GiB are free: take "
+            "smaller shapes"
+        )
+    bandwidth = copy_gb_s(device)
+    weights = list(allocate(shapes, device, dtype))
+
+    rows: dict[str, dict[str, Any]] = {}
+    while waiting or not rows:
+        # as many at a time as have room, the baseline always among them
+        group: list[Contender] = []
+        for peer in [baseline, *waiting]:
+            need, free = peer.room * parameters, available_bytes(device)
+            if peer is not baseline and need > free:
+                if len(group) > 1:
+                    continue  # it waits for the next group
+                entry = Contender(peer)
+                entry.row["reason"] = (
+                    f"may take {need / 2**30:.1f} GiB beside AdamW, and {free / 2**30:.1f} are free"
+                )
+            else:
+                print(f"{peer.name} ...", file=sys.stderr, flush=True)
+                entry = prepare(peer, weights, device, args.rounds)
+            if "reason" not in entry.row:
+                group.append(entry)
+            elif peer is baseline:
+                raise UserError(f"{BASELINE} cannot run: {entry.row['reason']}")
+            rows.setdefault(peer.name, entry.row)  # the baseline's is its first group's
+            waiting = [other for other in waiting if other is not peer]
+        race(group, device, args.rounds)
+        finish(group, parameters, dtype.itemsize)
+        del group, entry
+        free_memory(device)
+    return {
+        "environment": environment(args.device),
+        "shapes": args.shapes,
+        "parameters": parameters,
+        "device": args.device,
+        "dtype": args.dtype,
+        "rounds": args.rounds,
+        "copy_gb_s": bandwidth,
+        "optimizers": [rows[peer.name] for peer in chosen(args)],
+    }
+
+
+def chosen(args: argparse.Namespace) -> list[Peer]:
+    """Returns the optimizers asked for, the baseline first."""
+    peers = all_peers(args.backend)
+    names = list(dict.fromkeys(peer.name.split(":")[0] for peer in peers))  # without the backend
+    for name in args.optimizers or []:
+        if name not in names:
+            raise UserError(f"{name} is no optimizer here: choose among {', '.join(names)}")
+    wanted = {BASELINE, *(args.optimizers or names)}
+    return [peer for peer in peers if peer.name.split(":")[0] in wanted]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    job = parser.add_mutually_exclusive_group()
+    job.add_argument("--shapes", metavar="MODEL", default="gpt2", help="benchmark on its shapes")
+    job.add_argument("--memory", metavar="MODEL", help="print the memory that finetuning it takes")
+    job.add_argument(
+        "--render", metavar="FILE", help="print a results file's table and draw its plot beside it"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=["auto"])
+    parser.add_argument(
+        "--optimizers", nargs="+", metavar="NAME", help="these only, and fused AdamW"
+    )
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--batch_size", type=int, default=1, help="for --memory: sequences a pass")
+    parser.add_argument("--block_size", type=int, default=1024, help="for --memory: their tokens")
+    parser.add_argument("--results", help="default: recipes/results/, named after the run")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    if args.render:
+        path = Path(args.render)
+        results = json.loads(path.read_text(encoding="utf-8"))
+        print(render(results))
+        draw(results, path.with_suffix(".png"))
+        return
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device here: pass --device cpu")
+    if args.memory:
+        run_memory(args, chosen(args))
+        return
+    results = benchmark(args)
+    name = f"bench_optimizers_{slug(args.shapes)}_{args.device}_{args.dtype}.json"
+    write_json(args.results or f"recipes/results/{name}", results)
+    print(render(results))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,98 @@
+"""The Markdown table and the plot of a run of ``bench_optimizers.py``."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from striped_hf.results import markdown_table
+
+HEADER = (
+    *("optimizer", "state, bytes per parameter", "step, ms", "ratio to fused AdamW (quartiles)"),
+    *("temporary memory, MiB", "effective GB/s", "first step, s", "checkpoint, MiB"),
+)
+UNUSABLE = "unusable"
+
+
+def times(row: dict[str, Any]) -> tuple[str, str, str]:
+    """Returns step time, ratio and bandwidth of a row as they may be quoted."""
+    if not row["usable"]:
+        return UNUSABLE, UNUSABLE, UNUSABLE
+    low, high = row["ratio_quartiles"]
+    return (
+        f"{row['step_ms']:,.1f}",
+        f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})",
+        "" if row["gb_s"] is None else f"{row['gb_s']:,.1f}",
+    )
+
+
+def render(results: dict[str, Any]) -> str:
+    """Makes the Markdown table of a results file, and the lines that belong under it."""
+    rows = []
+    ran = [row for row in results["optimizers"] if "reason" not in row]
+    for row in ran:
+        step, ratio, gb_s = times(row)
+        temporary = row["temporary_bytes"]
+        rows.append(
+            (
+                f"`{row['name']}`",
+                f"{row['state_bytes_per_param']:.2f}",
+                step,
+                ratio,
+                "" if temporary is None else f"{temporary / 2**20:,.1f}",
+                gb_s,
+                f"{row['first_step_s']:.2f}",
+                f"{row['checkpoint_bytes'] / 2**20:,.0f}",
+            )
+        )
+    lines = [markdown_table(HEADER, rows), ""]
+    lines.append(
+        f"The shapes of `{results['shapes']}`, {results['parameters']:,} parameters in "
+        f"{results['dtype']}; a plain copy moves {results['copy_gb_s']:.1f} GB/s."
+    )
+    if not all(row["usable"] for row in ran):
+        lines.append(
+            "Unusable: fused AdamW's own time varied by more than 15% between its quartiles."
+        )
+    backends = {row["backend"] for row in ran if "backend" in row}
+    if backends:
+        lines.append(f"Striped steps computed by: {', '.join(sorted(backends))}.")
+    versions = {f"{row['package']} {row['version']}" for row in ran if row["version"] is not None}
+    lines.append(f"Packages: {', '.join(sorted(versions))}.")
+    skipped = [
+        f"`{row['name']}` ({row['reason']})" for row in results["optimizers"] if row not in ran
+    ]
+    if skipped:
+        lines.append(f"Not run: {'; '.join(skipped)}.")
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Draws a point for each optimizer whose time may be quoted: state across, step time up.
+
+    Args:
+        results: A results file.
+        path: The PNG file to write.
+    """
+    import matplotlib  # a machine with a GPU only for the benchmark may lack it
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for row in results["optimizers"]:
+        if "reason" in row or not row["usable"]:
+            continue
+        color = "tab:red" if row["name"].startswith("striped") else "tab:blue"
+        point = (row["state_bytes_per_param"], row["step_ms"])
+        axes.scatter(*point, color=color)
+        axes.annotate(row["name"], point, (4, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="optimizer state, bytes per parameter", ylabel="time of a step, ms")
+    axes.set_yscale("log")
+    axes.set_xlim(left=-0.4, right=10)
+    axes.grid(alpha=0.3)
+    device = results["environment"]["device"]
+    axes.set_title(f"{results['shapes']} in {results['dtype']} on {device}")
+    partial = Path(f"{path}.partial")
+    figure.savefig(partial, dpi=130, format="png")
+    partial.replace(path)
+    plt.close(figure)

@@ -1,0 +1,183 @@
+"""Measure the memory and the time of training a model from random weights, per optimizer.
+
+    python recipes/measure_training.py --device cuda                      # GPT-2 XL's finetuning
+    python recipes/measure_training.py --device cuda --model gpt2 --batch_size 16 --accumulation 1
+
+The setting is that of finetune_shakespeare.py (1 window x 1,024 tokens x 32 accumulation steps), on
+random tokens, with bfloat16 autocast on a GPU; nothing is downloaded. Each optimizer trains in a
+process of its own, whose peak memory is measured: on a GPU that of torch's allocator, on a CPU what
+the process takes above what it had before it made the model, with malloc keeping nothing (which
+makes the steps slower). Beside it stands the prediction of `bench_optimizers.py --memory`.
+"""
+
+import argparse
+import multiprocessing
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+from finetune_shakespeare import DEFAULTS
+from memory_budget import budget
+from model_shapes import load_config, meta_model, slug
+from optimizer_peers import all_peers
+from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
+
+from striped_hf.cli import UserError, one_line, run
+from striped_hf.data import collate
+from striped_hf.measuring import return_freed_memory
+from striped_hf.results import environment, markdown_table, write_json
+from striped_hf.trainer.callbacks import RunMeasurements, peak_memory_mib
+from striped_hf.trainer.causal_lm import CausalLMTrainer
+
+OPTIMIZERS = {  # by the names that Trainer knows, and what the benchmark calls them
+    "adamw_torch_fused": "adamw_fused",
+    "striped_adamw": "striped_float32",
+    "striped_adamw_8bit": "striped_int8",
+    "striped_adamw_4bit": "striped_int4",
+}
+# What the origin of this project measured on an A100, in the setting of finetune_shakespeare.py
+ORIGIN_MIB = {"AdamW, origin, A100": 40311, "its own optimizer, A100": 33107}
+ORIGIN_SETTING = ("gpt2-xl", 1, 32, 1024)
+
+
+def train(optim: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Trains for a few steps and returns what was measured; runs in a process of its own."""
+    on_gpu = args.device == "cuda"
+    steps_per_update = args.batch_size * args.accumulation
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            **DEFAULTS,
+            "output_dir": folder,
+            "optim": optim,
+            "max_steps": args.steps,
+            "per_device_train_batch_size": args.batch_size,
+            "gradient_accumulation_steps": args.accumulation,
+            "eval_on_start": False,
+            "save_strategy": "no",
+            "logging_steps": args.steps,
+            "remove_unused_columns": False,
+            "dataloader_pin_memory": on_gpu,
+            "bf16": on_gpu,
+            "use_cpu": not on_gpu,
+            "disable_tqdm": True,
+            "report_to": "none",
+        }
+        training = TrainingArguments(**settings)
+        set_seed(training.seed)
+        config = load_config(args.model)
+        tokens = torch.randint(config.vocab_size, (args.steps * steps_per_update, args.block_size))
+        data = [{"input_ids": x, "labels": x, "shift_labels": x.roll(-1)} for x in tokens]
+        if not on_gpu:
+            return_freed_memory()
+        before = 0.0 if on_gpu else peak_memory_mib()
+        with torch.device(args.device):
+            model = AutoModelForCausalLM.from_config(config)
+        measurements = RunMeasurements()
+        trainer = CausalLMTrainer(
+            model=model,
+            args=training,
+            train_dataset=data,
+            data_collator=collate,
+            callbacks=[measurements],
+        )
+        trainer.train()
+    results = measurements.results()
+    step_ms = results["median_step_ms"]
+    return {
+        "state_bytes": results["state_bytes"],
+        "peak_mib": results["peak_memory_mib"] - before,
+        "step_ms": step_ms,
+        "tokens_per_s": 1e3 * steps_per_update * args.block_size / step_ms,
+    }
+
+
+def measure(args: argparse.Namespace, path: str) -> dict[str, Any]:
+    """Trains with each optimizer in turn and predicts its memory; writes what it has each time."""
+    setting = ("model", "batch_size", "accumulation", "block_size", "steps")
+    results: dict[str, Any] = {
+        "environment": environment(args.device),
+        **{key: getattr(args, key) for key in setting},
+        "parameters": meta_model(args.model).num_parameters(),
+        "optimizers": [],
+    }
+    spawn = multiprocessing.get_context("spawn")
+    for optim in args.optim:
+        row: dict[str, Any] = {"optim": optim, "predicted_mib": None}
+        results["optimizers"].append(row)
+        try:
+            with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as process:
+                row |= process.submit(train, optim, args).result()
+        except Exception as error:  # out of memory, say; the others go on
+            row["reason"] = one_line(error) or type(error).__name__
+        write_json(path, results)
+
+    peers = {peer.name: peer for peer in all_peers(["auto"])}
+    prediction = budget(
+        *(args.model, [peers[OPTIMIZERS[optim]] for optim in args.optim]),
+        *(torch.device(args.device), args.batch_size, args.block_size),
+    )
+    for row, predicted in zip(results["optimizers"], prediction["optimizers"], strict=True):
+        row["predicted_mib"] = predicted["peak"] / 2**20 if "peak" in predicted else None
+    write_json(path, results)
+    return results
+
+
+def render(results: dict[str, Any]) -> str:
+    """Makes the Markdown table of a results file, and the lines that belong under it."""
+    header = (
+        *("optimizer", "state, bytes per parameter", "peak memory, MiB", "predicted, MiB"),
+        *("step, ms", "tokens per second"),
+    )
+    rows = [
+        (
+            f"`{row['optim']}`",
+            f"{row['state_bytes'] / results['parameters']:.2f}",
+            f"{row['peak_mib']:,.0f}",
+            "" if row["predicted_mib"] is None else f"{row['predicted_mib']:,.0f}",
+            f"{row['step_ms']:,.0f}",
+            f"{row['tokens_per_s']:,.0f}",
+        )
+        for row in results["optimizers"]
+        if "reason" not in row
+    ]
+    setting = tuple(results[k] for k in ("model", "batch_size", "accumulation", "block_size"))
+    if setting == ORIGIN_SETTING:
+        rows += [(name, "", f"{mib:,}", "", "", "") for name, mib in ORIGIN_MIB.items()]
+    lines = [
+        markdown_table(header, rows),
+        "",
+        "`{}` from random weights, {} x {} x {} tokens a step.".format(*setting),
+    ]
+    skipped = [f"`{r['optim']}` ({r['reason']})" for r in results["optimizers"] if "reason" in r]
+    if skipped:
+        lines.append(f"Not run: {'; '.join(skipped)}.")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="gpt2-xl", help="as bench_optimizers.py takes it")
+    parser.add_argument(
+        "--optim", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS)[:3], metavar="NAME"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--batch_size", type=int, default=DEFAULTS["per_device_train_batch_size"])
+    parser.add_argument("--accumulation", type=int, default=DEFAULTS["gradient_accumulation_steps"])
+    parser.add_argument("--block_size", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--results", help="default: recipes/results/, named after the run")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device here: pass --device cpu")
+    name = f"training_{slug(args.model)}_{args.device}.json"
+    results = measure(args, args.results or f"recipes/results/{name}")
+    print(render(results))
+    if all("reason" in row for row in results["optimizers"]):
+        raise UserError("no optimizer could be measured: the reasons are above")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,188 @@
+"""The memory that finetuning a model takes, per optimizer: ``bench_optimizers.py --memory``.
+
+    weights + gradients + optimizer state + the larger of two temporaries:
+        activations     what the forward and backward passes hold at their peak
+        step            what the optimizer's step allocates and frees
+
+Weights and gradients are float32; gradients live from one accumulated pass to the next. Activations
+are followed operation by operation on fake tensors, which have shapes but no memory, under bfloat16
+autocast where the device is a GPU. State and the step's temporaries are measured: each optimizer
+steps on one tensor of each shape that the model has, and again with a second one of those that it
+has more than once; temporaries that the second ones add grow with the model, others do not. What
+comes on top is the CUDA context and what the allocator loses between its blocks.
+"""
+
+import argparse
+import gc
+import weakref
+from collections import Counter
+from typing import Any
+
+import torch
+from model_shapes import Weight, allocate, load_config, meta_model, meta_weights, slug
+from optimizer_peers import Peer, states
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from striped_hf.cli import one_line
+from striped_hf.measuring import temporary_bytes, tensor_bytes
+from striped_hf.results import environment, markdown_table, write_json
+
+CARDS_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 141)
+CONTEXT_GIB = 1  # what CUDA and the kernels themselves take of a card
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the bytes of all tensors that operations make, while they live."""
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        super().__init__()
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+        self._live = 0
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._sizes:
+            return  # a view
+        self._sizes[storage._cdata] = storage.nbytes()
+        self._live += storage.nbytes()
+        self.peak = max(self.peak, self._live)
+        weakref.finalize(storage, self._remove, storage._cdata)
+
+    def _remove(self, key: int) -> None:
+        self._live -= self._sizes.pop(key)
+
+
+def activation_bytes(
+    config: PretrainedConfig, device: torch.device, batch_size: int, block_size: int
+) -> int:
+    """Returns the peak of one forward and backward pass above weights and gradients, in bytes."""
+    with FakeTensorMode():
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config).train()
+            ids = torch.zeros(batch_size, block_size, dtype=torch.long)
+        for _ in range(2):  # in the second pass the gradients are there already
+            known = [ids, *model.parameters(), *model.buffers()]
+            known += [param.grad for param in model.parameters() if param.grad is not None]
+            with LiveBytes(known) as live:
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+                loss.backward()
+            del loss
+    return live.peak
+
+
+def optimizer_bytes(peer: Peer, shapes: list[Weight], device: torch.device) -> tuple[int, int]:
+    """Measures an optimizer's state and its step's temporaries for all of the shapes, in bytes."""
+    kinds = Counter((w.param.shape, w.blocks, w.weight_decay, w.embedding) for w in shapes)
+    samples = {(w.param.shape, w.blocks, w.weight_decay, w.embedding): w for w in shapes}
+    ones = [samples[kind] for kind in kinds]
+    twos = [samples[kind] for kind, count in kinds.items() if count > 1]
+
+    state, elements, temporaries = 0, [], []
+    for sample in (ones, ones + twos):
+        weights = list(allocate(sample, device, torch.float32))
+        optimizer = peer.build(weights)
+        optimizer.step()
+        if sample is ones:
+            by_param = states(optimizer)
+            state = sum(
+                count * tensor_bytes(by_param[weight.param])
+                for weight, count in zip(weights, kinds.values(), strict=True)
+            )
+            del by_param
+        elements.append(sum(weight.param.numel() for weight in weights))
+        temporaries.append(temporary_bytes(device, optimizer.step) or 0)
+        del optimizer, weights
+        gc.collect()
+    if not twos:
+        return state, temporaries[0]
+    total = sum(weight.param.numel() for weight in shapes)
+    growth = max(0, temporaries[1] - temporaries[0]) / (elements[1] - elements[0])
+    return state, temporaries[0] + round(growth * (total - elements[0]))
+
+
+def budget(
+    name: str, peers: list[Peer], device: torch.device, batch_size: int, block_size: int
+) -> dict[str, Any]:
+    """Computes the memory of finetuning a model with each of the optimizers, in bytes."""
+    model = meta_model(name)
+    shapes = meta_weights(model)
+    parameters = sum(weight.param.numel() for weight in shapes)
+    weights = 4 * parameters + sum(buffer.nbytes for buffer in model.buffers())
+    activations = activation_bytes(load_config(name), device, batch_size, block_size)
+    rows: list[dict[str, Any]] = []
+    for peer in peers:
+        row: dict[str, Any] = {"name": peer.name}
+        rows.append(row)
+        try:
+            row["state"], row["step"] = optimizer_bytes(peer, shapes, device)
+        except Exception as error:  # whatever a peer raises is its reason
+            row["reason"] = one_line(error)
+            continue
+        row["peak"] = weights + 4 * parameters + row["state"] + max(activations, row["step"])
+    return {
+        "model": name,
+        "parameters": parameters,
+        "batch_size": batch_size,
+        "block_size": block_size,
+        "weights": weights,
+        "gradients": 4 * parameters,
+        "activations": activations,
+        "optimizers": rows,
+    }
+
+
+def smallest_card(peak: int) -> str:
+    """Names the smallest card that holds a peak beside the CUDA context."""
+    fitting = [card for card in CARDS_GIB if peak <= (card - CONTEXT_GIB) * 2**30]
+    return f"{fitting[0]} GiB" if fitting else f"over {CARDS_GIB[-1]} GiB"
+
+
+def render_memory(results: dict[str, Any]) -> str:
+    """Makes the Markdown table of a budget, and the line under it."""
+    header = (
+        *("optimizer", "weights, MiB", "gradients, MiB", "state, MiB", "activations, MiB"),
+        *("step, MiB", "peak, MiB", "smallest card"),
+    )
+    rows, skipped = [], []
+    for row in results["optimizers"]:
+        if "reason" in row:
+            skipped.append(f"`{row['name']}` ({row['reason']})")
+            continue
+        sizes = (
+            *(results["weights"], results["gradients"], row["state"]),
+            *(results["activations"], row["step"], row["peak"]),
+        )
+        mib = (f"{size / 2**20:,.0f}" for size in sizes)
+        rows.append((f"`{row['name']}`", *mib, smallest_card(row["peak"])))
+    lines = [
+        markdown_table(header, rows),
+        "",
+        f"`{results['model']}`, {results['parameters']:,} parameters, {results['batch_size']} x "
+        f"{results['block_size']} tokens a pass; the larger of activations and step counts.",
+    ]
+    if skipped:
+        lines.append(f"Not run: {'; '.join(skipped)}.")
+    return "\n".join(lines)
+
+
+def run_memory(args: argparse.Namespace, peers: list[Peer]) -> None:
+    """Computes, prints and writes the budget that the command line asks for."""
+    device = torch.device(args.device)
+    results = budget(args.memory, peers, device, args.batch_size, args.block_size)
+    results = {"environment": environment(args.device), **results}
+    name = f"memory_{slug(args.memory)}_{args.device}.json"
+    write_json(args.results or f"recipes/results/{name}", results)
+    print(render_memory(results))

@@ -1,0 +1,104 @@
+"""The models whose shapes the recipes measure on: built on the meta device, without weights."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from striped_hf.cli import load_pretrained
+from striped_hf.trainer import param_groups
+
+GPT2_SIZES = {  # the configurations that the hub has under these names
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+}
+LLAMA_1B = {  # Llama 3.2 1B's, as published
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+WEIGHT_DECAY = 0.1
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter, and what optimizers want to know of it.
+
+    ``blocks`` are its packed projections (see ``StripedAdamW``); ``embedding`` tells whether it
+    belongs to the input or output embedding.
+    """
+
+    name: str
+    param: Tensor
+    weight_decay: float
+    blocks: tuple[int, int]
+    embedding: bool
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """Returns the configuration of a model.
+
+    Args:
+        name: One of GPT-2's sizes, ``llama-1b``, a local folder, or a name on the hub.
+
+    Raises:
+        UserError: It is none of them.
+    """
+    if name in GPT2_SIZES:
+        return GPT2Config(**GPT2_SIZES[name])
+    if name == "llama-1b":
+        return LlamaConfig(**LLAMA_1B)
+    return load_pretrained(AutoConfig, name)
+
+
+def meta_model(name: str) -> PreTrainedModel:
+    """Builds a model on the meta device; ``name`` as in ``load_config``."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(load_config(name))
+
+
+def meta_weights(model: PreTrainedModel) -> list[Weight]:
+    """Lists a model's parameters in the param groups that Trainer makes of them."""
+    embedding_modules = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    embeddings = {module.weight for module in (*embedding_modules, model.get_output_embeddings())}
+    return [
+        Weight(name, param, group["weight_decay"], blocks, param in embeddings)
+        for group in param_groups(model, WEIGHT_DECAY)
+        for (name, param), blocks in zip(group["params"], group["blocks"], strict=True)
+    ]
+
+
+def allocate(weights: list[Weight], device: torch.device, dtype: torch.dtype) -> Iterator[Weight]:
+    """Yields the weights with random parameters and gradients in place of those on meta."""
+    generator = torch.Generator(device).manual_seed(0)
+    for weight in weights:
+        shape = weight.param.shape
+        param, grad = (
+            torch.empty(shape, device=device, dtype=dtype).normal_(0.0, std, generator=generator)
+            for std in (0.02, 1e-3)
+        )
+        param = nn.Parameter(param)
+        param.grad = grad
+        yield Weight(weight.name, param, weight.weight_decay, weight.blocks, weight.embedding)
+
+
+def slug(name: str) -> str:
+    """Returns a model's name as part of a file's."""
+    return name.rstrip("/").split("/")[-1].replace("-", "_")

@@ -1,0 +1,184 @@
+"""The optimizers that stand beside StripedAdamW in the benchmark, each at its best settings.
+
+An entry imports its package when it is built, so that what is not installed is one row less. The
+learning rate is small and the same for all: it has no influence on the time of a step.
+"""
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from model_shapes import Weight
+from torch import Tensor
+
+from striped_hf.optim import StripedAdamW
+from striped_hf.optim.backends import resolve
+from striped_hf.optim.momentum import MOMENTUM_DTYPES
+
+LR = 1e-5
+BASELINE = "adamw_fused"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One optimizer of the benchmark.
+
+    Args:
+        name: What its row is called.
+        package: The distribution that it comes from.
+        build: Makes the optimizer of some weights.
+        room: The most bytes per parameter that its state and its step's temporaries take, for
+            float32 parameters; what must be free before it joins the others.
+        gradient_reads: How often its rule must read the gradient in one step: once, or twice where
+            statistics of a whole matrix come before the update, or three times where the norm of
+            the update does too. None where arithmetic, not memory, is what its time goes to.
+    """
+
+    name: str
+    package: str
+    build: Callable[[list[Weight]], Any]
+    room: float
+    gradient_reads: int | None
+
+    def version(self) -> str | None:
+        """Returns the installed version of the package; None where it runs from its tree."""
+        try:
+            return importlib.metadata.version(self.package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+
+class Together:
+    """Several optimizers that step as one."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def state_dict(self) -> list[Any]:
+        return [optimizer.state_dict() for optimizer in self.optimizers]
+
+
+def states(optimizer: Any) -> dict[Tensor, Any]:
+    """Returns an optimizer's state by parameter."""
+    if isinstance(optimizer, Together):
+        return {p: s for each in optimizer.optimizers for p, s in each.state.items()}
+    return dict(optimizer.state)
+
+
+def plain_groups(weights: list[Weight]) -> list[dict[str, Any]]:
+    """Returns Trainer's param groups: what decays, and what does not."""
+    groups = []
+    for decay in sorted({weight.weight_decay for weight in weights}, reverse=True):
+        params = [weight.param for weight in weights if weight.weight_decay == decay]
+        groups.append({"params": params, "weight_decay": decay})
+    return groups
+
+
+def on_gpu(weights: list[Weight]) -> bool:
+    return weights[0].param.is_cuda
+
+
+def adamw_fused(weights: list[Weight]) -> Any:
+    return torch.optim.AdamW(plain_groups(weights), lr=LR, fused=True)
+
+
+def adamw_foreach(weights: list[Weight]) -> Any:
+    return torch.optim.AdamW(plain_groups(weights), lr=LR, foreach=True)
+
+
+def adafactor(weights: list[Weight]) -> Any:
+    # torch has foreach kernels for GPUs only; elsewhere it is a loop with more temporaries
+    return torch.optim.Adafactor(plain_groups(weights), lr=LR, foreach=on_gpu(weights))
+
+
+def muon(weights: list[Weight]) -> Any:
+    # as its documentation says: hidden matrices only, everything else to AdamW
+    hidden = [w for w in weights if w.param.dim() == 2 and not w.embedding]
+    others = [w for w in weights if w.param.dim() != 2 or w.embedding]
+    return Together(torch.optim.Muon(plain_groups(hidden), lr=LR), adamw_fused(others))
+
+
+def transformers_adafactor(weights: list[Weight]) -> Any:
+    from transformers import Adafactor
+
+    return Adafactor(
+        plain_groups(weights), lr=LR, beta1=0.9, scale_parameter=False, relative_step=False
+    )
+
+
+def bitsandbytes_adamw8bit(weights: list[Weight]) -> Any:
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(plain_groups(weights), lr=LR)
+
+
+def torchao_adamw8bit(weights: list[Weight]) -> Any:
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit(plain_groups(weights), lr=LR)  # compiles itself
+
+
+def torchao_adamw4bit(weights: list[Weight]) -> Any:
+    from torchao.optim import AdamW4bit
+
+    return AdamW4bit(plain_groups(weights), lr=LR)
+
+
+def flashoptim_adamw(weights: list[Weight]) -> Any:
+    from flashoptim import FlashAdamW
+
+    return FlashAdamW(plain_groups(weights), lr=LR)
+
+
+def optimi_adamw(weights: list[Weight]) -> Any:
+    from optimi import AdamW
+
+    return AdamW(plain_groups(weights), lr=LR)  # takes Triton or foreach where they can run
+
+
+def striped(momentum_dtype: str, backend: str) -> Callable[[list[Weight]], Any]:
+    def build(weights: list[Weight]) -> Any:
+        # a named backend that cannot run is to raise here, with its reason
+        resolve(backend, weights[0].param.device.type)
+        groups = plain_groups(weights)
+        for group in groups:
+            group["blocks"] = [w.blocks for w in weights if w.weight_decay == group["weight_decay"]]
+        return StripedAdamW(groups, lr=LR, momentum_dtype=momentum_dtype, backend=backend)
+
+    return build
+
+
+PEERS = (
+    Peer(BASELINE, "torch", adamw_fused, room=8, gradient_reads=1),
+    Peer("adamw_foreach", "torch", adamw_foreach, room=16, gradient_reads=1),
+    Peer("adafactor", "torch", adafactor, room=12, gradient_reads=3),
+    Peer("muon", "torch", muon, room=8, gradient_reads=None),
+    Peer("transformers_adafactor", "transformers", transformers_adafactor, 6, gradient_reads=3),
+    Peer("bitsandbytes_adamw8bit", "bitsandbytes", bitsandbytes_adamw8bit, 4, gradient_reads=1),
+    Peer("torchao_adamw8bit", "torchao", torchao_adamw8bit, room=4, gradient_reads=1),
+    Peer("torchao_adamw4bit", "torchao", torchao_adamw4bit, room=4, gradient_reads=1),
+    Peer("flashoptim_adamw", "flashoptim", flashoptim_adamw, room=4, gradient_reads=1),
+    Peer("optimi_adamw", "torch-optimi", optimi_adamw, room=16, gradient_reads=1),
+)
+STRIPED_ROOM = {"float32": 4.5, "bfloat16": 2.5, "int8": 1.5, "int4": 1.0}
+
+
+def all_peers(backends: list[str]) -> list[Peer]:
+    """Returns every entry, StripedAdamW's once for each of the backends."""
+    entries = list(PEERS)
+    for backend in backends:
+        suffix = "" if backend == "auto" else f":{backend}"
+        entries += [
+            Peer(f"striped_{dtype}{suffix}", "striped_hf", striped(dtype, backend), room, 2)
+            for dtype, room in STRIPED_ROOM.items()
+        ]
+    return entries
+
+
+assert tuple(STRIPED_ROOM) == MOMENTUM_DTYPES

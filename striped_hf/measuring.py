@@ -1,0 +1,166 @@
+"""What a benchmark measures of one call: its time, the memory that it takes, what it would save.
+
+Memory on a CPU is the process's own resident memory, as Linux counts it, and so includes what C
+code allocates; on a GPU it is what torch's allocator has handed out.
+"""
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# glibc's mallopt: from how many bytes on an allocation is a mapping of its own, which goes back to
+# the system when it is freed, and how much free memory at the heap's end is kept
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_PR_SET_THP_DISABLE = 41
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until everything queued on a device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(device: torch.device, call: Callable[[], Any], repeat: int = 1) -> float:
+    """Returns the mean time of a call, over ``repeat`` calls one after another, in seconds."""
+    synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(repeat):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - begin) / repeat
+
+
+def temporary_bytes(device: torch.device, call: Callable[[], Any]) -> int | None:
+    """Returns how far memory rises during a call, in bytes; exact to about 0.1 MiB on a CPU.
+
+    Memory that the call allocates and keeps counts too: call it once before, and measure the
+    second time. None where the system has no such counter (it takes Linux and glibc on a CPU).
+    """
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    libc = return_freed_memory()
+    if libc is None:
+        call()
+        return None
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
+        before = _status("VmRSS")
+        call()
+        return _status("VmHWM") - before
+    except OSError:
+        return None
+    finally:
+        # where malloc's own adjustment ends in a process that has used large tensors
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+        libc.prctl(_PR_SET_THP_DISABLE, 0, 0, 0, 0)
+
+
+def return_freed_memory() -> Any:
+    """Makes malloc give what is freed back to the system at once, and turns huge pages off.
+
+    What malloc keeps after a free would hide the next allocation from the count of resident memory,
+    or add to it, and a huge page would count 2 MiB for a few bytes. Allocation is slower then.
+
+    Returns:
+        The C library; None where it is not glibc, and nothing was changed.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 128 << 10)
+        libc.mallopt(_M_TRIM_THRESHOLD, 0)
+        libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
+        libc.malloc_trim(0)
+    except (OSError, AttributeError, TypeError):
+        return None
+    return libc
+
+
+def _status(key: str) -> int:
+    """Returns an entry of this process's status, in bytes."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{key}:"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {key}")
+
+
+def tensor_bytes(value: Any) -> int:
+    """Counts the bytes of all tensors in a value: what they store, not what they stand for.
+
+    Looks into dicts, lists and tuples, and into tensor subclasses that wrap others, as the coded
+    states of torchao do, whose own ``nbytes`` are those of the decoded tensor. A tensor that is
+    there more than once counts once.
+    """
+    return sum(
+        tensor.nbytes for tensor in {id(tensor): tensor for tensor in _tensors(value)}.values()
+    )
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if hasattr(value, "__tensor_flatten__"):
+        names, _ = value.__tensor_flatten__()
+        for name in names:
+            yield from _tensors(getattr(value, name))
+    elif isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+class _Counter:
+    """A file that keeps only its size."""
+
+    size = 0
+
+    def write(self, data: Any) -> int:
+        written = memoryview(data).nbytes
+        self.size += written
+        return written
+
+    def flush(self) -> None:
+        pass
+
+
+def checkpoint_bytes(state_dict: Any) -> int:
+    """Returns the size of the file that ``torch.save`` would make, without making it."""
+    file = _Counter()
+    checked = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)  # a second a gigabyte, and no bytes
+    try:
+        torch.save(state_dict, file)  # type: ignore[arg-type]
+    finally:
+        torch.serialization.set_crc32_options(checked)
+    return file.size
+
+
+def copy_gb_s(device: torch.device) -> float:
+    """Measures the bandwidth of copying 256 MiB: bytes read and written, in 10^9 a second."""
+    source = torch.ones(64 << 20, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    times = [seconds(device, lambda: target.copy_(source)) for _ in range(9)]
+    return 2 * source.nbytes / statistics.median(times) / 1e9
+
+
+def available_bytes(device: torch.device) -> int:
+    """Returns how many bytes could be allocated now."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    import psutil  # accelerate brings it
+
+    return psutil.virtual_memory().available
