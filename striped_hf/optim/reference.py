@@ -47,10 +47,11 @@ _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 @dataclass(frozen=True)
 class Settings:
     """A param group's hyperparameters: ``StripedAdamW``'s arguments of the same names,
-    ``stochastic_rounding`` resolved to a bool.
+    ``stochastic_rounding`` resolved to a bool. ``lr`` is a tensor where the optimizer is capturable
+    and its group has one on the device.
     """
 
-    lr: float
+    lr: float | Tensor
     beta1: float
     beta2: float
     eps: float
@@ -66,7 +67,8 @@ class Entry:
     place but the gradient.
 
     ``momentum_dtype`` is the format that this parameter's momentum has (``storage_format``),
-    ``blocks`` its (br, bc), and ``step`` that of the update about to be made, from 1.
+    ``blocks`` its (br, bc), and ``step`` that of the update about to be made, from 1; 0 where only
+    the device knows it, in ``state["step"]``: the optimizer is capturable.
     """
 
     param: Tensor
@@ -235,9 +237,9 @@ def _update_parameter(
     if settings.nesterov:
         m = torch.lerp(m, g, 1 - settings.beta1)
     denominator.add_(settings.eps).clamp_(min=_SMALLEST_NORMAL)
-    value = param.float()
-    value.mul_(1 - settings.lr * settings.weight_decay)
-    step_size = settings.lr / (1 - settings.beta1**step)
+    value, lr = param.float(), float(settings.lr)
+    value.mul_(1 - lr * settings.weight_decay)
+    step_size = lr / (1 - settings.beta1**step)
     value.addcdiv_(m, denominator, value=-step_size)
     if value is param:
         return

@@ -63,6 +63,9 @@ class StripedAdamW(Optimizer):
         stochastic_rounding: Round updates of bfloat16 and float16 parameters stochastically instead
             of to nearest. None means True. Without meaning for float32 parameters.
         nesterov: Let the update look ahead: b1 m + (1 - b1) g in m's place.
+        capturable: Keep ``step`` on the parameters' device, and take ``lr`` from there where it is
+            a tensor, so that a step can be captured in a CUDA graph. Needs the triton backend, and
+            a step before the capture.
 
     Raises:
         ValueError: A hyperparameter is out of its range, ``blocks`` does not divide a matrix, or a
@@ -83,9 +86,11 @@ class StripedAdamW(Optimizer):
         backend: str = "auto",
         stochastic_rounding: bool | None = None,
         nesterov: bool = False,
+        capturable: bool = False,
     ) -> None:
         backends.check(backend)
         self.backend = backend
+        self.capturable = capturable
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -101,7 +106,8 @@ class StripedAdamW(Optimizer):
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "backend": self.backend}
+        own = {"backend": self.backend, "capturable": self.capturable}
+        return {**super().__getstate__(), **own}
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a param group.
@@ -131,18 +137,22 @@ class StripedAdamW(Optimizer):
 
         Raises:
             RuntimeError: A gradient is sparse or not of a floating dtype that the optimizer takes,
-                a parameter is sharded, or the backend asked for by name cannot run. Nothing has
-                changed then.
+                a parameter is sharded, the backend asked for by name cannot run, or a CUDA graph
+                is captured without ``capturable``. Nothing has changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update()
+        return loss
+
+    @torch.compiler.disable  # a compiled training step calls it between two of its graphs
+    def _update(self) -> None:
         tables = self._tables()
         sums = [backend.statistics(table) for backend, _, table in tables]
         for (backend, settings, table), table_sums in zip(tables, sums, strict=True):
             backend.update(table, table_sums, settings)
-        return loss
 
     def _tables(self) -> list[tuple[ModuleType, Settings, list[Entry]]]:
         """Collects what is to be updated, makes missing state and counts the step.
@@ -151,32 +161,86 @@ class StripedAdamW(Optimizer):
             For each param group, and each device that it has parameters on: the backend, the
             group's settings, and the table.
         """
+        self._check_capture()
         for group_index, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):
                 if param.grad is not None:
                     _check_gradient(param, group, i, group_index)
-                    backends.resolve(self.backend, param.device.type)
+                    self._backend(param.device.type)
 
         tables = []
         for group in self.param_groups:
+            with_grad = [i for i, p in enumerate(group["params"]) if p.grad is not None]
             by_device: dict[torch.device, list[Entry]] = {}
-            for i, param in enumerate(group["params"]):
-                if param.grad is None:
-                    continue
-                state = self.state[param]
-                blocks = blocks_of(group, i)
-                if not state:
-                    state.update(init_state(param, group["momentum_dtype"], blocks))
-                state["step"] += 1
+            for i, step in zip(with_grad, self._count_steps(group, with_grad), strict=True):
+                param = group["params"][i]
                 if param.numel() > 0:
                     momentum_dtype = momentum.storage_format(param.shape, group["momentum_dtype"])
-                    step = int(state["step"])
+                    state, blocks = self.state[param], blocks_of(group, i)
                     entry = Entry(param, param.grad, state, momentum_dtype, blocks, step)
                     by_device.setdefault(param.device, []).append(entry)
             for device, table in by_device.items():
-                backend = backends.resolve(self.backend, device.type)
-                tables.append((backend, _settings(group), table))
+                tables.append((self._backend(device.type), self._settings(group), table))
         return tables
+
+    def _count_steps(self, group: Group, positions: list[int]) -> list[int]:
+        """Adds one to the steps of these parameters, whose state it makes where there is none.
+
+        Returns:
+            Their steps; zeros where only the device may know them.
+        """
+        steps = []
+        for i in positions:
+            param = group["params"][i]
+            state = self.state[param]
+            if not state:
+                state.update(init_state(param, group["momentum_dtype"], blocks_of(group, i)))
+                state["step"] = state["step"].to(self._step_device(param))
+            steps.append(state["step"])
+        if not steps:
+            return []
+        torch._foreach_add_(steps, 1)
+        return (
+            [0] * len(steps) if self.capturable else [int(t) for t in torch.stack(steps).tolist()]
+        )
+
+    def _step_device(self, param: Tensor) -> torch.device:
+        return param.device if self.capturable else torch.device("cpu")
+
+    def _backend(self, device_type: str) -> ModuleType:
+        backend = backends.resolve(self.backend, device_type)
+        if self.capturable and not getattr(backend, "CAPTURABLE", False):
+            raise RuntimeError(
+                f"capturable=True needs the triton backend, which does not step parameters on "
+                f"{device_type} here: leave capturable out, or move the model to a GPU with triton"
+            )
+        return backend
+
+    def _check_capture(self) -> None:
+        if (
+            not self.capturable
+            and torch.cuda.is_initialized()
+            and torch.cuda.is_current_stream_capturing()
+        ):
+            raise RuntimeError(
+                "this step is being captured in a CUDA graph, which would repeat its number and "
+                "its learning rate for good: construct StripedAdamW with capturable=True"
+            )
+
+    def _settings(self, group: Group) -> Settings:
+        beta1, beta2 = group["betas"]
+        lr = group["lr"]
+        on_device = self.capturable and isinstance(lr, Tensor) and lr.device.type != "cpu"
+        return Settings(
+            lr=lr if on_device else float(lr),
+            beta1=float(beta1),
+            beta2=float(beta2),
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
+            maximize=group["maximize"],
+            nesterov=group["nesterov"],
+            stochastic_rounding=group["stochastic_rounding"] is not False,
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of a StripedAdamW, or of a ``torch.optim.AdamW``.
@@ -203,7 +267,11 @@ class StripedAdamW(Optimizer):
             for position, state in prepared["state"].items():
                 param = params[position]
                 self.state[param] = {
-                    key: value.to("cpu" if key == "step" else param.device, copy=True)
+                    key: value.to(
+                        self._step_device(param) if key == "step" else param.device,
+                        copy=True,
+                        memory_format=torch.contiguous_format,
+                    )
                     for key, value in state.items()
                 }
 
@@ -214,20 +282,6 @@ class StripedAdamW(Optimizer):
         finally:
             pre_hook.remove()
             post_hook.remove()
-
-
-def _settings(group: Group) -> Settings:
-    beta1, beta2 = group["betas"]
-    return Settings(
-        lr=float(group["lr"]),
-        beta1=float(beta1),
-        beta2=float(beta2),
-        eps=float(group["eps"]),
-        weight_decay=float(group["weight_decay"]),
-        maximize=group["maximize"],
-        nesterov=group["nesterov"],
-        stochastic_rounding=group["stochastic_rounding"] is not False,
-    )
 
 
 def _check_hyperparameters(group: Group) -> None:

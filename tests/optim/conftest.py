@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+
+# before a test imports the kernels: without a GPU they run in Triton's interpreter
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("striped", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("striped")
