@@ -312,7 +312,7 @@ def stripes_kernel(
 
     current = _step_of(pointer, step, CAPTURABLE)
     bias_correction2 = _bias_correction(current, log_beta2).to(tl.float32)
-    correction = tl.where(is_column, bias_correction2, 1.0)
+    correction = tl.div_rn(1.0, tl.sqrt_rn(tl.where(is_column, bias_correction2, 1.0)))
     weight = tl.div_rn(one_minus_beta2, averaged)
     total = tl.zeros([BLOCK], tl.float32)
     for first in range(0, size, BLOCK):
@@ -322,7 +322,7 @@ def stripes_kernel(
         value = beta2 * tl.load(stripe + offsets, mask=inside, other=0.0)
         value += weight * tl.load(sums + buffered + offsets, mask=inside, other=0.0)
         tl.store(stripe + offsets, value, mask=inside)
-        root = tl.sqrt_rn(tl.div_rn(value, correction))
+        root = tl.sqrt_rn(value) * correction
         tl.store(sums + buffered + offsets, root, mask=inside)
         total += value
 

@@ -37,8 +37,13 @@ DEVICE_TYPES = ("cpu",) if jit.INTERPRETED else ("cuda",)
 CAPTURABLE = True  # steps and learning rates may be known to the device only
 
 # ---------------------------------------------------------------------------------------------
-# the two functions
+# the functions of a backend
 # ---------------------------------------------------------------------------------------------
+
+
+def step(table: list[Entry], settings: Settings) -> None:
+    """Takes the step of parameters that are whole: ``statistics`` and ``update``."""
+    update(table, statistics(table), settings)
 
 
 def statistics(table: list[Entry]) -> list[Sums | None]:
