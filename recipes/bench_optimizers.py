@@ -13,7 +13,8 @@ What is measured, of each optimizer:
 
 - state: the bytes of its state tensors, counted, and the size of its state dict as a file;
 - first step: with the state's allocation, and compilation where it compiles, its caches empty;
-- temporary memory: how far a later step rises above what is kept, C code's allocations included;
+- temporary memory: how far a later step rises above what is kept; on a CPU in a process of its
+  own, whose malloc keeps nothing, so that C code's allocations count and freed ones do not;
 - step: in rounds in which every optimizer takes a turn of a few steps, the baseline in each; the
   median over its turns, and the median and quartiles of its ratio to fused AdamW's time in the same
   round. A slow optimizer sits some rounds out. Where the baseline itself varies by more than 15%
@@ -29,10 +30,12 @@ It takes about 8 minutes for GPT-2 in float32 on 2 cores, and is to run on a qui
 import argparse
 import gc
 import json
+import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,7 @@ from striped_hf.measuring import (
     available_bytes,
     checkpoint_bytes,
     copy_gb_s,
+    return_freed_memory,
     seconds,
     temporary_bytes,
     tensor_bytes,
@@ -100,7 +104,9 @@ def prepare(peer: Peer, weights: list[Weight], device: torch.device, rounds: int
         w.param.numel() for w in weights
     )
     row["checkpoint_bytes"] = checkpoint_bytes(optimizer.state_dict())
-    row["temporary_bytes"] = temporary_bytes(device, optimizer.step)
+    row["temporary_bytes"] = None
+    if device.type == "cuda":  # on a CPU see temporaries()
+        row["temporary_bytes"] = temporary_bytes(device, optimizer.step)
 
     step = seconds(device, optimizer.step)
     contender.steps = max(1, min(20, int(TURN_SECONDS[device.type] / step)))
@@ -215,6 +221,14 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         finish(group, parameters, dtype.itemsize)
         del group, entry
         free_memory(device)
+    if device.type == "cpu":
+        del weights
+        free_memory(device)
+        # last, so that what compiles finds the first step's caches
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as process:
+            for name, found in process.submit(temporaries, args).result().items():
+                rows[name]["temporary_bytes"] = found
     return {
         "environment": environment(args.device),
         "shapes": args.shapes,
@@ -225,6 +239,30 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         "copy_gb_s": bandwidth,
         "optimizers": [rows[peer.name] for peer in chosen(args)],
     }
+
+
+def temporaries(args: argparse.Namespace) -> dict[str, int | None]:
+    """Measures the temporary memory of a step of each optimizer that can run, on a CPU, in bytes.
+
+    To be called in a process of its own, which must neither have been timed nor be timed later:
+    see ``return_freed_memory``.
+    """
+    return_freed_memory()
+    device = torch.device("cpu")
+    shapes = meta_weights(meta_model(args.shapes))
+    weights = list(allocate(shapes, device, getattr(torch, args.dtype)))
+    found = {}
+    for peer in chosen(args):
+        if peer.room * sum(w.param.numel() for w in weights) > available_bytes(device):
+            continue
+        try:
+            optimizer = peer.build(weights)
+            optimizer.step()
+        except Exception:  # its row has the reason
+            continue
+        found[peer.name] = temporary_bytes(device, optimizer.step)
+        del optimizer
+    return found
 
 
 def chosen(args: argparse.Namespace) -> list[Peer]:
@@ -272,6 +310,7 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here: pass --device cpu")
     if args.memory:
+        return_freed_memory()
         run_memory(args, chosen(args))
         return
     results = benchmark(args)

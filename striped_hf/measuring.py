@@ -5,6 +5,7 @@ code allocates; on a GPU it is what torch's allocator has handed out.
 """
 
 import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -39,8 +40,13 @@ def temporary_bytes(device: torch.device, call: Callable[[], Any]) -> int | None
     """Returns how far memory rises during a call, in bytes; exact to about 0.1 MiB on a CPU.
 
     Memory that the call allocates and keeps counts too: call it once before, and measure the
-    second time. None where the system has no such counter (it takes Linux and glibc on a CPU).
+    second time. On a CPU the process must have called ``return_freed_memory`` before it made any
+    large tensor: what malloc keeps hides one allocation from the count and adds another to it.
+
+    Returns:
+        None where the system has no such counter (on a CPU it takes Linux).
     """
+    gc.collect()  # not in the midst of the call
     if device.type == "cuda":
         synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -48,32 +54,20 @@ def temporary_bytes(device: torch.device, call: Callable[[], Any]) -> int | None
         call()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    libc = return_freed_memory()
-    if libc is None:
-        call()
-        return None
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
         before = _status("VmRSS")
-        call()
-        return _status("VmHWM") - before
     except OSError:
         return None
-    finally:
-        # where malloc's own adjustment ends in a process that has used large tensors
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
-        libc.prctl(_PR_SET_THP_DISABLE, 0, 0, 0, 0)
+    call()
+    return _status("VmHWM") - before
 
 
-def return_freed_memory() -> Any:
-    """Makes malloc give what is freed back to the system at once, and turns huge pages off.
+def return_freed_memory() -> None:
+    """Makes malloc give what is freed back to the system at once, and turns huge pages off, which
+    would count 2 MiB for a few bytes. Allocation is slower for the rest of the process.
 
-    What malloc keeps after a free would hide the next allocation from the count of resident memory,
-    or add to it, and a huge page would count 2 MiB for a few bytes. Allocation is slower then.
-
-    Returns:
-        The C library; None where it is not glibc, and nothing was changed.
+    It changes nothing where the C library is not glibc.
     """
     try:
         libc = ctypes.CDLL(None)
@@ -82,8 +76,7 @@ def return_freed_memory() -> Any:
         libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
         libc.malloc_trim(0)
     except (OSError, AttributeError, TypeError):
-        return None
-    return libc
+        return
 
 
 def _status(key: str) -> int:

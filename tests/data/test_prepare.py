@@ -4,12 +4,14 @@ import hashlib
 
 import numpy as np
 import pytest
-import tiktoken
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 from striped_hf.cli import UserError
-from striped_hf.data import open_split, prepare
+from striped_hf.data import open_split
+
+tiktoken = pytest.importorskip("tiktoken")
+prepare = pytest.importorskip("striped_hf.data.prepare")
 
 CONTENT = b"Twice two makes four.\n" * 20_000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

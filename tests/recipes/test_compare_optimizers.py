@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from tiny import QUIET, TINY
+
+Image = pytest.importorskip("PIL.Image")
 
 SCRIPT = "recipes/compare_optimizers.py"
 RECIPE = Path(__file__).parents[2] / "recipes" / "train_shakespeare_char.py"

@@ -3,13 +3,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from trainer_runs import arguments, tiny_model
 from transformers import AutoConfig, AutoModel, Trainer
 
 from striped_hf import StripedAdamW
 from striped_hf.trainer import packed_blocks, param_groups
+
+peft = pytest.importorskip("peft")
 
 BERT = {
     "vocab_size": 32,
@@ -120,8 +121,8 @@ def test_there_are_two_groups_as_in_trainer_even_if_one_is_empty(tmp_path: Path)
 
 
 def test_lora_trains_its_adapters_whole() -> None:
-    model = get_peft_model(
-        tiny_model("gpt2"), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    model = peft.get_peft_model(
+        tiny_model("gpt2"), peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
     )
     blocks = blocks_by_name(param_groups(model, 0.1))
     assert blocks
@@ -130,9 +131,11 @@ def test_lora_trains_its_adapters_whole() -> None:
 
 
 def test_modules_that_peft_saves_keep_their_blocks() -> None:
-    model = get_peft_model(
+    model = peft.get_peft_model(
         tiny_model("gpt2"),
-        LoraConfig(r=2, target_modules=["c_fc"], modules_to_save=["c_attn"], fan_in_fan_out=True),
+        peft.LoraConfig(
+            r=2, target_modules=["c_fc"], modules_to_save=["c_attn"], fan_in_fan_out=True
+        ),
     )
     blocks = blocks_by_name(param_groups(model, 0.1))
     packed = {name for name, pair in blocks.items() if pair == (1, 3)}

@@ -5,14 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from trainer_runs import NAMES, Counting, arguments, losses, optimizer_of, tiny_model
 from transformers import PreTrainedTokenizerFast, Trainer
-from trl import SFTConfig, SFTTrainer
 
 from striped_hf import StripedAdamW, optimizer_cls_and_kwargs
+
+datasets = pytest.importorskip("datasets")
+peft = pytest.importorskip("peft")
+trl = pytest.importorskip("trl")
 
 TEXT = "the cat sat on the mat and the dog sat on the log"
 
@@ -27,8 +28,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def lora(**changes: Any) -> LoraConfig:
-    return LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], **changes)
+def lora(**changes: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], **changes)
 
 
 def trained(trainer: Trainer) -> set[str]:
@@ -53,7 +54,7 @@ def test_lora_trains_only_its_adapters_and_resumes(tmp_path: Path) -> None:
             save_strategy="steps",
             save_steps=6,
         )
-        model = get_peft_model(tiny_model("llama"), lora())
+        model = peft.get_peft_model(tiny_model("llama"), lora())
         trainer = Trainer(model, args, train_dataset=Counting())
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6") if resume else None)
         return trainer
@@ -77,7 +78,7 @@ def test_lora_begun_with_adamw_goes_on(tmp_path: Path) -> None:
 
     def run(optim: str, resume_from: str | None = None) -> Trainer:
         args = arguments(tmp_path, optim=optim, save_strategy="steps", save_steps=4)
-        model = get_peft_model(tiny_model("llama"), lora())
+        model = peft.get_peft_model(tiny_model("llama"), lora())
         trainer = Trainer(model, args, train_dataset=Counting())
         trainer.train(resume_from_checkpoint=resume_from)
         return trainer
@@ -88,11 +89,11 @@ def test_lora_begun_with_adamw_goes_on(tmp_path: Path) -> None:
     torch.testing.assert_close(losses(striped), losses(adamw), rtol=0.02, atol=0)
 
 
-@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("way", ["name", "public"])
-def test_sft_trainer(tmp_path: Path, way: str, peft: bool) -> None:
+def test_sft_trainer(tmp_path: Path, way: str, adapters: bool) -> None:
     tokenizer = tiny_tokenizer()
-    args = SFTConfig(
+    args = trl.SFTConfig(
         str(tmp_path),
         optim="striped_adamw_8bit",
         max_steps=8,
@@ -109,17 +110,17 @@ def test_sft_trainer(tmp_path: Path, way: str, peft: bool) -> None:
     model = tiny_model("llama")
     # made before SFTTrainer puts adapters into the model, as a user would
     answer = optimizer_cls_and_kwargs(args, model) if way == "public" else None
-    trainer = SFTTrainer(
+    trainer = trl.SFTTrainer(
         model,
         args=args,
-        train_dataset=Dataset.from_dict({"text": [TEXT[i:] for i in range(32)]}),
+        train_dataset=datasets.Dataset.from_dict({"text": [TEXT[i:] for i in range(32)]}),
         processing_class=tokenizer,
-        peft_config=lora() if peft else None,
+        peft_config=lora() if adapters else None,
         optimizer_cls_and_kwargs=answer,
     )
     trainer.train()
-    assert isinstance(trainer.model, PeftModel) is peft
-    assert all(".lora_" in name for name in trained(trainer)) is peft
+    assert isinstance(trainer.model, peft.PeftModel) is adapters
+    assert all(".lora_" in name for name in trained(trainer)) is adapters
     assert len(trained(trainer)) == sum(p.requires_grad for p in trainer.model.parameters())
     groups = optimizer_of(trainer).param_groups
     assert {group["momentum_dtype"] for group in groups} == {NAMES["striped_adamw_8bit"]}
