@@ -22,7 +22,7 @@ What is measured, of each optimizer:
 - effective GB/s: what its rule must move over the time it took. In bytes per parameter that is
   2 p + k g + 2 s: parameter and state read and written, the gradient read k times (1 for AdamW; 2
   where sums over a matrix come first; 3 in Adafactor, which needs the update's norm too). Beside
-  it stands the bandwidth of a plain copy, which no optimizer can pass.
+  it stands the bandwidth of a plain copy.
 
 It takes about 8 minutes for GPT-2 in float32 on 2 cores, and is to run on a quiet machine.
 """
