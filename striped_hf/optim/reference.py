@@ -83,6 +83,16 @@ Sums = tuple[Tensor, Tensor]
 Index = tuple[int | slice, ...]
 
 
+def step(table: list[Entry], settings: Settings) -> None:
+    """Takes the step of parameters that are whole: ``statistics`` and ``update``.
+
+    Args:
+        table: Parameters of any shape, none empty; gradients of any floating dtype.
+        settings: Of the param group.
+    """
+    update(table, statistics(table), settings)
+
+
 def statistics(table: list[Entry]) -> list[Sums | None]:
     """Sums the squares of every gradient by row and by column.
 

@@ -149,10 +149,10 @@ class StripedAdamW(Optimizer):
 
     @torch.compiler.disable  # a compiled training step calls it between two of its graphs
     def _update(self) -> None:
-        tables = self._tables()
-        sums = [backend.statistics(table) for backend, _, table in tables]
-        for (backend, settings, table), table_sums in zip(tables, sums, strict=True):
-            backend.update(table, table_sums, settings)
+        for backend, settings, table in self._tables():
+            backend.step(table, settings)
+            # kernels write past torch, which must know that values saved for backward are gone
+            torch.autograd.graph.increment_version([entry.param for entry in table])
 
     def _tables(self) -> list[tuple[ModuleType, Settings, list[Entry]]]:
         """Collects what is to be updated, makes missing state and counts the step.

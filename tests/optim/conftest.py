@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
 
-# before a test imports the kernels: without a GPU they run in Triton's interpreter
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+from striped_hf.optim import backends
 
 settings.register_profile("striped", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("striped")
@@ -39,3 +36,17 @@ def _same_random_numbers_in_every_test() -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(20240607)
         yield
+
+
+@pytest.fixture(scope="module", params=["reference", "cpu"])
+def every_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Lets ``backend="auto"`` mean each of those that step parameters on a CPU, in turn."""
+    try:
+        backends.resolve(request.param, "cpu")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(backends._FASTEST, "cpu", request.param)
+        backends.resolve.cache_clear()
+        yield request.param
+    backends.resolve.cache_clear()

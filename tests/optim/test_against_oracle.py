@@ -26,6 +26,8 @@ from optim_checks import (
 
 from striped_hf import StripedAdamW
 
+pytestmark = pytest.mark.usefixtures("every_backend")
+
 
 class Tolerance(NamedTuple):
     """Error allowed where gradients are at least ``scale``, relative to the terms summed."""

@@ -22,6 +22,8 @@ from optim_checks import (
 
 from striped_hf import StripedAdamW
 
+pytestmark = pytest.mark.usefixtures("every_backend")
+
 LOW = [torch.bfloat16, torch.float16]
 low = pytest.mark.parametrize("dtype", LOW, ids=str)
 

@@ -27,6 +27,8 @@ from optim_checks import (
 from striped_hf import StripedAdamW
 from striped_hf.optim.momentum import decode, encode
 
+pytestmark = pytest.mark.usefixtures("every_backend")
+
 STORED_DTYPE = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,

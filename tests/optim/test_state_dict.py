@@ -14,6 +14,8 @@ from optim_checks import FORMATS, assert_same_bits, assert_same_snapshot, parame
 
 from striped_hf import StripedAdamW
 
+pytestmark = pytest.mark.usefixtures("every_backend")
+
 SHAPES = [(6, 10), (10,), (2, 3, 4), (), (5, 131), (4, 1)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

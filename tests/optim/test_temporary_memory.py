@@ -12,6 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from striped_hf import StripedAdamW
 
+pytestmark = pytest.mark.usefixtures("every_backend")
+
 MIB = 2**20
 LIMIT = 64 * MIB
 # one "[memory]" event of a Chrome trace; reading it all as JSON takes longer than the step

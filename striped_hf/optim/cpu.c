@@ -1,0 +1,737 @@
+/* The CPU backend: the arithmetic of reference.py in one pass over each tensor's memory.
+ *
+ * Two entry points, striped_statistics and striped_update, take a table of all tensors of a param
+ * group and make one OpenMP parallel region each. The work is cut into tasks of whole rows, by the
+ * tensors' shapes alone, and every sum is taken in the tasks' order: the bits do not depend on the
+ * number of threads, nor on which thread takes which task.
+ *
+ * A matrix [..., R, C] with blocks (br, bc) is seen as `bands` of `height` = R / br rows, one band
+ * for each block of rows of each matrix, so that the column stripe is [bands, C] and the row stripe
+ * [bands * height, bc].
+ *
+ * Where it differs from the reference: sums of squares are taken in another order, the mean of the
+ * row stripe is taken in double, and a compiler may fuse a multiplication with an addition. A
+ * parameter may thereby differ in its last places, and a momentum code by one where its value stood
+ * on the border between two. No intrinsics: the loops are written so that compilers vectorise them,
+ * and function multiversioning picks the widest build that the processor runs.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <omp.h>
+
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(STRIPED_BASELINE)
+#if !defined(__clang__) && __GNUC__ >= 12
+#define MULTIVERSIONED \
+    __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define MULTIVERSIONED \
+    __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
+#endif
+#else
+#define MULTIVERSIONED
+#endif
+
+/* what is inlined into a multiversioned function is compiled for its processor too */
+#define INLINE static inline __attribute__((always_inline))
+
+#define CODE_BLOCK 128      /* elements of a row that share a scale: momentum.py's BLOCK_SIZE */
+#define TASK_ELEMENTS 262144 /* a megabyte of gradient: small beside a cache, large beside a switch */
+#define MIN_TASK_ROWS 64    /* a slice's own column sums are then 1/64 of its gradient, or less */
+#define MAX_TASK_ROWS 1024  /* as many squares are added in float32 before a sum goes on in double */
+#define STRETCH 1024        /* elements of a row that the statistics sum in float32 */
+#define ROWS 4              /* read together by the statistics */
+#define PARTS 32            /* of a sum: two of the widest vectors, to add to in turn */
+#define BUNDLE_ELEMENTS 1048576 /* of tensors stepped together: their gradients fill a share of cache */
+#define SMALLEST_NORMAL 1.17549435e-38f
+#define SEED 0x571219EDu    /* rounding.py's */
+
+enum { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };
+
+/* One row of the table; cpu.py fills it in, 64 bits a field. */
+typedef struct {
+    void *param;              /* [elements] of param_dtype */
+    const void *grad;         /* [elements] of grad_dtype */
+    void *exp_avg;            /* [elements], codes by momentum_dtype */
+    float *exp_avg_scale;     /* [bands * height, ceil(columns / 128)], integer codes only */
+    float *exp_avg_sq_row;    /* [bands * height, col_blocks]; a vector's exp_avg_sq [elements] */
+    float *exp_avg_sq_col;    /* [bands, columns]; NULL for a vector */
+    float *row_sums;          /* shaped as the stripes; update leaves the roots a and c in them */
+    float *col_sums;
+    int64_t bands, height, columns, col_blocks; /* a vector: 1, 1, elements, 1 */
+    int64_t param_dtype, grad_dtype, momentum_dtype;
+    int64_t step;
+} Tensor;
+
+typedef struct {
+    double lr, beta1, beta2, eps, weight_decay;
+    int64_t maximize, nesterov, stochastic_rounding;
+} Settings;
+
+/* ------------------------------------------------------------------------------------------------
+ * numbers
+ * --------------------------------------------------------------------------------------------- */
+
+INLINE uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
+INLINE float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+
+INLINE float from_bfloat16(uint16_t h) { return float_of((uint32_t)h << 16); }
+
+INLINE uint16_t to_bfloat16(float x)
+{
+    uint32_t u = bits_of(x), magnitude = u & 0x7FFFFFFF;
+    uint32_t nearest_even = (u + 0x7FFF + (u >> 16 & 1)) >> 16;
+    return (uint16_t)(magnitude > 0x7F800000 ? (u >> 16 | 0x40) : nearest_even);
+}
+
+INLINE float from_float16(uint16_t h)
+{
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7FFF;
+    uint32_t normal = (rest << 13) + (112u << 23);
+    uint32_t subnormal = bits_of((float)(int32_t)rest * 0x1p-24f);
+    uint32_t not_finite = normal + (112u << 23);
+    uint32_t magnitude = rest < 0x400 ? subnormal : rest >= 0x7C00 ? not_finite : normal;
+    return float_of(sign | magnitude);
+}
+
+INLINE uint16_t to_float16(float x)
+{
+    uint32_t u = bits_of(x), sign = u >> 16 & 0x8000, magnitude = u & 0x7FFFFFFF;
+    uint32_t normal = (magnitude - (112u << 23) + 0xFFF + (magnitude >> 13 & 1)) >> 13;
+    /* adding 1/2 puts the last place of a subnormal half, 2^-24, at the end of the sum's mantissa */
+    uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+    uint32_t half = magnitude < 0x38800000 ? subnormal : normal;
+    half = magnitude >= 0x477FF000 ? 0x7C00 : half; /* from 65520 on */
+    half = magnitude > 0x7F800000 ? 0x7E00 : half;
+    return (uint16_t)(sign | half);
+}
+
+/* MurmurHash3's 32-bit finalizer */
+INLINE uint32_t mix(uint32_t x)
+{
+    x = (x ^ x >> 16) * 0x85EBCA6Bu;
+    x = (x ^ x >> 13) * 0xC2B2AE35u;
+    return x ^ x >> 16;
+}
+
+/* rounding.py's truncation after adding random bits below the last kept one */
+INLINE float truncate_after_adding(float x, uint32_t random, uint32_t mask)
+{
+    return float_of((bits_of(x) + (random & mask)) & ~mask);
+}
+
+INLINE float stochastic_bfloat16(float x, uint32_t random)
+{
+    float rounded = truncate_after_adding(x, random, 0xFFFF);
+    return (bits_of(x) & 0x7FFFFFFF) < 0x7F800000 ? rounded : x;
+}
+
+INLINE float stochastic_float16(float x, uint32_t random)
+{
+    const float min_normal = 0x1p-14f;
+    float rounded = truncate_after_adding(x, random, 0x1FFF);
+    /* subnormal halves have a fixed unit, 2^-24: the same one as just above the smallest normal */
+    float offset = truncate_after_adding(fabsf(x) + min_normal, random, 0x1FFF);
+    float subnormal = copysignf(offset - min_normal, x);
+    rounded = fabsf(x) < min_normal ? subnormal : rounded;
+    return (bits_of(x) & 0x7FFFFFFF) < 0x7F800000 ? rounded : x;
+}
+
+/* ------------------------------------------------------------------------------------------------
+ * stretches of up to CODE_BLOCK elements, in the caches
+ * --------------------------------------------------------------------------------------------- */
+
+/* Returns n elements at `offset` as float32: in place where they are that already, else in buffer. */
+INLINE const float *load(const void *array, int64_t dtype, int64_t offset, int64_t n, float *buffer)
+{
+    if (dtype == FLOAT32)
+        return (const float *)array + offset;
+    const uint16_t *source = (const uint16_t *)array + offset;
+    if (dtype == BFLOAT16)
+        for (int64_t i = 0; i < n; i++) buffer[i] = from_bfloat16(source[i]);
+    else
+        for (int64_t i = 0; i < n; i++) buffer[i] = from_float16(source[i]);
+    return buffer;
+}
+
+/* Rounds n values to `offset` in array, stochastically or to nearest. */
+INLINE void store_parameter(const float *restrict values, const Tensor *t, int64_t offset, int64_t n,
+                            const Settings *settings)
+{
+    uint16_t *restrict target = (uint16_t *)t->param + offset;
+    if (settings->stochastic_rounding) {
+        uint32_t start = (uint32_t)offset, step_key = mix(SEED ^ (uint32_t)t->step);
+        uint32_t key = mix(step_key ^ (uint32_t)(offset >> 32));
+        uint32_t next_key = mix(step_key ^ (uint32_t)((offset >> 32) + 1));
+        uint32_t random[CODE_BLOCK];
+        for (int64_t i = 0; i < n; i++) {
+            uint32_t low = start + (uint32_t)i;
+            random[i] = mix(mix(low ^ (low < start ? next_key : key)));
+        }
+        if (t->param_dtype == BFLOAT16)
+            for (int64_t i = 0; i < n; i++)
+                target[i] = to_bfloat16(stochastic_bfloat16(values[i], random[i]));
+        else
+            for (int64_t i = 0; i < n; i++)
+                target[i] = to_float16(stochastic_float16(values[i], random[i]));
+    } else if (t->param_dtype == BFLOAT16) {
+        for (int64_t i = 0; i < n; i++) target[i] = to_bfloat16(values[i]);
+    } else {
+        for (int64_t i = 0; i < n; i++) target[i] = to_float16(values[i]);
+    }
+}
+
+/* Decodes one stretch of momentum; for float32 it is the array itself. */
+INLINE float *decode(const Tensor *t, int64_t row, int64_t column, int64_t n, float *restrict buffer)
+{
+    int64_t format = t->momentum_dtype, offset = row * t->columns + column;
+    if (format == FLOAT32)
+        return (float *)t->exp_avg + offset;
+    if (format == BFLOAT16) {
+        const uint16_t *codes = (const uint16_t *)t->exp_avg + offset;
+        for (int64_t i = 0; i < n; i++) buffer[i] = from_bfloat16(codes[i]);
+        return buffer;
+    }
+    int64_t blocks = (t->columns + CODE_BLOCK - 1) / CODE_BLOCK;
+    float scale = t->exp_avg_scale[row * blocks + column / CODE_BLOCK];
+    if (format == INT8) {
+        const int8_t *codes = (const int8_t *)t->exp_avg + offset;
+        float unit = scale / (127.0f * 127.0f);
+        for (int64_t i = 0; i < n; i++) {
+            float y = codes[i];
+            buffer[i] = y * fabsf(y) * unit;
+        }
+        return buffer;
+    }
+    float unit = scale / (7.0f * 7.0f);
+    const uint8_t *codes = (const uint8_t *)t->exp_avg + row * ((t->columns + 1) / 2) + column / 2;
+    int64_t half = (n + 1) / 2;
+    for (int64_t i = 0; i < half; i++) {
+        float low = (float)((codes[i] & 15) - 8), high = (float)((codes[i] >> 4) - 8);
+        buffer[i] = low * fabsf(low) * unit;
+        buffer[i + half] = high * fabsf(high) * unit; /* one past the end where n is odd: unused */
+    }
+    return buffer;
+}
+
+/* Returns a number whose lowest bits are the code, negative ones as two's complement.
+ *
+ * factor: qmax^2 / scale. Adding 1.5 x 2^23 rounds to an integer, half to even, and leaves it at the
+ * end of the mantissa. Zero or Inf times the other is NaN, whose lowest bits are zero.
+ */
+INLINE uint32_t code_of(float x, float factor)
+{
+    return bits_of(copysignf(sqrtf(fabsf(x) * factor), x) + 12582912.0f);
+}
+
+/* Encodes one stretch of momentum; the inverse of decode. */
+INLINE void encode(const Tensor *t, int64_t row, int64_t column, int64_t n, float *restrict values)
+{
+    int64_t format = t->momentum_dtype, offset = row * t->columns + column;
+    if (format == FLOAT32)
+        return;
+    if (format == BFLOAT16) {
+        uint16_t *codes = (uint16_t *)t->exp_avg + offset;
+        for (int64_t i = 0; i < n; i++) codes[i] = to_bfloat16(values[i]);
+        return;
+    }
+    /* as integers magnitudes order as the floats do, with Inf and then NaN above all */
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t magnitude = bits_of(values[i]) & 0x7FFFFFFF;
+        largest = largest > magnitude ? largest : magnitude;
+    }
+    float scale = float_of(largest);
+    int64_t blocks = (t->columns + CODE_BLOCK - 1) / CODE_BLOCK;
+    t->exp_avg_scale[row * blocks + column / CODE_BLOCK] = scale;
+    if (scale < 0x1p-64f) { /* the factor below would overflow */
+        for (int64_t i = 0; i < n; i++) values[i] *= 0x1p64f;
+        scale *= 0x1p64f;
+    }
+    if (format == INT8) {
+        int8_t *codes = (int8_t *)t->exp_avg + offset;
+        float factor = 127.0f * 127.0f / scale;
+        for (int64_t i = 0; i < n; i++) codes[i] = (int8_t)code_of(values[i], factor);
+        return;
+    }
+    uint8_t *codes = (uint8_t *)t->exp_avg + row * ((t->columns + 1) / 2) + column / 2;
+    float factor = 7.0f * 7.0f / scale;
+    int64_t half = (n + 1) / 2, pairs = n / 2;
+    for (int64_t i = 0; i < pairs; i++) {
+        uint32_t low = code_of(values[i], factor) + 8, high = code_of(values[i + half], factor) + 8;
+        codes[i] = (uint8_t)((low & 15) | high << 4);
+    }
+    if (n & 1) /* the last low nibble has no partner */
+        codes[pairs] = (uint8_t)((code_of(values[pairs], factor) + 8) & 15);
+}
+
+/* ------------------------------------------------------------------------------------------------
+ * rows
+ * --------------------------------------------------------------------------------------------- */
+
+/* Adds the squares of n elements of each of ROWS rows to their columns' sums, and their own sums to
+ * row_sums. A row's sum has PARTS parts, which vectors can hold: compilers may not reorder it.
+ */
+INLINE void sum_stretch(const float *const *g, float *restrict col_sums, int64_t n,
+                        double *restrict row_sums)
+{
+    float parts[ROWS][PARTS] = {{0}};
+    int64_t i = 0;
+    for (; i + PARTS <= n; i += PARTS)
+        for (int64_t k = 0; k < PARTS; k++) {
+            float square[ROWS], sum = 0;
+            for (int64_t r = 0; r < ROWS; r++) {
+                square[r] = g[r][i + k] * g[r][i + k];
+                parts[r][k] += square[r];
+                sum += square[r];
+            }
+            col_sums[i + k] += sum;
+        }
+    for (int64_t r = 0; r < ROWS; r++) {
+        for (int64_t k = 0; k < n - i; k++) {
+            float square = g[r][i + k] * g[r][i + k];
+            parts[r][k] += square;
+            col_sums[i + k] += square;
+        }
+        for (int64_t half = PARTS / 2; half > 0; half /= 2)
+            for (int64_t k = 0; k < half; k++) parts[r][k] += parts[r][k + half];
+        row_sums[r] += parts[r][0];
+    }
+}
+
+/* Adds the squares of rows to their columns' sums, and writes their rows' sums.
+ *
+ * first: index of the first row in the whole tensor; col_sums: [columns].
+ * ROWS rows that lie far apart are read together: one stream alone does not fill the memory's bus.
+ */
+MULTIVERSIONED
+static void sum_rows(const Tensor *t, int64_t first, int64_t rows, float *restrict col_sums)
+{
+    int64_t columns = t->columns, width = columns / t->col_blocks, apart = (rows + ROWS - 1) / ROWS;
+    static const float zeros[STRETCH];
+    float buffers[ROWS][STRETCH];
+    for (int64_t i = 0; i < apart; i++) {
+        for (int64_t block = 0; block < t->col_blocks; block++) {
+            double row_sums[ROWS] = {0};
+            int64_t end = (block + 1) * width;
+            for (int64_t j = block * width; j < end; j += STRETCH) {
+                int64_t n = end - j < STRETCH ? end - j : STRETCH;
+                const float *g[ROWS];
+                for (int64_t r = 0; r < ROWS; r++) {
+                    int64_t offset = (first + r * apart + i) * columns + j;
+                    g[r] = r * apart + i < rows
+                               ? load(t->grad, t->grad_dtype, offset, n, buffers[r])
+                               : zeros;
+                }
+                sum_stretch(g, col_sums + j, n, row_sums);
+            }
+            for (int64_t r = 0; r < ROWS && r * apart + i < rows; r++)
+                t->row_sums[(first + r * apart + i) * t->col_blocks + block] = (float)row_sums[r];
+        }
+    }
+}
+
+typedef struct {
+    float weight1, step_size, decay, eps; /* weight1 is 1 - beta1 */
+    int nesterov;
+} Step;
+
+static Step step_of(const Tensor *t, const Settings *settings)
+{
+    return (Step){
+        .weight1 = (float)(1 - settings->beta1),
+        .step_size = (float)(settings->lr / (1 - pow(settings->beta1, (double)t->step))),
+        .decay = (float)(1 - settings->lr * settings->weight_decay),
+        .eps = (float)settings->eps,
+        .nesterov = settings->nesterov != 0,
+    };
+}
+
+/* Averages g into m and moves p; root is the second moment's, without eps. */
+INLINE void move(float *restrict p, float *restrict m, float g, float root, int nesterov,
+                 const Step *s)
+{
+    float average = *m + s->weight1 * (g - *m);
+    float numerator = nesterov ? average + s->weight1 * (g - average) : average;
+    float denominator = root + s->eps;
+    denominator = SMALLEST_NORMAL > denominator ? SMALLEST_NORMAL : denominator; /* NaN stays */
+    *m = average;
+    *p = *p * s->decay - s->step_size * (numerator / denominator);
+}
+
+/* nesterov and, for whole stretches, n are constants where this is inlined. */
+INLINE void move_striped(float *restrict p, float *restrict m, const float *restrict g, float a,
+                         const float *restrict c, int64_t n, int nesterov, const Step *step)
+{
+    Step s = *step;
+    for (int64_t i = 0; i < n; i++) move(p + i, m + i, g[i], a * c[i], nesterov, &s);
+}
+
+/* Returns the gradient of what is minimised; see load. */
+INLINE const float *load_ascent(const Tensor *t, int64_t offset, int64_t n,
+                                const Settings *settings, float *buffer)
+{
+    const float *g = load(t->grad, t->grad_dtype, offset, n, buffer);
+    if (!settings->maximize)
+        return g;
+    for (int64_t i = 0; i < n; i++) buffer[i] = -g[i];
+    return buffer;
+}
+
+/* Updates n <= CODE_BLOCK elements of a row from `column` on; a: the row's roots, c: the band's. */
+INLINE void update_stretch(const Tensor *t, int64_t row, int64_t column, int64_t n,
+                           const float *restrict a, const float *restrict c,
+                           const Settings *settings, const Step *step)
+{
+    int64_t width = t->columns / t->col_blocks, offset = row * t->columns + column;
+    float g_buffer[CODE_BLOCK], p_buffer[CODE_BLOCK], m_buffer[CODE_BLOCK + 1];
+    const float *g = load_ascent(t, offset, n, settings, g_buffer);
+    float *p = (float *)load(t->param, t->param_dtype, offset, n, p_buffer);
+    float *m = decode(t, row, column, n, m_buffer);
+    int64_t block = t->col_blocks == 1 ? 0 : column / width;
+    if (column + n <= (block + 1) * width) {
+        if (step->nesterov)
+            move_striped(p, m, g, a[block], c + column, n, 1, step);
+        else
+            move_striped(p, m, g, a[block], c + column, n, 0, step);
+    } else {
+        for (int64_t i = 0; i < n; block++) { /* it crosses blocks of columns */
+            int64_t end = (block + 1) * width - column;
+            end = end < n ? end : n;
+            move_striped(p + i, m + i, g + i, a[block], c + column + i, end - i, step->nesterov,
+                         step);
+            i = end;
+        }
+    }
+    if (p == p_buffer)
+        store_parameter(p, t, offset, n, settings);
+    encode(t, row, column, n, m);
+}
+
+/* Updates momentum and parameter of rows of one band.
+ *
+ * first: index of the first row in the whole tensor; c: the band's column roots, [columns].
+ */
+MULTIVERSIONED
+static void update_rows(const Tensor *t, int64_t first, int64_t rows, const float *restrict c,
+                        const Settings *settings)
+{
+    Step step = step_of(t, settings);
+    for (int64_t row = first; row < first + rows; row++) {
+        const float *a = t->row_sums + row * t->col_blocks; /* roots by now */
+        int64_t column = 0;
+        for (; column + CODE_BLOCK <= t->columns; column += CODE_BLOCK)
+            update_stretch(t, row, column, CODE_BLOCK, a, c, settings, &step);
+        if (column < t->columns)
+            update_stretch(t, row, column, t->columns - column, a, c, settings, &step);
+    }
+}
+
+/* AdamW's step with the exact second moment, on elements [first, first + count). */
+MULTIVERSIONED
+static void update_vector(const Tensor *t, int64_t first, int64_t count, const Settings *settings)
+{
+    Step s = step_of(t, settings);
+    float beta2 = (float)settings->beta2, weight2 = (float)(1 - settings->beta2);
+    float correction = (float)sqrt(1 - pow(settings->beta2, (double)t->step));
+    float g_buffer[CODE_BLOCK], p_buffer[CODE_BLOCK];
+    for (int64_t j = first; j < first + count; j += CODE_BLOCK) {
+        int64_t n = first + count - j < CODE_BLOCK ? first + count - j : CODE_BLOCK;
+        const float *restrict g = load_ascent(t, j, n, settings, g_buffer);
+        float *restrict p = (float *)load(t->param, t->param_dtype, j, n, p_buffer);
+        float *restrict m = (float *)t->exp_avg + j, *restrict v = t->exp_avg_sq_row + j;
+        for (int64_t i = 0; i < n; i++) {
+            v[i] = v[i] * beta2 + weight2 * g[i] * g[i];
+            move(p + i, m + i, g[i], sqrtf(v[i]) / correction, s.nesterov, &s);
+        }
+        if (p == p_buffer)
+            store_parameter(p, t, j, n, settings);
+    }
+}
+
+/* Averages the sums of one band into its stripes, and leaves the roots a and c in their place. */
+MULTIVERSIONED
+static void average_band(const Tensor *t, int64_t band, const Settings *settings)
+{
+    int64_t width = t->columns / t->col_blocks, height = t->height;
+    float beta2 = (float)settings->beta2;
+    float row_weight = (float)((1 - settings->beta2) / (double)width);
+    float col_weight = (float)((1 - settings->beta2) / (double)height);
+    float correction = (float)(1 - pow(settings->beta2, (double)t->step));
+
+    float *restrict col = t->exp_avg_sq_col + band * t->columns;
+    float *restrict c = t->col_sums + band * t->columns;
+    for (int64_t j = 0; j < t->columns; j++) {
+        col[j] = col[j] * beta2 + col_weight * c[j];
+        c[j] = sqrtf(col[j] / correction);
+    }
+    float *restrict row = t->exp_avg_sq_row + band * height * t->col_blocks;
+    float *restrict a = t->row_sums + band * height * t->col_blocks;
+    for (int64_t i = 0; i < height * t->col_blocks; i++)
+        row[i] = row[i] * beta2 + row_weight * a[i];
+    for (int64_t block = 0; block < t->col_blocks; block++) {
+        double sum = 0;
+        for (int64_t i = 0; i < height; i++) sum += row[i * t->col_blocks + block];
+        float mean = (float)(sum / (double)height);
+        for (int64_t i = 0; i < height; i++) {
+            /* 0/0 is an all-zero gradient, which moves nothing; an Inf is as loud as AdamW's */
+            float root = sqrtf(row[i * t->col_blocks + block] / mean);
+            a[i * t->col_blocks + block] = mean == 0 ? 0.0f : isinf(mean) ? NAN : root;
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------
+ * tables
+ * --------------------------------------------------------------------------------------------- */
+
+/* Some rows of one band, or some whole bands; of a vector, some elements in the place of rows. */
+typedef struct {
+    int64_t tensor, band, bands, row, rows;
+    float *partial; /* a slice's own column sums, [columns]; NULL where it has whole bands */
+} Task;
+
+/* Consecutive tasks, of whole tensors. */
+typedef struct {
+    int64_t first, count;
+} Bundle;
+
+static int is_vector(const Tensor *t) { return t->exp_avg_sq_col == NULL; }
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Cuts a tensor into tasks, or with tasks == NULL only counts them.
+ *
+ * *partial_elements: how many column sums of slices there are before, and is advanced by its own.
+ */
+static int64_t cut(const Tensor *t, int64_t tensor, Task *tasks, float *partials,
+                   int64_t *partial_elements)
+{
+    int64_t count = 0;
+    if (is_vector(t)) {
+        for (int64_t start = 0; start < t->columns; start += TASK_ELEMENTS, count++)
+            if (tasks)
+                tasks[count] = (Task){.tensor = tensor, .row = start,
+                                      .rows = least(t->columns - start, TASK_ELEMENTS)};
+        return count;
+    }
+    int64_t rows = TASK_ELEMENTS / t->columns;
+    rows = rows < MIN_TASK_ROWS ? MIN_TASK_ROWS : least(rows, MAX_TASK_ROWS);
+    if (rows >= t->height) {
+        int64_t together = TASK_ELEMENTS / (t->height * t->columns);
+        together = together < 1 ? 1 : together;
+        for (int64_t band = 0; band < t->bands; band += together, count++)
+            if (tasks)
+                tasks[count] = (Task){.tensor = tensor, .band = band, .rows = t->height,
+                                      .bands = least(t->bands - band, together)};
+        return count;
+    }
+    for (int64_t band = 0; band < t->bands; band++)
+        for (int64_t row = 0; row < t->height; row += rows, count++) {
+            if (tasks)
+                tasks[count] = (Task){.tensor = tensor, .band = band, .bands = 1, .row = row,
+                                      .rows = least(t->height - row, rows),
+                                      .partial = partials + *partial_elements};
+            *partial_elements += t->columns;
+        }
+    return count;
+}
+
+static void sum_task(const Tensor *t, const Task *task)
+{
+    if (task->partial) {
+        memset(task->partial, 0, sizeof(float) * (size_t)t->columns);
+        sum_rows(t, task->band * t->height + task->row, task->rows, task->partial);
+        return;
+    }
+    for (int64_t band = task->band; band < task->band + task->bands; band++) {
+        float *col_sums = t->col_sums + band * t->columns;
+        memset(col_sums, 0, sizeof(float) * (size_t)t->columns);
+        sum_rows(t, band * t->height, t->height, col_sums);
+    }
+}
+
+/* Adds up, in their order, the column sums of a band's slices, of which `slice` is the first. */
+static void combine(const Tensor *t, const Task *slice)
+{
+    float *col_sums = t->col_sums + slice->band * t->columns;
+    int64_t slices = (t->height + slice->rows - 1) / slice->rows;
+    for (int64_t j = 0; j < t->columns; j += CODE_BLOCK) {
+        int64_t n = least(t->columns - j, CODE_BLOCK);
+        double sums[CODE_BLOCK] = {0};
+        for (int64_t i = 0; i < slices; i++) {
+            const float *partial = slice->partial + i * t->columns + j;
+            for (int64_t k = 0; k < n; k++) sums[k] += partial[k];
+        }
+        for (int64_t k = 0; k < n; k++) col_sums[j + k] = (float)sums[k];
+    }
+}
+
+static void average_task(const Tensor *t, const Task *task, const Settings *settings)
+{
+    if (!is_vector(t) && task->row == 0)
+        for (int64_t band = task->band; band < task->band + task->bands; band++)
+            average_band(t, band, settings);
+}
+
+static void update_task(const Tensor *t, const Task *task, const Settings *settings)
+{
+    if (is_vector(t)) {
+        update_vector(t, task->row, task->rows, settings);
+        return;
+    }
+    for (int64_t band = task->band; band < task->band + task->bands; band++)
+        update_rows(t, band * t->height + task->row, task->rows, t->col_sums + band * t->columns,
+                    settings);
+}
+
+/* What the entry points below share: the tasks of a table, and memory for the slices' sums. */
+typedef struct {
+    Task *tasks;
+    float *partials;
+    int64_t count;
+} Plan;
+
+static int make_plan(Plan *plan, const Tensor *table, int64_t tensors)
+{
+    int64_t elements = 0;
+    plan->count = 0;
+    for (int64_t k = 0; k < tensors; k++) plan->count += cut(table + k, k, NULL, NULL, &elements);
+    plan->tasks = malloc(sizeof(Task) * (size_t)(plan->count + 1));
+    plan->partials = malloc(sizeof(float) * (size_t)(elements + 1));
+    if (!plan->tasks || !plan->partials) {
+        free(plan->tasks);
+        free(plan->partials);
+        return 1;
+    }
+    Task *next = plan->tasks;
+    elements = 0;
+    for (int64_t k = 0; k < tensors; k++) next += cut(table + k, k, next, plan->partials, &elements);
+    return 0;
+}
+
+static void free_plan(Plan *plan)
+{
+    free(plan->tasks);
+    free(plan->partials);
+}
+
+/* The entry points return 0, or 1 where there is no memory for a plan; nothing has changed then. */
+
+/* Sums the squares of the gradients of matrices by row and by column into row_sums and col_sums. */
+int striped_statistics(const Tensor *table, int64_t tensors, const Settings *settings,
+                       int64_t threads)
+{
+    (void)settings; /* sums need none */
+    Plan plan;
+    if (make_plan(&plan, table, tensors))
+        return 1;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < plan.count; i++)
+            sum_task(table + plan.tasks[i].tensor, plan.tasks + i);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < plan.count; i++)
+            if (plan.tasks[i].partial && plan.tasks[i].row == 0)
+                combine(table + plan.tasks[i].tensor, plan.tasks + i);
+    }
+    free_plan(&plan);
+    return 0;
+}
+
+/* Turns row_sums and col_sums, which it overwrites, into new stripes, and updates momentum and
+ * parameters; vectors have no sums.
+ */
+int striped_update(const Tensor *table, int64_t tensors, const Settings *settings, int64_t threads)
+{
+    Plan plan;
+    if (make_plan(&plan, table, tensors))
+        return 1;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < plan.count; i++)
+            average_task(table + plan.tasks[i].tensor, plan.tasks + i, settings);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < plan.count; i++)
+            update_task(table + plan.tasks[i].tensor, plan.tasks + i, settings);
+    }
+    free_plan(&plan);
+    return 0;
+}
+
+/* Statistics and update in one go: the same bits as by the two functions above.
+ *
+ * It goes by bundles of tensors whose gradients stay in the cache from the one to the other. Their
+ * sums are kept in one of two arrays in turn: when a bundle's threads have met after its statistics,
+ * all are done with the bundle before, but perhaps not yet all with the one at hand.
+ */
+int striped_step(Tensor *table, int64_t tensors, const Settings *settings, int64_t threads)
+{
+    Plan plan;
+    if (make_plan(&plan, table, tensors))
+        return 1;
+    Bundle *bundles = malloc(sizeof(Bundle) * (size_t)(tensors + 1));
+    int64_t bundle_count = 0, bundle_elements = 0, bundle_sums = 0, most_sums = 0, task = 0;
+    for (int64_t k = 0; bundles && k < tensors; k++) {
+        if (bundle_elements == 0) {
+            bundles[bundle_count++] = (Bundle){.first = task};
+            bundle_sums = 0;
+        }
+        Tensor *t = table + k;
+        while (task < plan.count && plan.tasks[task].tensor == k) task++;
+        bundles[bundle_count - 1].count = task - bundles[bundle_count - 1].first;
+        bundle_elements += t->bands * t->height * t->columns;
+        if (!is_vector(t))
+            bundle_sums += t->bands * (t->height * t->col_blocks + t->columns);
+        most_sums = bundle_sums > most_sums ? bundle_sums : most_sums;
+        if (bundle_elements >= BUNDLE_ELEMENTS)
+            bundle_elements = 0;
+    }
+    float *sums = malloc(sizeof(float) * (size_t)(2 * most_sums + 1));
+    if (!bundles || !sums) {
+        free_plan(&plan);
+        free(bundles);
+        free(sums);
+        return 1;
+    }
+    for (int64_t b = 0; b < bundle_count; b++) {
+        float *next = sums + b % 2 * most_sums;
+        for (int64_t i = bundles[b].first; i < bundles[b].first + bundles[b].count; i++) {
+            Tensor *t = table + plan.tasks[i].tensor;
+            if (is_vector(t) || plan.tasks[i].row > 0 || plan.tasks[i].band > 0)
+                continue;
+            t->row_sums = next;
+            t->col_sums = next + t->bands * t->height * t->col_blocks;
+            next = t->col_sums + t->bands * t->columns;
+        }
+    }
+#pragma omp parallel num_threads(threads)
+    for (int64_t b = 0; b < bundle_count; b++) {
+        const Task *tasks = plan.tasks + bundles[b].first;
+        int64_t count = bundles[b].count;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < count; i++)
+            if (!is_vector(table + tasks[i].tensor))
+                sum_task(table + tasks[i].tensor, tasks + i);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < count; i++) {
+            const Tensor *t = table + tasks[i].tensor;
+            if (tasks[i].partial && tasks[i].row == 0)
+                combine(t, tasks + i);
+            average_task(t, tasks + i, settings);
+        }
+        /* backwards: the last gradients summed are the nearest; and on to the next bundle */
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t i = count - 1; i >= 0; i--)
+            update_task(table + tasks[i].tensor, tasks + i, settings);
+    }
+    free_plan(&plan);
+    free(bundles);
+    free(sums);
+    return 0;
+}
