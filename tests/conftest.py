@@ -7,6 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+# Without a GPU, Triton's kernels run in its interpreter: it must know before anything imports it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tiny import QUIET, STEPS, TINY
 
 REPOSITORY = Path(__file__).resolve().parent.parent

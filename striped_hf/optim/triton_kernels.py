@@ -133,8 +133,8 @@ class _Plan:
         self.others = [i for i in range(len(table)) if i not in own]
         if self.others:
             _warn_of_strides(tuple(table[self.others[0]].param.shape))
-        self.addresses: list[int] = []
-        self.aligned: list[bool] = []
+        self.addresses: list[int] | None = None
+        self.aligned: list[bool] | None = None
         self.spare: list[Tensor] = []
         self.captured: list[tuple[Tensor, Tensor]] = []
         self.pointers = torch.empty(0)
@@ -203,21 +203,20 @@ class _Plan:
             views.append(self.buffer[start : start + math.prod(shape)].view(shape))
         return views[0], views[1]
 
-    def _list_tiles(self, entries: list[Entry]) -> None:
+    def _list_tiles(self, entries: list[Entry], aligned: list[bool]) -> None:
         """Lists the tiles of what is compiled for dtypes and alignment."""
         statistics, matrices, vectors = defaultdict(list), defaultdict(list), defaultdict(list)
         for number, entry in enumerate(entries):
             dtypes = (_TRITON_DTYPES[entry.param.dtype], _TRITON_DTYPES[entry.grad.dtype])
-            aligned = self.aligned[number]
             if entry.param.dim() < 2:
                 blocks = np.arange(_ceil(entry.param.numel(), jit.VECTOR_BLOCK.value))
-                vectors[(*dtypes, aligned)].append(_rows_of(number, blocks))
+                vectors[(*dtypes, aligned[number])].append(_rows_of(number, blocks))
                 continue
             rows, _, columns, height, width, col_blocks, strip = self.shapes[number, :7].tolist()
             transposed = self.layouts[self.own[number]] == _TRANSPOSED
             bands = np.arange(rows // height)[:, None] * height
             blocks = np.arange(col_blocks)[:, None] * width
-            statistics[dtypes[1], aligned, transposed].append(
+            statistics[dtypes[1], aligned[number], transposed].append(
                 _rows_of(
                     number,
                     (bands + np.arange(0, height, strip)).ravel(),
@@ -227,7 +226,7 @@ class _Plan:
             narrow = col_blocks > 1 and width < momentum.BLOCK_SIZE
             large = entry.param.numel() > 1 << 32
             stored = (_STORED[entry.momentum_dtype], momentum.QMAX.get(entry.momentum_dtype, 0))
-            matrices[(*dtypes, *stored, aligned, transposed, narrow, large)].append(
+            matrices[(*dtypes, *stored, aligned[number], transposed, narrow, large)].append(
                 _rows_of(
                     number,
                     (bands + np.arange(0, height, jit.UPDATE_STRIP.value)).ravel(),
@@ -261,7 +260,7 @@ class _Plan:
         aligned = self._alignment(array)
         if aligned != self.aligned:
             self.aligned = aligned
-            self._list_tiles([table[i] for i in self.own])
+            self._list_tiles([table[i] for i in self.own], aligned)
         if not capturing:
             self.addresses = addresses
             self.pointers = self._put(array)
@@ -277,7 +276,7 @@ class _Plan:
         host.copy_(torch.from_numpy(array).flatten())
         self.pointers = host.to(self.device, non_blocking=True)
         self.captured.append((host, self.pointers))
-        self.addresses = []
+        self.addresses = None
 
     def _addresses(self, table: list[Entry]) -> list[int]:
         addresses: list[int] = []

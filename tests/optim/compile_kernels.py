@@ -1,0 +1,138 @@
+"""Compiles the Triton kernels to PTX for GPUs that need not be there, and looks at what came out.
+
+In a process of its own, without TRITON_INTERPRET; ``test_triton.py`` runs it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import striped_hf  # before the next line, or other packages look for the device
+
+torch.cuda.is_available = lambda: True
+
+from striped_hf.optim import triton_jit as jit  # noqa: E402
+
+assert striped_hf
+
+POINTERS = {
+    **dict.fromkeys(("tiles", "scalars"), "*i32"),
+    **dict.fromkeys(("pointers", "shapes", "jobs", "segments"), "*i64"),
+    **dict.fromkeys(("partials", "sums", "roots", "cells"), "*fp32"),
+}
+NUMBERS = ["lr", "log_beta1", "log_beta2", "beta2", "one_minus_beta1", "one_minus_beta2"]
+NUMBERS += ["weight_decay", "eps"]
+TYPES = {**POINTERS, **dict.fromkeys(NUMBERS, "fp32"), "step": "i32"}
+
+
+def ptx_of(
+    kernel: Any, capability: int, warps: int, types: dict[str, str], **constants: Any
+) -> str:
+    types = {**TYPES, **types}
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if signature[name].startswith("*")
+        },
+    )
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"num_warps": warps}).asm["ptx"]
+
+
+def check(what: str, ptx: str, loads: tuple[str, ...] = ()) -> None:
+    assert "__local_depot" not in ptx, f"{what}: local memory"
+    for load in loads:
+        assert re.search(rf"ld\.global\S*\.{load}\b", ptx), f"{what}: no {load} load"
+
+
+def check_matrices(
+    capability: int, param: Any, stored: Any, qmax: int, loads: tuple[str, ...], **flags: Any
+) -> None:
+    flags = {
+        **dict.fromkeys(("TRANSPOSED", "NARROW", "LARGE", "MAXIMIZE", "NESTEROV"), False),
+        "ALIGNED": True,
+        **flags,
+    }
+    ptx = ptx_of(
+        jit.matrices_kernel,
+        capability,
+        4,
+        {},
+        PARAM=param,
+        GRAD=param,
+        MOMENTUM=stored,
+        QMAX=qmax,
+        STOCHASTIC=param != tl.float32,
+        TILE_ROWS=jit.UPDATE_ROWS.value,
+        **flags,
+    )
+    check(f"matrices {param} {stored} {flags}", ptx, loads)
+    if flags["ALIGNED"] and not flags["NARROW"]:
+        # a conversion between layouts goes through shared memory: none but of columns and scales
+        assert ptx.count("st.shared") <= 4, f"{param} {stored}: layouts are converted"
+
+
+def main() -> None:
+    for capability in (80, 90):
+        for grad in (tl.float32, tl.bfloat16):
+            for transposed in (False, True) if capability == 90 else (False,):
+                ptx = ptx_of(
+                    jit.statistics_kernel,
+                    capability,
+                    4,
+                    {},
+                    GRAD=grad,
+                    ALIGNED=not transposed,
+                    TRANSPOSED=transposed,
+                    TILE_ROWS=jit.STATISTICS_ROWS,
+                    TILE_COLUMNS=jit.STATISTICS_COLUMNS,
+                )
+                check(f"statistics {grad}", ptx, () if transposed else ("v4.b32",))
+        sizes = {"PARTIALS": jit.COMBINE_PARTIALS, "WIDTH": jit.COMBINE_WIDTH}
+        check("combine", ptx_of(jit.combine_kernel, capability, 4, {}, **sizes))
+        for capturable in (False, True):
+            constants = {"LR_IN_MEMORY": capturable, "CAPTURABLE": capturable}
+            types = {"lr": "*fp32"} if capturable else {}
+            stripes = {**constants, "BLOCK": jit.STRIPE_BLOCK}
+            check("stripes", ptx_of(jit.stripes_kernel, capability, 8, types, **stripes))
+            ptx = ptx_of(
+                jit.vectors_kernel,
+                capability,
+                4,
+                types,
+                PARAM=tl.float32,
+                GRAD=tl.float32,
+                ALIGNED=True,
+                MAXIMIZE=capturable,
+                NESTEROV=capturable,
+                STOCHASTIC=False,
+                BLOCK=jit.VECTOR_BLOCK.value,
+                **constants,
+            )
+            check("vectors", ptx, ("v4.b32",))
+        f32, bf16 = tl.float32, tl.bfloat16
+        check_matrices(capability, f32, f32, 0, ("v4.b32",))
+        check_matrices(capability, f32, bf16, 0, ("v4.b32", "v2.b32"))
+        check_matrices(capability, f32, tl.int8, 127, ("v4.b32",), NESTEROV=True)
+        check_matrices(capability, f32, tl.uint8, 7, ("v4.b32",), MAXIMIZE=True)
+        check_matrices(capability, bf16, tl.int8, 127, ("v2.b32",))
+    check_matrices(90, tl.float16, tl.uint8, 7, ("v2.b32",))
+    check_matrices(90, f32, tl.int8, 127, (), TRANSPOSED=True, ALIGNED=False)
+    check_matrices(90, bf16, tl.uint8, 7, (), NARROW=True, LARGE=True, ALIGNED=False)
+
+
+if __name__ == "__main__":
+    main()
