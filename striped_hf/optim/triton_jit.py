@@ -387,6 +387,7 @@ def _update_tile(
     grad,
     m,
     rows,
+    in_rows,
     cols,
     mask,
     first_row,
@@ -426,7 +427,6 @@ def _update_tile(
         a = tl.load(row_of_roots[:, None] + block[None, :], mask=mask, other=0.0) * inverse[None, :]
     else:
         # a tile is no wider than a block, so that it has columns of two at most
-        in_rows = rows < first_row + UPDATE_STRIP
         next_block = tl.minimum(first_block + 1, col_blocks - 1)
         a = tl.load(row_of_roots + first_block, mask=in_rows, other=0.0) * inverse
         next_a = tl.load(row_of_roots + next_block, mask=in_rows, other=0.0) * next_inverse
@@ -605,6 +605,7 @@ def matrices_kernel(
             grad,
             m,
             rows,
+            in_rows,
             cols,
             mask,
             first_row,
@@ -640,6 +641,7 @@ def matrices_kernel(
                     grad,
                     high_m,
                     rows,
+                    in_rows,
                     high_cols,
                     high_mask,
                     first_row,

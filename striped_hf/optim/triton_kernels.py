@@ -117,6 +117,10 @@ _STORED = {
 }
 
 
+# Newer versions of Triton ask for a choice: the kernels are right either way, and shorter with it.
+_OPTIONS = {"enable_fp_fusion": True}
+
+
 class _Plan:
     """What a step over one table needs beside the tensors' addresses.
 
@@ -344,12 +348,14 @@ class _Plan:
                 TILE_ROWS=jit.STATISTICS_ROWS,
                 TILE_COLUMNS=jit.STATISTICS_COLUMNS,
                 num_warps=4,
+                **_OPTIONS,
             )
         jit.combine_kernel[(len(self.jobs),)](
             *(self.jobs, partials, self.buffer),
             PARTIALS=jit.COMBINE_PARTIALS,
             WIDTH=jit.COMBINE_WIDTH,
             num_warps=4,
+            **_OPTIONS,
         )
 
     def take(self, sums: list[Sums | None]) -> None:
@@ -383,6 +389,7 @@ class _Plan:
                 **common,
                 BLOCK=jit.STRIPE_BLOCK,
                 num_warps=8,
+                **_OPTIONS,
             )
         for key, tiles in self.matrix_tiles.items():
             param, grad, stored, qmax, aligned, transposed, narrow, large = key
@@ -400,6 +407,7 @@ class _Plan:
                 STOCHASTIC=settings.stochastic_rounding and param != tl.float32,
                 TILE_ROWS=jit.UPDATE_ROWS.value,
                 num_warps=4,
+                **_OPTIONS,
             )
         for (param, grad, aligned), tiles in self.vector_tiles.items():
             jit.vectors_kernel[(len(tiles),)](
@@ -413,6 +421,7 @@ class _Plan:
                 STOCHASTIC=settings.stochastic_rounding and param != tl.float32,
                 BLOCK=jit.VECTOR_BLOCK.value,
                 num_warps=4,
+                **_OPTIONS,
             )
 
 
@@ -463,10 +472,13 @@ def _layout(entry: Entry) -> int:
 
 
 def _is_own(entry: Entry, layout: int) -> bool:
-    """Whether the kernels take an entry. Row numbers are int32 there."""
+    """Whether the kernels take an entry. Numbers of rows and columns are int32 there."""
     if layout == _STRIDED or not all(map(Tensor.is_contiguous, entry.state.values())):
         return False
-    return entry.param.dim() < 2 or entry.param.numel() // entry.param.shape[-1] < 1 << 30
+    if entry.param.dim() < 2:
+        return True
+    columns = entry.param.shape[-1]
+    return max(columns, entry.param.numel() // columns) < 1 << 30
 
 
 @cache  # once

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import math
 import os
@@ -407,7 +408,7 @@ def test_sums_may_come_from_elsewhere() -> None:
     for optimizer in optimizers:
         set_grad(parameters(optimizer)[0], gradient_of(spec, 0))
         optimizer.step()
-    settings = reference.Settings(0.01, 0.9, 0.999, 1e-8, 0.1, False, False, False)
+    settings = optimizers[0]._settings(optimizers[0].param_groups[0])
     tables = [[entry_of(parameters(o)[0], o)] for o in optimizers]
     own, given = (kernels.statistics(table) for table in tables)
     assert own[0] is not None
@@ -509,6 +510,24 @@ def test_capturable_steps_are_the_others(lr: Any, momentum_dtype: str) -> None:
     assert copy.deepcopy(capturable).capturable
     plain.load_state_dict(capturable.state_dict())
     assert all(state["step"].device.type == "cpu" for state in plain.state.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_learning_rate_in_memory(dtype: torch.dtype) -> None:
+    """As the optimizer hands it over where it lies on a GPU."""
+    optimizers = [optimizer_of(Spec(shape), "triton") for shape in ((4, 130), (4, 130), (9,), (9,))]
+    for i, optimizer in enumerate(optimizers):
+        [p] = parameters(optimizer)
+        p.grad = gradient_of(Spec(tuple(p.shape)), 0)
+        optimizer.step()
+        p.grad = gradient_of(Spec(tuple(p.shape)), 1)
+        settings = optimizer._settings(optimizer.param_groups[0])
+        if i % 2:
+            lr = torch.tensor(settings.lr, dtype=dtype, device=DEVICE)
+            settings = dataclasses.replace(settings, lr=lr)
+        kernels.step([entry_of(p, optimizer)], settings)
+    for plain, in_memory in (optimizers[:2], optimizers[2:]):
+        torch.testing.assert_close(parameters(plain), parameters(in_memory), rtol=2e-7, atol=0)
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
