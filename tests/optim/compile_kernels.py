@@ -1,11 +1,14 @@
 """Compiles the Triton kernels to PTX for GPUs that need not be there, and looks at what came out.
 
-In a process of its own, without TRITON_INTERPRET; ``test_triton.py`` runs it.
+Then takes steps whose launches are compiled and not run, to see that none is compiled anew. In a
+process of its own, without TRITON_INTERPRET; ``test_triton.py`` runs it.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +22,9 @@ import striped_hf  # before the next line, or other packages look for the device
 torch.cuda.is_available = lambda: True
 
 from striped_hf.optim import triton_jit as jit  # noqa: E402
+from striped_hf.optim import triton_kernels  # noqa: E402
 
-assert striped_hf
+KERNELS = ("statistics", "combine", "stripes", "matrices", "vectors")
 
 POINTERS = {
     **dict.fromkeys(("tiles", "scalars"), "*i32"),
@@ -49,7 +53,8 @@ def ptx_of(
         },
     )
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": warps}).asm["ptx"]
+    options = {"num_warps": warps, **triton_kernels._OPTIONS}
+    return triton.compile(source, target=target, options=options).asm["ptx"]
 
 
 def check(what: str, ptx: str, loads: tuple[str, ...] = ()) -> None:
@@ -134,5 +139,54 @@ def main() -> None:
     check_matrices(90, bf16, tl.uint8, 7, (), NARROW=True, LARGE=True, ALIGNED=False)
 
 
+class Driver:
+    """One GPU, as far as compiling needs it."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+class Unlaunched:
+    """A kernel whose launches end when it is compiled; the tensors may lie on the CPU."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        return partial(self.kernel.warmup, grid=grid)
+
+    def compiled(self) -> int:
+        return sum(len(cache[0]) for cache in self.kernel.device_caches.values())
+
+
+def check_that_steps_compile_nothing_anew() -> None:
+    """Not step 1 or 16, nor a rate of 0 or 1, nor a gradient that lies elsewhere."""
+    triton.runtime.driver.set_active(Driver())
+    kernels = [Unlaunched(getattr(jit, f"{name}_kernel")) for name in KERNELS]
+    for name, kernel in zip(KERNELS, kernels, strict=True):
+        setattr(jit, f"{name}_kernel", kernel)
+    triton_kernels.DEVICE_TYPES = ("cpu",)
+    for capturable in (False, True):
+        ps = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((64, 128), (9,))]
+        optimizer = striped_hf.StripedAdamW(
+            ps, backend="triton", momentum_dtype="int8", capturable=capturable
+        )
+        counts = set()
+        for t in range(18):
+            optimizer.param_groups[0]["lr"] = (1.0, 0.0, 1, 16, 0.1)[t % 5]
+            for p in ps:
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+            counts.add(sum(kernel.compiled() for kernel in kernels))
+        assert counts == ({7} if capturable else {5}), counts
+
+
 if __name__ == "__main__":
     main()
+    check_that_steps_compile_nothing_anew()

@@ -139,12 +139,12 @@ def gradient_of(spec: Spec, t: int) -> torch.Tensor:
     if g.ndim >= 2:
         g = g * torch.logspace(-2, 0, spec.shape[-2]).unsqueeze(1)
         g = g * torch.logspace(0, -1, spec.shape[-1])
-    return lay_out(g.to(spec.grad_dtype or spec.dtype), spec.layout).to(DEVICE)
+    return lay_out(g.to(DEVICE, spec.grad_dtype or spec.dtype), spec.layout)
 
 
 def optimizer_of(spec: Spec, backend: str, **more: Any) -> StripedAdamW:
-    values = torch.randn(spec.shape, generator=torch.Generator().manual_seed(99)).to(spec.dtype)
-    p = torch.nn.Parameter(lay_out(values, spec.layout).to(DEVICE))
+    values = torch.randn(spec.shape, generator=torch.Generator().manual_seed(99))
+    p = torch.nn.Parameter(lay_out(values.to(DEVICE, spec.dtype), spec.layout))
     settings: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, **spec.flags, **more}
     return StripedAdamW(
         [p],
@@ -213,6 +213,17 @@ def test_every_step_is_the_references(spec: Spec) -> None:
             optimizer.step()
         assert_agrees(ours, theirs)
         synchronise(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(4, 130), (9,)], ids=str)
+def test_without_averaging_the_momentum_is_the_gradient(shape: tuple[int, ...]) -> None:
+    """To the bit, whatever it was before."""
+    optimizer = optimizer_of(Spec(shape, flags={"betas": (0.0, 0.9)}), "triton")
+    [p] = parameters(optimizer)
+    for scale in (1e6, 1.0):
+        p.grad = scale * torch.randn(shape).to(DEVICE)
+        optimizer.step()
+        assert_same_bits(optimizer.state[p]["exp_avg"], p.grad)
 
 
 @pytest.mark.parametrize("shape", [(150, 2), (2, 150)], ids=str)
@@ -432,13 +443,18 @@ def test_other_strides_are_the_references_with_one_warning(
         Spec((2, 3, 7), layout="permuted"),
         Spec((4, 6), "int8"),
     ]
-    groups = [
-        {"params": parameters(optimizer_of(spec, "triton")), "momentum_dtype": spec.momentum_dtype}
-        for spec in specs
-    ]
+    ours, theirs = (
+        StripedAdamW(
+            [
+                {"params": parameters(optimizer_of(s, backend)), "momentum_dtype": s.momentum_dtype}
+                for s in specs
+            ],
+            lr=0.01,
+            backend=backend,
+        )
+        for backend in ("triton", "reference")
+    )
     with caplog.at_level(logging.WARNING):
-        ours = StripedAdamW(copy.deepcopy(groups), lr=0.01, backend="triton")
-        theirs = StripedAdamW(groups, lr=0.01, backend="reference")
         for t in range(3):
             for optimizer in (ours, theirs):
                 for spec, p in zip(specs, parameters(optimizer), strict=True):
@@ -598,7 +614,7 @@ def test_a_cuda_graph_of_a_step(momentum_dtype: str) -> None:
             graph.replay()
     torch.cuda.synchronize()
     for p, q in zip(parameters(plain), parameters(capturable), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
+        assert_same_bits(p, q)
         assert float(capturable.state[q]["step"]) == 5
 
 
