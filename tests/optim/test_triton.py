@@ -226,6 +226,22 @@ def test_without_averaging_the_momentum_is_the_gradient(shape: tuple[int, ...]) 
         assert_same_bits(optimizer.state[p]["exp_avg"], p.grad)
 
 
+@pytest.mark.parametrize("shape", [(4, 130), (60,)], ids=str)
+def test_subnormal_float16_is_rounded_as_the_references(shape: tuple[int, ...]) -> None:
+    """Updates of a sixth of 2^-24, the unit there."""
+    spec = Spec(shape, dtype=F16, flags={"lr": 1e-8, "weight_decay": 0.0})
+    ours, theirs = optimizer_of(spec, "triton"), optimizer_of(spec, "reference")
+    for t in range(2):
+        for optimizer in (ours, theirs):
+            [p] = parameters(optimizer)
+            units = torch.arange(p.numel(), device=DEVICE).view(shape) % 101 - 50
+            p.data.copy_(units * 2.0**-24)
+            set_grad(p, gradient_of(spec, t))
+            optimizer.step()
+            assert not torch.equal(p.float(), units * 2.0**-24)
+        assert_agrees(ours, theirs)
+
+
 @pytest.mark.parametrize("shape", [(150, 2), (2, 150)], ids=str)
 def test_stripes_longer_than_a_program_takes_at_once(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
