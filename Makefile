@@ -1,7 +1,7 @@
 # make demo   train a small GPT with AdamW and with StripedAdamW, and compare them
 # make test   run the tests
 # make lint   check format, rules and types
-# make bench  benchmark optimizers side by side on this CPU (installs the others; 8 minutes)
+# make bench  benchmark optimizers side by side on this CPU (installs the others; 10 minutes)
 # make gpu    everything that needs a GPU, from this tree as it is, without .venv (9 minutes at most)
 # make clean  remove the environment and every output
 
