@@ -13,6 +13,9 @@ For a parameter of shape [..., R, C] with gradient g at step t (counted from 1):
     p     <- p (1 - lr wd) - lr (m_ij / (1 - b1^t)) / (a_i c_j + eps)
 
 block by block where the matrix is split; 0-D and 1-D parameters keep the full second moment v.
+
+Lagged, from the second step on, a_i and c_j are taken before row and col are updated (with b2^(t-1)
+in c_j), and a_i c_j is at least |g_ij| sqrt((1 - b2) / (1 - b2^t)).
 """
 
 from __future__ import annotations
@@ -50,6 +53,7 @@ def step(
     weight_decay: float,
     maximize: bool = False,
     nesterov: bool = False,
+    lagged: bool = False,
     blocks: tuple[int, int] = (1, 1),
 ) -> tuple[np.ndarray, State]:
     """One step. Nothing is changed in place; returns the new parameter and the new state."""
@@ -67,14 +71,16 @@ def step(
             new["v"] = b2 * state["v"] + (1 - b2) * g * g
             denominator = np.sqrt(new["v"] / (1 - b2**t)) + eps
         else:
-            new["row"], new["col"], root = _stripes(g, state, t, b2, blocks)
+            new["row"], new["col"], root = _stripes(g, state, t, b2, lagged and t > 1, blocks)
+            if lagged and t > 1:
+                root = np.maximum(root, np.abs(g) * np.sqrt((1 - b2) / (1 - b2**t)))
             denominator = root + eps
         denominator = np.maximum(denominator, SMALLEST_DENOMINATOR)  # NaN stays NaN
         return p * (1 - lr * weight_decay) - lr * numerator / denominator, new
 
 
 def _stripes(
-    g: np.ndarray, state: State, t: int, b2: float, blocks: tuple[int, int]
+    g: np.ndarray, state: State, t: int, b2: float, lagged: bool, blocks: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The new row and col, and a_i c_j for every element."""
     *batch, R, C = g.shape
@@ -91,14 +97,18 @@ def _stripes(
                 square = g[where][rows, cols] ** 2
                 r = b2 * row[where][rows, j] + (1 - b2) * square.mean(axis=1)
                 c = b2 * col[where][i, cols] + (1 - b2) * square.mean(axis=0)
+                if lagged:
+                    r_used, c_used = row[where][rows, j].copy(), col[where][i, cols].copy()
+                else:
+                    r_used, c_used = r, c
                 row[where][rows, j] = r
                 col[where][i, cols] = c
-                mean = r.mean()
+                mean = r_used.mean()
                 if mean == 0:
-                    a = np.zeros_like(r)
+                    a = np.zeros_like(r_used)
                 elif np.isfinite(mean):
-                    a = np.sqrt(r / mean)
+                    a = np.sqrt(r_used / mean)
                 else:
-                    a = np.full_like(r, np.nan)
-                root[where][rows, cols] = np.outer(a, np.sqrt(c / (1 - b2**t)))
+                    a = np.full_like(r_used, np.nan)
+                root[where][rows, cols] = np.outer(a, np.sqrt(c_used / (1 - b2 ** (t - lagged))))
     return row, col, root

@@ -1,7 +1,8 @@
-/* The CPU backend: the arithmetic of reference.py in one pass over each tensor's memory.
+/* The CPU backend: the arithmetic of reference.py in as few readings of memory as it takes.
  *
- * Two entry points, striped_statistics and striped_update, take a table of all tensors of a param
- * group and make one OpenMP parallel region each. The work is cut into tasks of whole rows, by the
+ * Three entry points take a table of all tensors of a param group and make one OpenMP parallel region
+ * each: striped_statistics and striped_update, between which sums may be exchanged with other
+ * processes, and striped_step, which is both. The work is cut into tasks of whole rows by the
  * tensors' shapes alone, and every sum is taken in the tasks' order: the bits do not depend on the
  * number of threads, nor on which thread takes which task.
  *
@@ -10,10 +11,11 @@
  * [bands * height, bc].
  *
  * Where it differs from the reference: sums of squares are taken in another order, the mean of the
- * row stripe is taken in double, and a compiler may fuse a multiplication with an addition. A
- * parameter may thereby differ in its last places, and a momentum code by one where its value stood
- * on the border between two. No intrinsics: the loops are written so that compilers vectorise them,
- * and function multiversioning picks the widest build that the processor runs.
+ * row stripe is taken in double, codes are scaled by one factor in the place of two divisions, and a
+ * compiler may fuse a multiplication with an addition. A parameter may thereby differ in its last
+ * places, and a momentum code by one where its value stood on the border between two. No intrinsics:
+ * the loops are written so that compilers vectorise them, and function multiversioning picks the
+ * widest build that the processor runs. No prefetching: processors do it as well.
  */
 
 #include <math.h>
@@ -59,8 +61,10 @@ typedef struct {
     float *exp_avg_scale;     /* [bands * height, ceil(columns / 128)], integer codes only */
     float *exp_avg_sq_row;    /* [bands * height, col_blocks]; a vector's exp_avg_sq [elements] */
     float *exp_avg_sq_col;    /* [bands, columns]; NULL for a vector */
-    float *row_sums;          /* shaped as the stripes; update leaves the roots a and c in them */
+    float *row_sums;          /* of squares, shaped as the stripes */
     float *col_sums;
+    float *row_roots;         /* a and c, shaped as the stripes; cpu.c's own */
+    float *col_roots;
     int64_t bands, height, columns, col_blocks; /* a vector: 1, 1, elements, 1 */
     int64_t param_dtype, grad_dtype, momentum_dtype;
     int64_t step;
@@ -68,7 +72,7 @@ typedef struct {
 
 typedef struct {
     double lr, beta1, beta2, eps, weight_decay;
-    int64_t maximize, nesterov, stochastic_rounding;
+    int64_t maximize, nesterov, stochastic_rounding, lagged;
 } Settings;
 
 /* ------------------------------------------------------------------------------------------------
@@ -272,10 +276,11 @@ INLINE void encode(const Tensor *t, int64_t row, int64_t column, int64_t n, floa
  * rows
  * --------------------------------------------------------------------------------------------- */
 
-/* Adds the squares of n elements of each of ROWS rows to their columns' sums, and their own sums to
- * row_sums. A row's sum has PARTS parts, which vectors can hold: compilers may not reorder it.
+/* Adds the squares of n elements of each of `rows` rows to their columns' sums, and their own sums
+ * to row_sums. A row's sum has PARTS parts, which vectors can hold: compilers may not reorder it.
+ * rows, at most ROWS, is a constant where this is inlined.
  */
-INLINE void sum_stretch(const float *const *g, float *restrict col_sums, int64_t n,
+INLINE void sum_stretch(const float *const *g, int64_t rows, float *restrict col_sums, int64_t n,
                         double *restrict row_sums)
 {
     float parts[ROWS][PARTS] = {{0}};
@@ -283,14 +288,14 @@ INLINE void sum_stretch(const float *const *g, float *restrict col_sums, int64_t
     for (; i + PARTS <= n; i += PARTS)
         for (int64_t k = 0; k < PARTS; k++) {
             float square[ROWS], sum = 0;
-            for (int64_t r = 0; r < ROWS; r++) {
+            for (int64_t r = 0; r < rows; r++) {
                 square[r] = g[r][i + k] * g[r][i + k];
                 parts[r][k] += square[r];
                 sum += square[r];
             }
             col_sums[i + k] += sum;
         }
-    for (int64_t r = 0; r < ROWS; r++) {
+    for (int64_t r = 0; r < rows; r++) {
         for (int64_t k = 0; k < n - i; k++) {
             float square = g[r][i + k] * g[r][i + k];
             parts[r][k] += square;
@@ -326,7 +331,7 @@ static void sum_rows(const Tensor *t, int64_t first, int64_t rows, float *restri
                                ? load(t->grad, t->grad_dtype, offset, n, buffers[r])
                                : zeros;
                 }
-                sum_stretch(g, col_sums + j, n, row_sums);
+                sum_stretch(g, ROWS, col_sums + j, n, row_sums);
             }
             for (int64_t r = 0; r < ROWS && r * apart + i < rows; r++)
                 t->row_sums[(first + r * apart + i) * t->col_blocks + block] = (float)row_sums[r];
@@ -336,6 +341,7 @@ static void sum_rows(const Tensor *t, int64_t first, int64_t rows, float *restri
 
 typedef struct {
     float weight1, step_size, decay, eps; /* weight1 is 1 - beta1 */
+    float own_share; /* of a lagged root: what |g| times this is, it is at least */
     int nesterov;
 } Step;
 
@@ -346,6 +352,7 @@ static Step step_of(const Tensor *t, const Settings *settings)
         .step_size = (float)(settings->lr / (1 - pow(settings->beta1, (double)t->step))),
         .decay = (float)(1 - settings->lr * settings->weight_decay),
         .eps = (float)settings->eps,
+        .own_share = (float)sqrt((1 - settings->beta2) / (1 - pow(settings->beta2, (double)t->step))),
         .nesterov = settings->nesterov != 0,
     };
 }
@@ -362,12 +369,16 @@ INLINE void move(float *restrict p, float *restrict m, float g, float root, int 
     *p = *p * s->decay - s->step_size * (numerator / denominator);
 }
 
-/* nesterov and, for whole stretches, n are constants where this is inlined. */
+/* nesterov, lagged and, for whole stretches, n are constants where this is inlined. */
 INLINE void move_striped(float *restrict p, float *restrict m, const float *restrict g, float a,
-                         const float *restrict c, int64_t n, int nesterov, const Step *step)
+                         const float *restrict c, int64_t n, int nesterov, int lagged,
+                         const Step *step)
 {
     Step s = *step;
-    for (int64_t i = 0; i < n; i++) move(p + i, m + i, g[i], a * c[i], nesterov, &s);
+    for (int64_t i = 0; i < n; i++) {
+        float root = a * c[i], own = fabsf(g[i]) * s.own_share;
+        move(p + i, m + i, g[i], lagged && own > root ? own : root, nesterov, &s);
+    }
 }
 
 /* Returns the gradient of what is minimised; see load. */
@@ -381,9 +392,11 @@ INLINE const float *load_ascent(const Tensor *t, int64_t offset, int64_t n,
     return buffer;
 }
 
-/* Updates n <= CODE_BLOCK elements of a row from `column` on; a: the row's roots, c: the band's. */
+/* Updates n <= CODE_BLOCK elements of a row from `column` on. Where there are col_sums, the band's,
+ * the elements' squares are added to them and to the row's sums.
+ */
 INLINE void update_stretch(const Tensor *t, int64_t row, int64_t column, int64_t n,
-                           const float *restrict a, const float *restrict c,
+                           const float *restrict c, float *restrict col_sums, int lagged,
                            const Settings *settings, const Step *step)
 {
     int64_t width = t->columns / t->col_blocks, offset = row * t->columns + column;
@@ -392,42 +405,63 @@ INLINE void update_stretch(const Tensor *t, int64_t row, int64_t column, int64_t
     float *p = (float *)load(t->param, t->param_dtype, offset, n, p_buffer);
     float *m = decode(t, row, column, n, m_buffer);
     int64_t block = t->col_blocks == 1 ? 0 : column / width;
-    if (column + n <= (block + 1) * width) {
-        if (step->nesterov)
-            move_striped(p, m, g, a[block], c + column, n, 1, step);
-        else
-            move_striped(p, m, g, a[block], c + column, n, 0, step);
-    } else {
-        for (int64_t i = 0; i < n; block++) { /* it crosses blocks of columns */
-            int64_t end = (block + 1) * width - column;
-            end = end < n ? end : n;
-            move_striped(p + i, m + i, g + i, a[block], c + column + i, end - i, step->nesterov,
-                         step);
-            i = end;
+    for (int64_t i = 0; i < n; block++) { /* once, but where the stretch crosses blocks of columns */
+        int64_t end = (block + 1) * width - column, count = (end < n ? end : n) - i;
+        int64_t cell = row * t->col_blocks + block, j = column + i;
+        if (col_sums) {
+            const float *stretch = g + i;
+            double sum = t->row_sums[cell];
+            sum_stretch(&stretch, 1, col_sums + j, count, &sum);
+            t->row_sums[cell] = (float)sum;
         }
+        float a = t->row_roots[cell];
+        if (count == CODE_BLOCK && !step->nesterov) /* a loop of known length for most of all work */
+            move_striped(p, m, g, a, c + j, CODE_BLOCK, 0, lagged, step);
+        else if (step->nesterov)
+            move_striped(p + i, m + i, g + i, a, c + j, count, 1, lagged, step);
+        else
+            move_striped(p + i, m + i, g + i, a, c + j, count, 0, lagged, step);
+        i += count;
     }
     if (p == p_buffer)
         store_parameter(p, t, offset, n, settings);
     encode(t, row, column, n, m);
 }
 
-/* Updates momentum and parameter of rows of one band.
- *
- * first: index of the first row in the whole tensor; c: the band's column roots, [columns].
- */
-MULTIVERSIONED
-static void update_rows(const Tensor *t, int64_t first, int64_t rows, const float *restrict c,
-                        const Settings *settings)
+INLINE void walk_rows(const Tensor *t, int64_t band, int64_t first, int64_t rows,
+                      float *restrict col_sums, int lagged, const Settings *settings)
 {
     Step step = step_of(t, settings);
+    const float *c = t->col_roots + band * t->columns;
+    first += band * t->height;
     for (int64_t row = first; row < first + rows; row++) {
-        const float *a = t->row_sums + row * t->col_blocks; /* roots by now */
+        if (col_sums)
+            memset(t->row_sums + row * t->col_blocks, 0, sizeof(float) * (size_t)t->col_blocks);
         int64_t column = 0;
         for (; column + CODE_BLOCK <= t->columns; column += CODE_BLOCK)
-            update_stretch(t, row, column, CODE_BLOCK, a, c, settings, &step);
+            update_stretch(t, row, column, CODE_BLOCK, c, col_sums, lagged, settings, &step);
         if (column < t->columns)
-            update_stretch(t, row, column, t->columns - column, a, c, settings, &step);
+            update_stretch(t, row, column, t->columns - column, c, col_sums, lagged, settings, &step);
     }
+}
+
+/* Updates momentum and parameter of rows of one band, from `first` in it on, by the roots. */
+MULTIVERSIONED
+static void update_rows(const Tensor *t, int64_t band, int64_t first, int64_t rows,
+                        int lagged, const Settings *settings)
+{
+    if (lagged)
+        walk_rows(t, band, first, rows, NULL, 1, settings);
+    else
+        walk_rows(t, band, first, rows, NULL, 0, settings);
+}
+
+/* The same for a lagged step that sums the squares as it goes: into row_sums and [columns] col_sums. */
+MULTIVERSIONED
+static void update_and_sum_rows(const Tensor *t, int64_t band, int64_t first, int64_t rows,
+                                float *restrict col_sums, const Settings *settings)
+{
+    walk_rows(t, band, first, rows, col_sums, 1, settings);
 }
 
 /* AdamW's step with the exact second moment, on elements [first, first + count). */
@@ -452,35 +486,41 @@ static void update_vector(const Tensor *t, int64_t first, int64_t count, const S
     }
 }
 
-/* Averages the sums of one band into its stripes, and leaves the roots a and c in their place. */
+/* Averages the sums of one band into its stripes. */
 MULTIVERSIONED
 static void average_band(const Tensor *t, int64_t band, const Settings *settings)
 {
-    int64_t width = t->columns / t->col_blocks, height = t->height;
+    int64_t cells = t->height * t->col_blocks;
     float beta2 = (float)settings->beta2;
-    float row_weight = (float)((1 - settings->beta2) / (double)width);
-    float col_weight = (float)((1 - settings->beta2) / (double)height);
-    float correction = (float)(1 - pow(settings->beta2, (double)t->step));
-
+    float row_weight = (float)((1 - settings->beta2) / (double)(t->columns / t->col_blocks));
+    float col_weight = (float)((1 - settings->beta2) / (double)t->height);
+    float *restrict row = t->exp_avg_sq_row + band * cells;
+    const float *restrict row_sums = t->row_sums + band * cells;
+    for (int64_t i = 0; i < cells; i++) row[i] = row[i] * beta2 + row_weight * row_sums[i];
     float *restrict col = t->exp_avg_sq_col + band * t->columns;
-    float *restrict c = t->col_sums + band * t->columns;
-    for (int64_t j = 0; j < t->columns; j++) {
-        col[j] = col[j] * beta2 + col_weight * c[j];
-        c[j] = sqrtf(col[j] / correction);
-    }
-    float *restrict row = t->exp_avg_sq_row + band * height * t->col_blocks;
-    float *restrict a = t->row_sums + band * height * t->col_blocks;
-    for (int64_t i = 0; i < height * t->col_blocks; i++)
-        row[i] = row[i] * beta2 + row_weight * a[i];
+    const float *restrict col_sums = t->col_sums + band * t->columns;
+    for (int64_t j = 0; j < t->columns; j++) col[j] = col[j] * beta2 + col_weight * col_sums[j];
+}
+
+/* Takes the roots a and c of one band's stripes, which are those of `step`. */
+MULTIVERSIONED
+static void take_roots(const Tensor *t, int64_t band, const Settings *settings, int64_t step)
+{
+    int64_t cells = t->height * t->col_blocks;
+    float correction = (float)(1 - pow(settings->beta2, (double)step));
+    const float *restrict col = t->exp_avg_sq_col + band * t->columns;
+    float *restrict c = t->col_roots + band * t->columns;
+    for (int64_t j = 0; j < t->columns; j++) c[j] = sqrtf(col[j] / correction);
+
+    const float *restrict row = t->exp_avg_sq_row + band * cells;
+    float *restrict a = t->row_roots + band * cells;
     for (int64_t block = 0; block < t->col_blocks; block++) {
         double sum = 0;
-        for (int64_t i = 0; i < height; i++) sum += row[i * t->col_blocks + block];
-        float mean = (float)(sum / (double)height);
-        for (int64_t i = 0; i < height; i++) {
-            /* 0/0 is an all-zero gradient, which moves nothing; an Inf is as loud as AdamW's */
-            float root = sqrtf(row[i * t->col_blocks + block] / mean);
-            a[i * t->col_blocks + block] = mean == 0 ? 0.0f : isinf(mean) ? NAN : root;
-        }
+        for (int64_t i = block; i < cells; i += t->col_blocks) sum += row[i];
+        float mean = (float)(sum / (double)t->height);
+        /* 0/0 is an all-zero gradient, which moves nothing; an Inf is as loud as AdamW's */
+        for (int64_t i = block; i < cells; i += t->col_blocks)
+            a[i] = mean == 0 ? 0.0f : isinf(mean) ? NAN : sqrtf(row[i] / mean);
     }
 }
 
@@ -493,11 +533,6 @@ typedef struct {
     int64_t tensor, band, bands, row, rows;
     float *partial; /* a slice's own column sums, [columns]; NULL where it has whole bands */
 } Task;
-
-/* Consecutive tasks, of whole tensors. */
-typedef struct {
-    int64_t first, count;
-} Bundle;
 
 static int is_vector(const Tensor *t) { return t->exp_avg_sq_col == NULL; }
 
@@ -542,6 +577,8 @@ static int64_t cut(const Tensor *t, int64_t tensor, Task *tasks, float *partials
 
 static void sum_task(const Tensor *t, const Task *task)
 {
+    if (is_vector(t))
+        return;
     if (task->partial) {
         memset(task->partial, 0, sizeof(float) * (size_t)t->columns);
         sum_rows(t, task->band * t->height + task->row, task->rows, task->partial);
@@ -554,9 +591,11 @@ static void sum_task(const Tensor *t, const Task *task)
     }
 }
 
-/* Adds up, in their order, the column sums of a band's slices, of which `slice` is the first. */
+/* Adds up, in their order, the column sums of a band's slices; the first of them does it. */
 static void combine(const Tensor *t, const Task *slice)
 {
+    if (!slice->partial || slice->row > 0)
+        return;
     float *col_sums = t->col_sums + slice->band * t->columns;
     int64_t slices = (t->height + slice->rows - 1) / slice->rows;
     for (int64_t j = 0; j < t->columns; j += CODE_BLOCK) {
@@ -570,11 +609,26 @@ static void combine(const Tensor *t, const Task *slice)
     }
 }
 
+static int is_lagged(const Tensor *t, const Settings *settings)
+{
+    return settings->lagged && t->step > 1 && !is_vector(t); /* a first step has none before it */
+}
+
+/* What is done once for each band is done by its first slice. */
+static int64_t whole_bands(const Tensor *t, const Task *task)
+{
+    return is_vector(t) || task->row > 0 ? 0 : task->bands;
+}
+
 static void average_task(const Tensor *t, const Task *task, const Settings *settings)
 {
-    if (!is_vector(t) && task->row == 0)
-        for (int64_t band = task->band; band < task->band + task->bands; band++)
-            average_band(t, band, settings);
+    for (int64_t i = 0; i < whole_bands(t, task); i++) average_band(t, task->band + i, settings);
+}
+
+static void roots_task(const Tensor *t, const Task *task, const Settings *settings)
+{
+    int64_t step = t->step - is_lagged(t, settings);
+    for (int64_t i = 0; i < whole_bands(t, task); i++) take_roots(t, task->band + i, settings, step);
 }
 
 static void update_task(const Tensor *t, const Task *task, const Settings *settings)
@@ -584,50 +638,120 @@ static void update_task(const Tensor *t, const Task *task, const Settings *setti
         return;
     }
     for (int64_t band = task->band; band < task->band + task->bands; band++)
-        update_rows(t, band * t->height + task->row, task->rows, t->col_sums + band * t->columns,
-                    settings);
+        update_rows(t, band, task->row, task->rows, is_lagged(t, settings), settings);
 }
+
+/* What a lagged step does to a task once its bands' roots are taken: its sums and its update. */
+static void lagged_task(const Tensor *t, const Task *task, const Settings *settings)
+{
+    for (int64_t band = task->band; band < task->band + task->bands; band++) {
+        float *col_sums = task->partial ? task->partial : t->col_sums + band * t->columns;
+        memset(col_sums, 0, sizeof(float) * (size_t)t->columns);
+        update_and_sum_rows(t, band, task->row, task->rows, col_sums, settings);
+    }
+}
+
+/* Consecutive tasks, of whole tensors. */
+typedef struct {
+    int64_t first, count;
+} Bundle;
 
 /* What the entry points below share: the tasks of a table, and memory for the slices' sums. */
 typedef struct {
     Task *tasks;
-    float *partials;
     int64_t count;
+    float *partials;
+    float *scratch;
+    Bundle *bundles;
+    int64_t bundle_count;
 } Plan;
-
-static int make_plan(Plan *plan, const Tensor *table, int64_t tensors)
-{
-    int64_t elements = 0;
-    plan->count = 0;
-    for (int64_t k = 0; k < tensors; k++) plan->count += cut(table + k, k, NULL, NULL, &elements);
-    plan->tasks = malloc(sizeof(Task) * (size_t)(plan->count + 1));
-    plan->partials = malloc(sizeof(float) * (size_t)(elements + 1));
-    if (!plan->tasks || !plan->partials) {
-        free(plan->tasks);
-        free(plan->partials);
-        return 1;
-    }
-    Task *next = plan->tasks;
-    elements = 0;
-    for (int64_t k = 0; k < tensors; k++) next += cut(table + k, k, next, plan->partials, &elements);
-    return 0;
-}
 
 static void free_plan(Plan *plan)
 {
     free(plan->tasks);
     free(plan->partials);
+    free(plan->scratch);
+    free(plan->bundles);
+}
+
+static int64_t stripes_of(const Tensor *t)
+{
+    return is_vector(t) ? 0 : t->bands * (t->height * t->col_blocks + t->columns);
+}
+
+/* Points at sums and roots of a tensor in scratch memory; returns what lies behind them. */
+static float *place(Tensor *t, int lagged, float *next)
+{
+    t->row_sums = next;
+    t->col_sums = next + t->bands * t->height * t->col_blocks;
+    next += stripes_of(t);
+    t->row_roots = lagged ? next : t->row_sums; /* once averaged, sums make room for roots */
+    t->col_roots = lagged ? next + (t->col_sums - t->row_sums) : t->col_sums;
+    return lagged ? next + stripes_of(t) : next;
+}
+
+/* Cuts a table into tasks, and these into bundles.
+ *
+ * scratch_for: how many bundles in turn have memory for sums and roots of their own, 0 for none.
+ * Returns 0, or 1 where there is no memory; there is nothing to be freed then.
+ */
+static int make_plan(Plan *plan, Tensor *table, int64_t tensors, const Settings *settings,
+                     int scratch_for)
+{
+    int64_t partial_elements = 0, most = 0, elements = 0, used = 0;
+    *plan = (Plan){.count = 0};
+    for (int64_t k = 0; k < tensors; k++)
+        plan->count += cut(table + k, k, NULL, NULL, &partial_elements);
+    plan->tasks = malloc(sizeof(Task) * (size_t)(plan->count + 1));
+    plan->partials = malloc(sizeof(float) * (size_t)(partial_elements + 1));
+    plan->bundles = malloc(sizeof(Bundle) * (size_t)(tensors + 1));
+    if (!plan->tasks || !plan->partials || !plan->bundles) {
+        free_plan(plan);
+        return 1;
+    }
+    int64_t task = 0;
+    partial_elements = 0;
+    for (int64_t k = 0; k < tensors; k++) {
+        if (elements == 0) {
+            plan->bundles[plan->bundle_count++] = (Bundle){.first = task};
+            used = 0;
+        }
+        task += cut(table + k, k, plan->tasks + task, plan->partials, &partial_elements);
+        Bundle *bundle = plan->bundles + plan->bundle_count - 1;
+        bundle->count = task - bundle->first;
+        if (scratch_for)
+            used += stripes_of(table + k) * (is_lagged(table + k, settings) ? 2 : 1);
+        most = used > most ? used : most;
+        elements += table[k].bands * table[k].height * table[k].columns;
+        if (elements >= BUNDLE_ELEMENTS)
+            elements = 0;
+    }
+    if (!scratch_for)
+        return 0;
+    plan->scratch = malloc(sizeof(float) * (size_t)(most * scratch_for + 1));
+    if (!plan->scratch) {
+        free_plan(plan);
+        return 1;
+    }
+    for (int64_t b = 0; b < plan->bundle_count; b++) {
+        const Bundle *bundle = plan->bundles + b;
+        float *next = plan->scratch + b % scratch_for * most;
+        for (int64_t i = bundle->first; i < bundle->first + bundle->count; i++) {
+            Tensor *t = table + plan->tasks[i].tensor;
+            if (!is_vector(t) && plan->tasks[i].row == 0 && plan->tasks[i].band == 0)
+                next = place(t, is_lagged(t, settings), next);
+        }
+    }
+    return 0;
 }
 
 /* The entry points return 0, or 1 where there is no memory for a plan; nothing has changed then. */
 
 /* Sums the squares of the gradients of matrices by row and by column into row_sums and col_sums. */
-int striped_statistics(const Tensor *table, int64_t tensors, const Settings *settings,
-                       int64_t threads)
+int striped_statistics(Tensor *table, int64_t tensors, const Settings *settings, int64_t threads)
 {
-    (void)settings; /* sums need none */
     Plan plan;
-    if (make_plan(&plan, table, tensors))
+    if (make_plan(&plan, table, tensors, settings, 0))
         return 1;
 #pragma omp parallel num_threads(threads)
     {
@@ -636,26 +760,31 @@ int striped_statistics(const Tensor *table, int64_t tensors, const Settings *set
             sum_task(table + plan.tasks[i].tensor, plan.tasks + i);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < plan.count; i++)
-            if (plan.tasks[i].partial && plan.tasks[i].row == 0)
-                combine(table + plan.tasks[i].tensor, plan.tasks + i);
+            combine(table + plan.tasks[i].tensor, plan.tasks + i);
     }
     free_plan(&plan);
     return 0;
 }
 
-/* Turns row_sums and col_sums, which it overwrites, into new stripes, and updates momentum and
- * parameters; vectors have no sums.
+/* Turns row_sums and col_sums into new stripes, and updates momentum and parameters; vectors have no
+ * sums. The roots may take the sums' place, but not where the step is lagged.
  */
-int striped_update(const Tensor *table, int64_t tensors, const Settings *settings, int64_t threads)
+int striped_update(Tensor *table, int64_t tensors, const Settings *settings, int64_t threads)
 {
     Plan plan;
-    if (make_plan(&plan, table, tensors))
+    if (make_plan(&plan, table, tensors, settings, 0))
         return 1;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < plan.count; i++)
-            average_task(table + plan.tasks[i].tensor, plan.tasks + i, settings);
+        for (int64_t i = 0; i < plan.count; i++) {
+            const Tensor *t = table + plan.tasks[i].tensor;
+            if (is_lagged(t, settings))
+                roots_task(t, plan.tasks + i, settings);
+            average_task(t, plan.tasks + i, settings);
+            if (!is_lagged(t, settings))
+                roots_task(t, plan.tasks + i, settings);
+        }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < plan.count; i++)
             update_task(table + plan.tasks[i].tensor, plan.tasks + i, settings);
@@ -664,74 +793,59 @@ int striped_update(const Tensor *table, int64_t tensors, const Settings *setting
     return 0;
 }
 
-/* Statistics and update in one go: the same bits as by the two functions above.
+/* Statistics and update in one go; not lagged, the same bits as by the two functions above.
  *
- * It goes by bundles of tensors whose gradients stay in the cache from the one to the other. Their
- * sums are kept in one of two arrays in turn: when a bundle's threads have met after its statistics,
- * all are done with the bundle before, but perhaps not yet all with the one at hand.
+ * It goes by bundles of tensors whose gradients stay in the cache from the one to the other. Bundles
+ * have one of two scratch memories in turn: when all threads have met in a bundle, none is in the
+ * bundle before any more, but one may still be in it when others have gone on to the next.
  */
 int striped_step(Tensor *table, int64_t tensors, const Settings *settings, int64_t threads)
 {
     Plan plan;
-    if (make_plan(&plan, table, tensors))
+    if (make_plan(&plan, table, tensors, settings, 2))
         return 1;
-    Bundle *bundles = malloc(sizeof(Bundle) * (size_t)(tensors + 1));
-    int64_t bundle_count = 0, bundle_elements = 0, bundle_sums = 0, most_sums = 0, task = 0;
-    for (int64_t k = 0; bundles && k < tensors; k++) {
-        if (bundle_elements == 0) {
-            bundles[bundle_count++] = (Bundle){.first = task};
-            bundle_sums = 0;
-        }
-        Tensor *t = table + k;
-        while (task < plan.count && plan.tasks[task].tensor == k) task++;
-        bundles[bundle_count - 1].count = task - bundles[bundle_count - 1].first;
-        bundle_elements += t->bands * t->height * t->columns;
-        if (!is_vector(t))
-            bundle_sums += t->bands * (t->height * t->col_blocks + t->columns);
-        most_sums = bundle_sums > most_sums ? bundle_sums : most_sums;
-        if (bundle_elements >= BUNDLE_ELEMENTS)
-            bundle_elements = 0;
-    }
-    float *sums = malloc(sizeof(float) * (size_t)(2 * most_sums + 1));
-    if (!bundles || !sums) {
-        free_plan(&plan);
-        free(bundles);
-        free(sums);
-        return 1;
-    }
-    for (int64_t b = 0; b < bundle_count; b++) {
-        float *next = sums + b % 2 * most_sums;
-        for (int64_t i = bundles[b].first; i < bundles[b].first + bundles[b].count; i++) {
-            Tensor *t = table + plan.tasks[i].tensor;
-            if (is_vector(t) || plan.tasks[i].row > 0 || plan.tasks[i].band > 0)
-                continue;
-            t->row_sums = next;
-            t->col_sums = next + t->bands * t->height * t->col_blocks;
-            next = t->col_sums + t->bands * t->columns;
-        }
-    }
 #pragma omp parallel num_threads(threads)
-    for (int64_t b = 0; b < bundle_count; b++) {
-        const Task *tasks = plan.tasks + bundles[b].first;
-        int64_t count = bundles[b].count;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count; i++)
-            if (!is_vector(table + tasks[i].tensor))
-                sum_task(table + tasks[i].tensor, tasks + i);
+    for (int64_t b = 0; b < plan.bundle_count; b++) {
+        const Task *tasks = plan.tasks + plan.bundles[b].first;
+        int64_t count = plan.bundles[b].count;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < count; i++) {
             const Tensor *t = table + tasks[i].tensor;
-            if (tasks[i].partial && tasks[i].row == 0)
-                combine(t, tasks + i);
+            if (is_lagged(t, settings))
+                roots_task(t, tasks + i, settings);
+            else
+                sum_task(t, tasks + i);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < count; i++) {
+            const Tensor *t = table + tasks[i].tensor;
+            if (is_lagged(t, settings))
+                continue;
+            combine(t, tasks + i);
+            average_task(t, tasks + i, settings);
+            roots_task(t, tasks + i, settings);
+        }
+        /* backwards: the gradients summed last are the nearest */
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t i = count - 1; i >= 0; i--) {
+            const Tensor *t = table + tasks[i].tensor;
+            if (is_lagged(t, settings))
+                lagged_task(t, tasks + i, settings);
+            else
+                update_task(t, tasks + i, settings);
+        }
+        if (!settings->lagged)
+            continue;
+#pragma omp barrier
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t i = 0; i < count; i++) {
+            const Tensor *t = table + tasks[i].tensor;
+            if (!is_lagged(t, settings))
+                continue;
+            combine(t, tasks + i);
             average_task(t, tasks + i, settings);
         }
-        /* backwards: the last gradients summed are the nearest; and on to the next bundle */
-#pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t i = count - 1; i >= 0; i--)
-            update_task(table + tasks[i].tensor, tasks + i, settings);
     }
     free_plan(&plan);
-    free(bundles);
-    free(sums);
     return 0;
 }

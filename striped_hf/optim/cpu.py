@@ -25,12 +25,15 @@ _FORMATS: dict[torch.dtype | str, int] = {torch.float32: 0, torch.bfloat16: 1, t
 _FORMATS |= {"float32": 0, "bfloat16": 1, "int8": 3, "int4": 4}
 
 
+_SWITCHES = ("maximize", "nesterov", "stochastic_rounding", "lagged")
+
+
 class _Settings(ctypes.Structure):
     """cpu.c's struct of this name."""
 
     _fields_ = (
         *((name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "eps", "weight_decay")),
-        *((name, ctypes.c_int64) for name in ("maximize", "nesterov", "stochastic_rounding")),
+        *((name, ctypes.c_int64) for name in _SWITCHES),
     )
 
 
@@ -67,7 +70,7 @@ def statistics(table: list[Entry]) -> list[Sums | None]:
             torch.empty((*matrices, rows, col_blocks), dtype=torch.float32, device="cpu"),
             torch.empty((*matrices, row_blocks, columns), dtype=torch.float32, device="cpu"),
         )
-    _call(_library.striped_statistics, [(table[i], sums[i]) for i in own], None)
+    _call(_library.striped_statistics, [(table[i], sums[i], None) for i in own], None)
     for i, other in zip(others, reference.statistics([table[i] for i in others]), strict=True):
         sums[i] = other
     return sums
@@ -76,17 +79,20 @@ def statistics(table: list[Entry]) -> list[Sums | None]:
 def update(table: list[Entry], sums: list[Sums | None], settings: Settings) -> None:
     """Updates second moments, momentum and parameters in place; as ``reference.update``.
 
-    ``sums`` serve as working memory and are overwritten.
+    ``sums`` may serve as working memory and be overwritten.
     """
     own, others = _split(table)
-    _call(_library.striped_update, [(table[i], sums[i]) for i in own], settings)
+    roots = sums
+    if settings.lagged:  # the roots are taken before the sums are averaged
+        roots = [pair and (torch.empty_like(pair[0]), torch.empty_like(pair[1])) for pair in sums]
+    _call(_library.striped_update, [(table[i], sums[i], roots[i]) for i in own], settings)
     reference.update([table[i] for i in others], [sums[i] for i in others], settings)
 
 
 def step(table: list[Entry], settings: Settings) -> None:
     """``statistics`` and ``update`` in one, which reads most gradients from memory only once."""
     own, others = _split(table)
-    _call(_library.striped_step, [(table[i], None) for i in own], settings)
+    _call(_library.striped_step, [(table[i], None, None) for i in own], settings)
     reference.step([table[i] for i in others], settings)
 
 
@@ -105,10 +111,10 @@ def _split(table: list[Entry]) -> tuple[list[int], list[int]]:
 
 def _call(
     function: Callable[..., int],
-    entries: list[tuple[Entry, Sums | None]],
+    entries: list[tuple[Entry, Sums | None, Sums | None]],
     settings: Settings | None,
 ) -> None:
-    """Calls cpu.c with a table of these entries.
+    """Calls cpu.c with a table of these entries, each with memory for its sums and its roots.
 
     Raises:
         MemoryError: There is none for its partial sums. Parameters and state are unchanged then,
@@ -116,10 +122,10 @@ def _call(
     """
     if not entries:
         return
-    grads = [entry.grad.contiguous() for entry, _ in entries]  # copies must live through the call
+    grads = [entry.grad.contiguous() for entry, *_ in entries]  # copies must live through the call
     fields = array("q")
-    for (entry, sums), grad in zip(entries, grads, strict=True):
-        fields.extend(_fields(entry, sums, grad))
+    for (entry, sums, roots), grad in zip(entries, grads, strict=True):
+        fields.extend(_fields(entry, grad, sums, roots))
     address, _ = fields.buffer_info()
     c_settings = settings and ctypes.byref(
         _Settings(*(getattr(settings, field[0]) for field in _Settings._fields_))
@@ -128,7 +134,7 @@ def _call(
         raise MemoryError("the CPU backend found no memory for its partial sums")
 
 
-def _fields(entry: Entry, sums: Sums | None, grad: Tensor) -> tuple[int, ...]:
+def _fields(entry: Entry, grad: Tensor, sums: Sums | None, roots: Sums | None) -> tuple[int, ...]:
     """Returns cpu.c's Tensor, field by field."""
     param, state = entry.param, entry.state
     scale = state.get("exp_avg_scale")
@@ -143,6 +149,7 @@ def _fields(entry: Entry, sums: Sums | None, grad: Tensor) -> tuple[int, ...]:
         0 if scale is None else scale.data_ptr(),
         *stripes,
         *((0, 0) if sums is None else (sums[0].data_ptr(), sums[1].data_ptr())),
+        *((0, 0) if roots is None else (roots[0].data_ptr(), roots[1].data_ptr())),
         *_layout(param.shape, entry.blocks),
         _FORMATS[param.dtype],
         _FORMATS[grad.dtype],

@@ -20,9 +20,20 @@ is [..., R, bc], col is [..., br, C]. The code sees every matrix on its grid,
 [..., br, R / br, bc, C / bc], where a stripe is an array with one dimension of size 1, so that
 blocks need no arithmetic of their own.
 
+With ``lagged`` the stripes in a_i and c_j are those of the step before (and c_j's correction
+1 - b2^(t - 1)), so that one reading of the gradient serves both, as ADOPT does with its full second
+moment (Taniguchi et al. 2024, https://arxiv.org/abs/2411.02853). They know nothing of this step's
+gradient, and would divide by eps alone where a row, a column or a whole matrix (LoRA's A) gets its
+first one. So a_i c_j is at least what this gradient alone adds to AdamW's root,
+
+    |g_ij| sqrt((1 - b2) / (1 - b2^t))
+
+and the first step, which has no step before, uses its own stripes.
+
 A backend is two functions over a table, the tensors of one param group: ``statistics`` turns
 gradients into sums of squares, ``update`` turns the sums into new state and parameters. Between
-them stands the only communication that sharded parameters need.
+them stands the only communication that sharded parameters need. For those that are whole, ``step``
+does both, and may do them better together.
 """
 
 from collections import defaultdict
@@ -59,6 +70,7 @@ class Settings:
     maximize: bool
     nesterov: bool
     stochastic_rounding: bool
+    lagged: bool
 
 
 @dataclass(frozen=True)
@@ -141,9 +153,13 @@ def update(table: list[Entry], sums: list[Sums | None], settings: Settings) -> N
         if first.param.dim() < 2:
             _update_vectors(param, grad, state, first.step, settings)
         else:
+            lagged = settings.lagged and first.step > 1
             row_sums, col_sums = zip(*(sums[i] for i in batch), strict=True)  # type: ignore[misc]
+            if lagged:
+                _update_matrices(param, grad, state, first, settings, lagged)
             _update_second_moment(state, _stack(row_sums), _stack(col_sums), first, settings)
-            _update_matrices(param, grad, state, first, settings)
+            if not lagged:
+                _update_matrices(param, grad, state, first, settings, lagged)
 
         if len(batch) > 1:  # else the stacks are views of what they stack
             torch._foreach_copy_([entry.param for entry in entries], list(param.unbind()))
@@ -188,8 +204,9 @@ def _update_matrices(
     state: dict[str, Tensor],
     entry: Entry,
     settings: Settings,
+    lagged: bool,
 ) -> None:
-    """The striped step, given this step's stripes.
+    """The striped step, given this step's stripes, or with ``lagged`` the last one's.
 
     ``param`` and ``grad`` are [n, ..., R, C], n times what ``entry`` describes.
     """
@@ -208,7 +225,8 @@ def _update_matrices(
     # 0/0 is an all-zero gradient, which moves nothing; an Inf must be as loud as AdamW's Inf/Inf
     a = torch.where(mean == 0, 0.0, (row / mean).sqrt_()).masked_fill_(mean.isinf(), torch.nan)
     # the two roots are taken apart because row * col underflows where g is near 1e-12
-    c = (col / (1 - settings.beta2**entry.step)).sqrt_()
+    c = (col / (1 - settings.beta2 ** (entry.step - lagged))).sqrt_()
+    own_share = ((1 - settings.beta2) / (1 - settings.beta2**entry.step)) ** 0.5
 
     for index, start in _chunks(param.shape[1:-2], columns, param.device):
         g = _ascent(grad[index], settings)
@@ -216,6 +234,8 @@ def _update_matrices(
         m = momentum.decode(stored, stored_scale, entry.momentum_dtype, columns)
         m_grid = m.unflatten(-1, (col_blocks, -1)).lerp_(g, 1 - settings.beta1)
         denominator = a[index] * c[index[: c.dim() - 3]]
+        if lagged:
+            denominator = torch.maximum(denominator, g.abs() * own_share)
         _update_parameter(param[index], m_grid, g, denominator, start, entry.step, settings)
         if m is not stored:
             new_codes, new_scale = momentum.encode(m, entry.momentum_dtype)

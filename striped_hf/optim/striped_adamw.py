@@ -26,6 +26,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SWITCHES = {
     "maximize": (True, False),
     "nesterov": (True, False),
+    "lagged": (True, False),
     "stochastic_rounding": (True, False, None),
 }
 
@@ -63,6 +64,7 @@ class StripedAdamW(Optimizer):
         stochastic_rounding: Round updates of bfloat16 and float16 parameters stochastically instead
             of to nearest. None means True. Without meaning for float32 parameters.
         nesterov: Let the update look ahead: b1 m + (1 - b1) g in m's place.
+        lagged: Divide by the stripes of the step before, which is faster.
         capturable: Keep ``step`` on the parameters' device, and take ``lr`` from there where it is
             a tensor, so that a step can be captured in a CUDA graph. Needs the triton backend, and
             a step before the capture.
@@ -86,6 +88,7 @@ class StripedAdamW(Optimizer):
         backend: str = "auto",
         stochastic_rounding: bool | None = None,
         nesterov: bool = False,
+        lagged: bool = False,
         capturable: bool = False,
     ) -> None:
         backends.check(backend)
@@ -101,6 +104,7 @@ class StripedAdamW(Optimizer):
             "blocks": blocks,
             "stochastic_rounding": stochastic_rounding,
             "nesterov": nesterov,
+            "lagged": lagged,
         }
         _check_hyperparameters(defaults)
         super().__init__(params, defaults)
@@ -239,6 +243,7 @@ class StripedAdamW(Optimizer):
             weight_decay=float(group["weight_decay"]),
             maximize=group["maximize"],
             nesterov=group["nesterov"],
+            lagged=group["lagged"],
             stochastic_rounding=group["stochastic_rounding"] is not False,
         )
 

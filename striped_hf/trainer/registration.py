@@ -43,6 +43,7 @@ _OPTIM_ARGS: dict[str, dict[str, Any]] = {
     "backend": {name: name for name in BACKENDS},
     "maximize": _BOOLEANS,
     "nesterov": _BOOLEANS,
+    "lagged": _BOOLEANS,
     "stochastic_rounding": {**_BOOLEANS, "none": None},
 }
 # what does not belong into optim_args, and where it does
@@ -100,7 +101,7 @@ def optimizer_cls_and_kwargs(
             ``weight_decay`` are used. ``optim`` decides the momentum's format where it is one of
             this package's names (another one means float32), ``optim_args`` overrides it:
             comma-separated ``key=value`` with the keys ``momentum_dtype``, ``backend``,
-            ``maximize``, ``nesterov`` and ``stochastic_rounding``.
+            ``maximize``, ``nesterov``, ``lagged`` and ``stochastic_rounding``.
         model: The model to train. Its param groups are made when the optimizer is, so it may
             still be frozen in part, resized or given adapters after this call. Without it
             there are no ``params`` in the answer, and Trainer groups by weight decay only.

@@ -268,7 +268,7 @@ class Follower:
         mine.t += 1
         g = to_numpy(p.grad)
         hyper: dict[str, Any] = {key: group[key] for key in ("lr", "betas", "eps")}
-        hyper |= {"blocks": blocks, "nesterov": group["nesterov"]}
+        hyper |= {"blocks": blocks, "nesterov": group["nesterov"], "lagged": group["lagged"]}
         if momentum is not None and momentum[1] != "float32":
             mine.state["m"] = momentum[0]
         expected, mine.state = oracle.step(

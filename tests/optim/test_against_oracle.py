@@ -141,6 +141,7 @@ def groups(draw: st.DrawFn, steps: int, scale: float) -> dict[str, Any]:
         "weight_decay": draw(st.sampled_from([0.0, 0.01, 0.5])),
         "maximize": draw(st.booleans()),
         "nesterov": draw(st.booleans()),
+        "lagged": draw(st.booleans()),
         "momentum_dtype": draw(st.sampled_from(FORMATS)),
         "stochastic_rounding": draw(st.sampled_from([None, True, False])),
         "blocks": blocks,
