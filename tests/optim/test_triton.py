@@ -711,6 +711,7 @@ def test_auto_is_triton_on_a_gpu() -> None:
     assert backends.resolve("auto", "cuda") is kernels
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_for_real_gpus(tmp_path: Path) -> None:
     """To PTX of sm_80 and sm_90, which needs no GPU, with vector loads and no local memory."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
