@@ -41,10 +41,14 @@ assert (weight < 1).all()
 
 
 def test_dependencies_point_one_way():
-    """recipes -> trainer, data, evaluation -> optim, and optim imports torch only."""
+    """recipes -> trainer, data, evaluation -> optim, and optim imports torch only.
+
+    But for the Triton backend, which is not imported where it is not chosen.
+    """
     for path in (REPOSITORY / "striped_hf" / "optim").glob("*.py"):
         imported = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), flags=re.M))
-        assert imported <= {*sys.stdlib_module_names, "torch", "striped_hf"}, path
+        allowed = {"triton", "numpy"} if path.name.startswith("triton_") else set()
+        assert imported <= {*sys.stdlib_module_names, "torch", "striped_hf"} | allowed, path
         assert "striped_hf.trainer" not in path.read_text()
     for path in (REPOSITORY / "striped_hf").rglob("*.py"):
         assert not re.search(r"^\s*(?:from|import) recipes", path.read_text(), flags=re.M), path
