@@ -46,7 +46,7 @@ COLUMNS = tl.constexpr(2)
 BLOCK_HEIGHT = tl.constexpr(3)  # of a block
 BLOCK_WIDTH = tl.constexpr(4)
 COL_BLOCKS = tl.constexpr(5)
-STRIP = tl.constexpr(6)  # rows that one program of the statistics adds up
+STRIP = tl.constexpr(6)  # rows whose squares one program adds up
 ROW_PARTIALS = tl.constexpr(7)  # offsets into the buffers
 COL_PARTIALS = tl.constexpr(8)
 ROW_SUMS = tl.constexpr(9)
@@ -54,10 +54,11 @@ COL_SUMS = tl.constexpr(10)
 CELLS = tl.constexpr(11)  # a cell is a block of a matrix: where its 1 / sqrt(mean(row)) stands
 SHAPES = tl.constexpr(12)
 
-# what all elements of an entry share, int32 (bits of a float32 in the first two)
+# what all elements of an entry share, int32 (bits of a float32 in all but the key)
 DECAY = tl.constexpr(0)
 STEP_SIZE = tl.constexpr(1)
 KEY = tl.constexpr(2)
+OWN_SHARE = tl.constexpr(3)  # of a gradient in the root of its own second moment; 0 at step 1
 SCALARS = tl.constexpr(4)
 
 _BLOCK_SIZE = tl.constexpr(momentum.BLOCK_SIZE)
@@ -188,20 +189,52 @@ def _bias_correction(step, log_beta):  # float64
 
 
 @triton.jit
+def _partials(
+    partials,
+    shape,
+    first_row,
+    first_col,
+    total_rows,
+    columns,
+    height,
+    width,
+    strip,
+    TILE_COLUMNS: tl.constexpr,
+):
+    """Where a program's partial sums go: of rows [tiles, rows], of columns [strips, columns]."""
+    row_block = first_row // height
+    col_block = first_col // width
+    strips = (height + strip - 1) // strip
+    strip_index = row_block * strips + (first_row - row_block * height) // strip
+    per_block = (width + TILE_COLUMNS - 1) // TILE_COLUMNS
+    tile_index = col_block * per_block + (first_col - col_block * width) // TILE_COLUMNS
+    row_partials = partials + tl.load(shape + ROW_PARTIALS) + tile_index * total_rows
+    col_partials = partials + tl.load(shape + COL_PARTIALS) + strip_index * columns
+    return row_partials, col_partials
+
+
+@triton.jit(do_not_specialize=["step"])
 def statistics_kernel(
     tiles,  # [programs, 3] int32: entry, first row, first column
     pointers,
     shapes,
     partials,
+    step,
     GRAD: tl.constexpr,
     ALIGNED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    ONE_PASS: tl.constexpr,  # after its first step the update adds up an entry's squares
+    CAPTURABLE: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
     """Adds up the squares of a strip of rows, at most TILE_COLUMNS wide and of one block."""
     tile = tiles + tl.program_id(0).to(tl.int64) * 3
     entry = tl.load(tile).to(tl.int64)
+    if ONE_PASS:
+        current = _step_of(pointers + entry * POINTERS, step, CAPTURABLE)
+        if current > 1:
+            return
     first_row = tl.load(tile + 1)
     first_col = tl.load(tile + 2)
     shape = shapes + entry * SHAPES
@@ -218,16 +251,20 @@ def statistics_kernel(
         width = tl.multiple_of(width, 16)
         first_col = tl.multiple_of(first_col, 16)
 
-    row_block = first_row // height
-    col_block = first_col // width
-    end_row = tl.minimum(first_row + strip, (row_block + 1) * height)
-    end_col = (col_block + 1) * width
-    strips = (height + strip - 1) // strip
-    strip_index = row_block * strips + (first_row - row_block * height) // strip
-    per_block = (width + TILE_COLUMNS - 1) // TILE_COLUMNS
-    tile_index = col_block * per_block + (first_col - col_block * width) // TILE_COLUMNS
-    row_partials = partials + tl.load(shape + ROW_PARTIALS) + tile_index * total_rows
-    col_partials = partials + tl.load(shape + COL_PARTIALS) + strip_index * columns
+    end_row = tl.minimum(first_row + strip, (first_row // height + 1) * height)
+    end_col = (first_col // width + 1) * width
+    row_partials, col_partials = _partials(
+        partials,
+        shape,
+        first_row,
+        first_col,
+        total_rows,
+        columns,
+        height,
+        width,
+        strip,
+        TILE_COLUMNS,
+    )
 
     cols = first_col + tl.arange(0, TILE_COLUMNS)
     in_cols = cols < end_col
@@ -288,12 +325,18 @@ def stripes_kernel(
     weight_decay,
     LR_IN_MEMORY: tl.constexpr,
     CAPTURABLE: tl.constexpr,
+    LAGGED: tl.constexpr,  # after the first step the roots are those of the step before
+    ONE_PASS: tl.constexpr,  # after the first step the sums are there after the update only
+    ROOTS: tl.constexpr,  # the update is still to come
     BLOCK: tl.constexpr,
 ):
     """Averages sums into a part of a stripe, and leaves the roots that the update needs.
 
     A part of a row stripe is all rows of one cell, so that their mean can be taken. The roots are
     sqrt(row) and sqrt(col / (1 - b2^t)), in the sums' place, and 1 / sqrt(mean(row)).
+
+    What is stepped in one pass is launched twice: before the update for its roots, which leave
+    their place to the sums in the update, and after it to average them.
     """
     segment = segments + tl.program_id(0).to(tl.int64) * 7
     entry = tl.load(segment)
@@ -311,7 +354,17 @@ def stripes_kernel(
     stripe = address.to(tl.pointer_type(tl.float32)) + start
 
     current = _step_of(pointer, step, CAPTURABLE)
-    bias_correction2 = _bias_correction(current, log_beta2).to(tl.float32)
+    first_step = current <= 1
+    summed = size  # how many sums are there
+    if ONE_PASS:
+        if ROOTS:
+            summed = tl.where(first_step, size, 0)
+        else:
+            summed = tl.where(first_step, 0, size)
+    corrected = current
+    if LAGGED:
+        corrected = tl.maximum(current - 1, 1)
+    bias_correction2 = _bias_correction(corrected, log_beta2).to(tl.float32)
     correction = tl.div_rn(1.0, tl.sqrt_rn(tl.where(is_column, bias_correction2, 1.0)))
     weight = tl.div_rn(one_minus_beta2, averaged)
     total = tl.zeros([BLOCK], tl.float32)
@@ -319,27 +372,41 @@ def stripes_kernel(
         lanes = first + tl.arange(0, BLOCK)
         inside = lanes < size
         offsets = lanes.to(tl.int64) * stride
-        value = beta2 * tl.load(stripe + offsets, mask=inside, other=0.0)
-        value += weight * tl.load(sums + buffered + offsets, mask=inside, other=0.0)
-        tl.store(stripe + offsets, value, mask=inside)
-        root = tl.sqrt_rn(value) * correction
-        tl.store(sums + buffered + offsets, root, mask=inside)
-        total += value
+        has_sum = lanes < summed
+        before = tl.load(stripe + offsets, mask=inside, other=0.0)
+        value = beta2 * before
+        value += weight * tl.load(sums + buffered + offsets, mask=has_sum, other=0.0)
+        tl.store(stripe + offsets, value, mask=has_sum)
+        if ROOTS:
+            if LAGGED:
+                value = tl.where(first_step, value, before)
+            root = tl.sqrt_rn(value) * correction
+            tl.store(sums + buffered + offsets, root, mask=inside)
+            total += value
 
-    if is_column == 0:
-        mean = tl.div_rn(tl.sum(total, axis=0), size.to(tl.float32))
-        inverse = tl.div_rn(1.0, tl.sqrt_rn(mean))
-        # 0/0 is an all-zero gradient, which moves nothing; an Inf must be as loud as AdamW's
-        inverse = tl.where(mean == 0.0, 0.0, tl.where(mean == float("inf"), float("nan"), inverse))
-        tl.store(cells + cell, inverse)
-        if cell == first_cell:
-            rate = _rate(lr, LR_IN_MEMORY)
-            decay = (1.0 - rate * tl.cast(weight_decay, tl.float64)).to(tl.float32)
-            step_size = (rate / _bias_correction(current, log_beta1)).to(tl.float32)
-            shared = scalars + entry * SCALARS
-            tl.store(shared + DECAY, decay.to(tl.int32, bitcast=True))
-            tl.store(shared + STEP_SIZE, step_size.to(tl.int32, bitcast=True))
-            tl.store(shared + KEY, _step_key(current).to(tl.int32, bitcast=True))
+    if ROOTS:
+        of_rows = is_column == 0
+        if of_rows:
+            mean = tl.div_rn(tl.sum(total, axis=0), size.to(tl.float32))
+            inverse = tl.div_rn(1.0, tl.sqrt_rn(mean))
+            # 0/0 is an all-zero gradient, which moves nothing; an Inf must be as loud as AdamW's
+            inverse = tl.where(
+                mean == 0.0, 0.0, tl.where(mean == float("inf"), float("nan"), inverse)
+            )
+            tl.store(cells + cell, inverse)
+            if cell == first_cell:
+                rate = _rate(lr, LR_IN_MEMORY)
+                decay = (1.0 - rate * tl.cast(weight_decay, tl.float64)).to(tl.float32)
+                step_size = (rate / _bias_correction(current, log_beta1)).to(tl.float32)
+                shared = scalars + entry * SCALARS
+                tl.store(shared + DECAY, decay.to(tl.int32, bitcast=True))
+                tl.store(shared + STEP_SIZE, step_size.to(tl.int32, bitcast=True))
+                tl.store(shared + KEY, _step_key(current).to(tl.int32, bitcast=True))
+                if LAGGED:
+                    own = _bias_correction(current, log_beta2).to(tl.float32)
+                    own_share = tl.sqrt_rn(tl.div_rn(one_minus_beta2, own))
+                    own_share = tl.where(first_step, 0.0, own_share)
+                    tl.store(shared + OWN_SHARE, own_share.to(tl.int32, bitcast=True))
 
 
 @triton.jit
@@ -403,17 +470,22 @@ def _update_tile(
     decay,
     step_size,
     key,
+    own_share,
     one_minus_beta1,
     eps,
     PARAM: tl.constexpr,
     NARROW: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     LARGE: tl.constexpr,
+    LAGGED: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     NESTEROV: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
-    """Moves a tile of a matrix; returns its new momentum. ``m`` is 0 where ``mask`` is not set."""
+    """Moves a tile of a matrix; returns its new momentum and the squares of its gradient.
+
+    ``m`` is 0 where ``mask`` is not set.
+    """
     offsets = _offsets(rows, cols, first_row, matrix_rows, columns, TRANSPOSED)
     g = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
     value = tl.load(param + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -433,6 +505,12 @@ def _update_tile(
         in_first = cols < (first_block + 1) * width
         a = tl.where(in_first[None, :], a[:, None], next_a[:, None])
 
+    denominator = a * c[None, :]
+    if LAGGED:
+        own = tl.abs(g) * own_share
+        # not tl.maximum, which may drop a NaN
+        denominator = tl.where(denominator < own, own, denominator)
+
     low = rows.to(tl.uint32)[:, None] * columns.to(tl.uint32) + cols.to(tl.uint32)[None, :]
     if LARGE:
         index = rows.to(tl.int64)[:, None] * columns + cols[None, :]
@@ -444,7 +522,7 @@ def _update_tile(
         value,
         g,
         m,
-        a * c[None, :],
+        denominator,
         offsets,
         mask,
         low,
@@ -459,7 +537,7 @@ def _update_tile(
         STOCHASTIC,
         False,
     )
-    return m
+    return m, g * g
 
 
 @triton.jit
@@ -493,6 +571,7 @@ def matrices_kernel(
     roots,
     cells,
     scalars,
+    partials,
     one_minus_beta1,
     eps,
     PARAM: tl.constexpr,
@@ -503,12 +582,17 @@ def matrices_kernel(
     TRANSPOSED: tl.constexpr,
     NARROW: tl.constexpr,  # blocks of columns are narrower than a tile
     LARGE: tl.constexpr,  # more than 2^32 elements
+    LAGGED: tl.constexpr,
+    SUMS: tl.constexpr,  # add up squares too: no tile has columns of two blocks
     MAXIMIZE: tl.constexpr,
     NESTEROV: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     TILE_ROWS: tl.constexpr,
 ):
-    """Updates momentum and parameter in a strip of rows, as wide as a block of codes."""
+    """Updates momentum and parameter in a strip of rows, as wide as a block of codes.
+
+    With SUMS it leaves what the statistics do, so that they need not read the gradient as well.
+    """
     tile = tiles + tl.program_id(0).to(tl.int64) * 3
     entry = tl.load(tile).to(tl.int64)
     first_row = tl.load(tile + 1)
@@ -531,6 +615,9 @@ def matrices_kernel(
     decay = tl.load(shared + DECAY).to(tl.float32, bitcast=True)
     step_size = tl.load(shared + STEP_SIZE).to(tl.float32, bitcast=True)
     key = tl.load(shared + KEY).to(tl.uint32, bitcast=True)
+    own_share = 0.0
+    if LAGGED:
+        own_share = tl.load(shared + OWN_SHARE).to(tl.float32, bitcast=True)
 
     size = tl.minimum(columns - first_col, _BLOCK_SIZE).to(tl.int32)
     code_columns = columns
@@ -561,7 +648,25 @@ def matrices_kernel(
     in_high_cols = lanes < size - low_size
 
     row_block = first_row // height
-    end_row = tl.minimum(first_row + UPDATE_STRIP, (row_block + 1) * height)
+    strip = UPDATE_STRIP
+    if SUMS:
+        strip = tl.load(shape + STRIP).to(tl.int32)
+        total_rows = tl.load(shape + ROWS)
+        row_partials, col_partials = _partials(
+            partials,
+            shape,
+            first_row,
+            first_col,
+            total_rows,
+            columns,
+            height,
+            width,
+            strip,
+            _BLOCK_SIZE,
+        )
+        col_sums = tl.zeros([TILE_ROWS, lanes.shape[0]], tl.float32)
+        high_col_sums = col_sums
+    end_row = tl.minimum(first_row + strip, (row_block + 1) * height)
     col_roots += row_block * columns
     c = tl.load(col_roots + cols, mask=in_cols, other=0.0)
     cells += row_block.to(tl.int64) * col_blocks
@@ -600,7 +705,7 @@ def matrices_kernel(
                 m = tl.where(mask, m, 0.0)
             else:
                 m = _decode(stored.to(tl.int32), scale, QMAX)
-        m = _update_tile(
+        m, squares = _update_tile(
             param,
             grad,
             m,
@@ -621,22 +726,27 @@ def matrices_kernel(
             decay,
             step_size,
             key,
+            own_share,
             one_minus_beta1,
             eps,
             PARAM,
             NARROW,
             TRANSPOSED,
             LARGE,
+            LAGGED,
             MAXIMIZE,
             NESTEROV,
             STOCHASTIC,
         )
+        if SUMS:
+            col_sums += squares
+            row_sums = tl.sum(squares, axis=1)
         if QMAX == 0:
             tl.store(exp_avg + code_offsets, _nearest(m, MOMENTUM), mask=mask)
         else:
             largest = _largest(m)
             if QMAX == 7:
-                high_m = _update_tile(
+                high_m, squares = _update_tile(
                     param,
                     grad,
                     high_m,
@@ -657,16 +767,21 @@ def matrices_kernel(
                     decay,
                     step_size,
                     key,
+                    own_share,
                     one_minus_beta1,
                     eps,
                     PARAM,
                     NARROW,
                     TRANSPOSED,
                     LARGE,
+                    LAGGED,
                     MAXIMIZE,
                     NESTEROV,
                     STOCHASTIC,
                 )
+                if SUMS:
+                    high_col_sums += squares
+                    row_sums += tl.sum(squares, axis=1)
                 largest = tl.maximum(largest, _largest(high_m))
             scale = largest.to(tl.float32, bitcast=True)
             codes = _encode(m, scale, QMAX)
@@ -676,6 +791,14 @@ def matrices_kernel(
                 codes = (codes + 8) | (high_codes << 4)
             tl.store(exp_avg + code_offsets, codes.to(MOMENTUM), mask=mask)
             tl.store(scales + scale_offsets, scale, mask=in_rows)
+        if SUMS:
+            tl.store(row_partials + rows, row_sums, mask=in_rows)
+
+    if SUMS:
+        tl.store(col_partials + cols, tl.sum(col_sums, axis=0), mask=in_cols)
+        if QMAX == 7:
+            high_sums = tl.sum(high_col_sums, axis=0)
+            tl.store(col_partials + high_cols, high_sums, mask=in_high_cols)
 
 
 @triton.jit(do_not_specialize=["step"])

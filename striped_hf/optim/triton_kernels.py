@@ -1,10 +1,12 @@
 """The step of ``reference.py`` on a GPU: a few launches for all tensors of a table.
 
 A step over matrices is four launches, whatever their number: sums of squares over tiles of each
-gradient, the tiles' sums added up in a fixed order, the stripes, and the update. 0-D and 1-D
-parameters take one launch of their own. Every launch has a list of tiles, each naming an entry of
-the table, and finds the entry's tensors in a table of pointers; a launch is repeated only for what
-must be compiled differently, such as another dtype.
+gradient, the tiles' sums added up in a fixed order, the stripes, and the update. A lagged step is
+the roots of the stripes, an update that adds up its tiles' squares, their sums, and the stripes;
+only first steps, and blocks whose columns are not whole tiles, have sums of squares before it. 0-D
+and 1-D parameters take one launch of their own. Every launch has a list of tiles, each naming an
+entry of the table, and finds the entry's tensors in a table of pointers; a launch is repeated only
+for what must be compiled differently, such as another dtype.
 
 What depends on shapes alone (lists of tiles, offsets, buffers) is a ``_Plan``, made once. The
 pointers go to the device when one has changed, by an asynchronous copy from pinned memory. Nothing
@@ -42,8 +44,20 @@ CAPTURABLE = True  # steps and learning rates may be known to the device only
 
 
 def step(table: list[Entry], settings: Settings) -> None:
-    """Takes the step of parameters that are whole: ``statistics`` and ``update``."""
-    update(table, statistics(table), settings)
+    """Takes the step of parameters that are whole: ``statistics`` and ``update``.
+
+    A lagged one reads most gradients from memory only once.
+    """
+    if not (table and settings.lagged):
+        update(table, statistics(table), settings)
+        return
+    plan = _plan(table, one_pass=True)
+    plan.refresh(table)
+    with plan.on_device():
+        plan.statistics(table)
+        plan.update(table[0].step, settings)
+    if plan.others:
+        reference.step([table[i] for i in plan.others], settings)
 
 
 def statistics(table: list[Entry]) -> list[Sums | None]:
@@ -62,11 +76,11 @@ def statistics(table: list[Entry]) -> list[Sums | None]:
     """
     if not table:
         return []
-    plan = _plan(table)
+    plan = _plan(table, one_pass=False)
     plan.refresh(table)
     plan.table = table
     with plan.on_device():
-        plan.statistics()
+        plan.statistics(table)
     sums = list(plan.sums)
     if plan.others:
         for i, pair in zip(
@@ -86,7 +100,7 @@ def update(table: list[Entry], sums: list[Sums | None], settings: Settings) -> N
     """
     if not table:
         return
-    plan = _plan(table)
+    plan = _plan(table, one_pass=False)
     if plan.table is not table:
         plan.refresh(table)
     plan.table = None
@@ -126,9 +140,13 @@ class _Plan:
 
     ``others`` are the positions of entries whose tensors have strides that no kernel takes: the
     reference steps them.
+
+    With ``one_pass`` it is a lagged step's. Its updates add up the squares that the statistics
+    would, but those of entries with a tile across two blocks.
     """
 
-    def __init__(self, table: list[Entry], layouts: list[int]) -> None:
+    def __init__(self, table: list[Entry], layouts: list[int], one_pass: bool) -> None:
+        self.one_pass = one_pass
         self.device = table[0].param.device
         self.table: list[Entry] | None = None  # between statistics and update
         self.layouts = layouts
@@ -157,8 +175,8 @@ class _Plan:
         total = sum(entry.param.numel() for entry in entries if entry.param.dim() >= 2)
         strip = jit.STRIP_ROWS if total < jit.LARGE_MODEL else jit.LARGE_STRIP_ROWS
         partials = sums = cells = 0
-        jobs: list[np.ndarray] = []
-        segments: list[np.ndarray] = []
+        jobs: dict[bool, list[np.ndarray]] = defaultdict(list)  # by whether they take one pass
+        segments: dict[bool, list[np.ndarray]] = defaultdict(list)
         for number, entry in enumerate(entries):
             if entry.param.dim() < 2:
                 self.shapes[number, jit.COLUMNS.value] = entry.param.numel()
@@ -168,7 +186,8 @@ class _Plan:
             row_blocks, col_blocks = entry.blocks
             height, width = matrix_rows // row_blocks, columns // col_blocks
             bands = rows // height  # rows of blocks, over all matrices
-            strips, tiles = _ceil(height, strip), _ceil(width, jit.STATISTICS_COLUMNS)
+            one_pass = self._is_one_pass(width, col_blocks)
+            strips, tiles = _ceil(height, strip), _ceil(width, _tile_columns(one_pass))
             row_partials, col_partials = partials, partials + col_blocks * tiles * rows
             partials = col_partials + bands * strips * columns
             row_sums, col_sums = sums, _padded(sums + rows * col_blocks)
@@ -177,10 +196,12 @@ class _Plan:
                 *(rows, matrix_rows, columns, height, width, col_blocks, strip),
                 *(row_partials, col_partials, row_sums, col_sums, cells),
             )
-            jobs += _row_jobs(rows, col_blocks, tiles, row_partials, row_sums)
-            jobs += _col_jobs(bands, columns, strips, col_partials, col_sums)
-            segments.append(_row_segments(number, bands, col_blocks, height, width, cells))
-            segments.append(_col_segments(number, bands * columns, height))
+            jobs[one_pass] += _row_jobs(rows, col_blocks, tiles, row_partials, row_sums)
+            jobs[one_pass] += _col_jobs(bands, columns, strips, col_partials, col_sums)
+            segments[one_pass] += [
+                _row_segments(number, bands, col_blocks, height, width, cells),
+                _col_segments(number, bands * columns, height),
+            ]
             cells += bands * col_blocks
 
         self.partials_size = partials
@@ -189,11 +210,15 @@ class _Plan:
         scalars = (len(entries), jit.SCALARS.value)
         self.scalars = torch.zeros(scalars, dtype=torch.int32, device=self.device)
         self.device_shapes = self._put(self.shapes)
-        self.jobs = self._put(np.concatenate([*jobs, np.zeros((0, 6), dtype=np.int64)]))
-        self.segments = self._put(np.concatenate([*segments, np.zeros((0, 7), dtype=np.int64)]))
+        self.jobs = {key: self._put(np.concatenate(rows)) for key, rows in jobs.items()}
+        self.segments = {key: self._put(np.concatenate(rows)) for key, rows in segments.items()}
         for number, (i, entry) in enumerate(zip(self.own, entries, strict=True)):
             if entry.param.dim() >= 2:
                 self.sums[i] = self._sums_of(number, entry)
+
+    def _is_one_pass(self, width: int, col_blocks: int) -> bool:
+        """Whether a lagged update can add up squares: no tile has columns of two blocks."""
+        return self.one_pass and (col_blocks == 1 or width % momentum.BLOCK_SIZE == 0)
 
     def _sums_of(self, number: int, entry: Entry) -> Sums:
         *matrices, rows, columns = entry.param.shape
@@ -220,20 +245,24 @@ class _Plan:
             transposed = self.layouts[self.own[number]] == _TRANSPOSED
             bands = np.arange(rows // height)[:, None] * height
             blocks = np.arange(col_blocks)[:, None] * width
-            statistics[dtypes[1], aligned[number], transposed].append(
+            one_pass = self._is_one_pass(width, col_blocks)
+            statistics[dtypes[1], aligned[number], transposed, one_pass].append(
                 _rows_of(
                     number,
                     (bands + np.arange(0, height, strip)).ravel(),
-                    (blocks + np.arange(0, width, jit.STATISTICS_COLUMNS)).ravel(),
+                    (blocks + np.arange(0, width, _tile_columns(one_pass))).ravel(),
                 )
             )
             narrow = col_blocks > 1 and width < momentum.BLOCK_SIZE
             large = entry.param.numel() > 1 << 32
             stored = (_STORED[entry.momentum_dtype], momentum.QMAX.get(entry.momentum_dtype, 0))
-            matrices[(*dtypes, *stored, aligned[number], transposed, narrow, large)].append(
+            layout = (aligned[number], transposed, narrow, large, one_pass)
+            # the larger strip of the statistics leaves fewer partial sums
+            update_strip = strip if one_pass else jit.UPDATE_STRIP.value
+            matrices[(*dtypes, *stored, *layout)].append(
                 _rows_of(
                     number,
-                    (bands + np.arange(0, height, jit.UPDATE_STRIP.value)).ravel(),
+                    (bands + np.arange(0, height, update_strip)).ravel(),
                     np.arange(0, columns, momentum.BLOCK_SIZE),
                 )
             )
@@ -334,24 +363,39 @@ class _Plan:
 
     # -- launches -------------------------------------------------------------------------------
 
-    def statistics(self) -> None:
-        """Fills the buffer with sums."""
-        if not self.statistics_tiles:
+    def statistics(self, table: list[Entry]) -> None:
+        """Fills the buffer with sums: of what takes one pass, only those of first steps."""
+        # a step of 0 may be the first: the kernel knows
+        first_step = any(table[i].step <= 1 for i in self.own)
+        launched = {one_pass for one_pass in self.jobs if first_step or not one_pass}
+        if not launched:
             return
-        partials = torch.empty(self.partials_size, dtype=torch.float32, device=self.device)
-        for (grad, aligned, transposed), tiles in self.statistics_tiles.items():
+        partials = self._new_partials()
+        step = table[0].step
+        for (grad, aligned, transposed, one_pass), tiles in self.statistics_tiles.items():
+            if one_pass not in launched:
+                continue
             jit.statistics_kernel[(len(tiles),)](
-                *(tiles, self.pointers, self.device_shapes, partials),
+                *(tiles, self.pointers, self.device_shapes, partials, step),
                 GRAD=grad,
                 ALIGNED=aligned,
                 TRANSPOSED=transposed,
+                ONE_PASS=one_pass,
+                CAPTURABLE=one_pass and step == 0,
                 TILE_ROWS=jit.STATISTICS_ROWS,
-                TILE_COLUMNS=jit.STATISTICS_COLUMNS,
+                TILE_COLUMNS=_tile_columns(one_pass),
                 num_warps=4,
                 **_OPTIONS,
             )
-        jit.combine_kernel[(len(self.jobs),)](
-            *(self.jobs, partials, self.buffer),
+        for one_pass in launched:
+            self._combine(self.jobs[one_pass], partials)
+
+    def _new_partials(self) -> Tensor:
+        return torch.empty(self.partials_size, dtype=torch.float32, device=self.device)
+
+    def _combine(self, jobs: Tensor, partials: Tensor) -> None:
+        jit.combine_kernel[(len(jobs),)](
+            *(jobs, partials, self.buffer),
             PARTIALS=jit.COMBINE_PARTIALS,
             WIDTH=jit.COMBINE_WIDTH,
             num_warps=4,
@@ -371,7 +415,7 @@ class _Plan:
             torch._foreach_copy_(targets, sources)
 
     def update(self, step: int, settings: Settings) -> None:
-        """Updates everything, from the sums in the buffer.
+        """Updates everything, from the sums in the buffer where they are taken before.
 
         ``step`` is the first entry's, 0 where it is on the device.
         """
@@ -382,19 +426,29 @@ class _Plan:
         one_minus_beta1, one_minus_beta2 = 1 - settings.beta1, 1 - settings.beta2
         flags = {"MAXIMIZE": settings.maximize, "NESTEROV": settings.nesterov}
         tables = (self.pointers, self.device_shapes)
-        if self.matrix_tiles:
-            jit.stripes_kernel[(len(self.segments),)](
-                *(self.segments, *tables, self.buffer, self.cells, self.scalars),
+
+        def stripes(one_pass: bool, roots: bool) -> None:
+            segments = self.segments[one_pass]
+            jit.stripes_kernel[(len(segments),)](
+                *(segments, *tables, self.buffer, self.cells, self.scalars),
                 *(lr, step, log_beta1, log_beta2, beta2, one_minus_beta2, weight_decay),
                 **common,
+                LAGGED=settings.lagged,
+                ONE_PASS=one_pass,
+                ROOTS=roots,
                 BLOCK=jit.STRIPE_BLOCK,
                 num_warps=8,
                 **_OPTIONS,
             )
+
+        for one_pass in self.segments:
+            stripes(one_pass, roots=True)
+        partials = self._new_partials() if True in self.segments else self.buffer
         for key, tiles in self.matrix_tiles.items():
-            param, grad, stored, qmax, aligned, transposed, narrow, large = key
+            param, grad, stored, qmax, aligned, transposed, narrow, large, one_pass = key
             jit.matrices_kernel[(len(tiles),)](
-                *(tiles, *tables, self.buffer, self.cells, self.scalars, one_minus_beta1, eps),
+                *(tiles, *tables, self.buffer, self.cells, self.scalars, partials),
+                *(one_minus_beta1, eps),
                 PARAM=param,
                 GRAD=grad,
                 MOMENTUM=stored,
@@ -403,12 +457,17 @@ class _Plan:
                 TRANSPOSED=transposed,
                 NARROW=narrow,
                 LARGE=large,
+                LAGGED=settings.lagged,
+                SUMS=one_pass,
                 **flags,
                 STOCHASTIC=settings.stochastic_rounding and param != tl.float32,
                 TILE_ROWS=jit.UPDATE_ROWS.value,
                 num_warps=4,
                 **_OPTIONS,
             )
+        if True in self.segments:
+            self._combine(self.jobs[True], partials)
+            stripes(one_pass=True, roots=False)
         for (param, grad, aligned), tiles in self.vector_tiles.items():
             jit.vectors_kernel[(len(tiles),)](
                 *(tiles, *tables, lr, step, log_beta1, log_beta2, one_minus_beta1),
@@ -432,15 +491,16 @@ _PLANS_KEPT = 16
 _SPARE = 4  # pinned tables of addresses that a plan keeps for captures
 
 
-def _plan(table: list[Entry]) -> _Plan:
+def _plan(table: list[Entry], one_pass: bool) -> _Plan:
     """Returns the plan of a table, which it has where one like it was seen before."""
     plans: dict[tuple[Any, ...], _Plan] = _plans.setdefault(table[0].param, {})
     for plan in plans.values():
-        if plan.table is table:
+        if plan.table is table and plan.one_pass == one_pass:
             return plan
     layouts = [_layout(entry) for entry in table]
     key = (
         table[0].param.device,
+        one_pass,
         tuple(
             (e.param.shape, e.param.dtype, e.grad.dtype, e.momentum_dtype, e.blocks, layout)
             for e, layout in zip(table, layouts, strict=True)
@@ -458,7 +518,7 @@ def _plan(table: list[Entry]) -> _Plan:
         idle = [old for old, plan in plans.items() if not plan.captured]
         for old in idle[: max(0, len(idle) + 1 - _PLANS_KEPT)]:
             del plans[old]
-        plans[key] = _Plan(table, layouts)
+        plans[key] = _Plan(table, layouts, one_pass)
     return plans[key]
 
 
@@ -492,6 +552,11 @@ def _warn_once() -> None:
 def _warn_of_strides(shape: tuple[int, ...]) -> None:
     _warn_once()
     logger.debug("StripedAdamW: the first such parameter has shape %s", shape)
+
+
+def _tile_columns(one_pass: bool) -> int:
+    """Columns that one program adds up: of one pass, what a program of the update has."""
+    return momentum.BLOCK_SIZE if one_pass else jit.STATISTICS_COLUMNS
 
 
 def _ceil(size: int, step: int) -> int:

@@ -82,6 +82,7 @@ FLAGS: list[dict[str, Any]] = [
     {"betas": (0.4, 0.999)},  # a weight above a half, where lerp starts from the other end
     {"stochastic_rounding": False},
 ]
+LAGGED = {"lagged": True}
 
 SPECS = [
     # a whole block of codes, one column more, rows and strips that are not whole tiles
@@ -120,6 +121,18 @@ SPECS = [
     *(Spec((5, 130), f, flags=flags) for f in ("float32", "int8") for flags in FLAGS[:5]),
     *(Spec((9,), flags=flags) for flags in FLAGS[:5]),
     *(Spec((5, 130), f, dtype=d, flags=FLAGS[5]) for f in ("float32", "int4") for d in (BF16, F16)),
+    # lagged: several tiles and strips, blocks that are whole tiles, and those that are not
+    *(Spec((7, 300), f, flags=LAGGED) for f in FORMATS),
+    *(Spec((140, 20), f, flags=LAGGED) for f in ("float32", "int4")),
+    *(Spec((6, 384), f, (2, 3), BF16, flags=LAGGED) for f in ("bfloat16", "int4")),
+    *(Spec((6, 450), f, (1, 3), flags=LAGGED) for f in ("int8", "int4")),
+    Spec((6, 9), "int8", (2, 3), flags=LAGGED),
+    Spec((201, 10), blocks=(3, 1), flags=LAGGED),
+    Spec((2, 3, 7), "int8", flags={**LAGGED, "maximize": True, "nesterov": True}),
+    Spec((5, 130), "int8", flags={**LAGGED, "betas": (0.0, 0.0), "eps": 0.0}),
+    *(Spec((6, 132), f, (1, 2), BF16, layout="transposed", flags=LAGGED) for f in ("int8", "int4")),
+    Spec((2, 5, 7), layout="transposed", flags=LAGGED),
+    *(Spec(shape, flags=LAGGED) for shape in ((1, 6), (6, 1), (9,))),
 ]
 
 # Relative to the values' own size. Sums of n squares in another order: n^(1/2) roundings of 6e-8.
@@ -310,19 +323,20 @@ def test_all_zero_gradients_move_nothing(momentum_dtype: str, eps: float) -> Non
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter is NumPy
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e25], ids=str)
+@pytest.mark.parametrize("lagged", [False, True])
 def test_what_is_not_finite_stays_so_where_the_references_does(
-    bad: float, momentum_dtype: str
+    lagged: bool, bad: float, momentum_dtype: str
 ) -> None:
     """In the step of a bad gradient, whose square may be what overflows, and in the next."""
     optimizers = []
     for backend in ("triton", "reference"):
         torch.manual_seed(0)
         ps = [parameter(torch.randn(shape), device=DEVICE) for shape in ((4, 300), (7,))]
-        optimizer = StripedAdamW(ps, momentum_dtype=momentum_dtype, backend=backend)
-        for t in range(2):
+        optimizer = StripedAdamW(ps, momentum_dtype=momentum_dtype, lagged=lagged, backend=backend)
+        for t in range(2 + lagged):
             for p in ps:
                 p.grad = torch.randn_like(p)
-                if t == 0:
+                if t == lagged:
                     p.grad.view(-1)[5] = bad
             optimizer.step()
         optimizers.append(optimizer)
@@ -424,6 +438,56 @@ def test_gradients_that_come_elsewhere_in_memory() -> None:
         synchronise(ours, theirs)
 
 
+def lagged_pair() -> tuple[list[Spec], list[StripedAdamW]]:
+    """Blocks of whole tiles and others, a transposed matrix and a vector, in one lagged group."""
+    specs = [
+        Spec((140, 256), "int8", (1, 2)),
+        Spec((6, 9), "int8", (1, 3)),
+        Spec((5, 7), "int8", layout="transposed"),
+        Spec((3, 130), "int8"),
+        Spec((9,)),
+    ]
+    pair = []
+    for backend in ("triton", "reference"):
+        group = {"params": [parameters(optimizer_of(spec, backend))[0] for spec in specs]}
+        group["blocks"] = [spec.blocks for spec in specs]
+        pair.append(
+            StripedAdamW([group], 0.01, momentum_dtype="int8", lagged=True, backend=backend)
+        )
+    return specs, pair
+
+
+@pytest.mark.parametrize("late", [0, 1, 3])
+def test_a_first_step_among_later_ones(late: int) -> None:
+    """Of a parameter whose gradients begin at the others' second step."""
+    specs, (ours, theirs) = lagged_pair()
+    for t in range(3):
+        for optimizer in (ours, theirs):
+            for i, (spec, p) in enumerate(zip(specs, parameters(optimizer), strict=True)):
+                if (i, t) != (late, 0):
+                    set_grad(p, gradient_of(spec, t))
+            optimizer.step()
+        assert_agrees(ours, theirs)
+        synchronise(ours, theirs)
+
+
+def test_a_lagged_step_is_that_of_its_two_functions() -> None:
+    """Which sharded parameters use: sums first, in tensors of other addresses."""
+    specs, (ours, theirs) = lagged_pair()
+    for t in range(3):
+        for optimizer in (ours, theirs):
+            for spec, p in zip(specs, parameters(optimizer), strict=True):
+                set_grad(p, gradient_of(spec, t))
+        [(_, settings, table)] = ours._tables()
+        sums = kernels.statistics(table)
+        if t == 1:
+            sums = [pair and (pair[0].clone(), pair[1].clone()) for pair in sums]
+        kernels.update(table, sums, settings)
+        theirs.step()
+        assert_agrees(ours, theirs)
+        synchronise(ours, theirs)
+
+
 def entry_of(p: torch.nn.Parameter, optimizer: StripedAdamW) -> reference.Entry:
     return reference.Entry(p, p.grad, optimizer.state[p], "float32", (1, 1), 2)
 
@@ -508,23 +572,24 @@ def test_empty_tables_and_tensors() -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def capturable_pair(momentum_dtype: str, lr: Any) -> tuple[StripedAdamW, StripedAdamW]:
+def capturable_pair(momentum_dtype: str, lr: Any, **more: Any) -> tuple[StripedAdamW, StripedAdamW]:
     pair = []
     for capturable in (False, True):
         torch.manual_seed(1)
         ps = [parameter(torch.randn(s), BF16, DEVICE) for s in ((4, 130), (5,), (2, 3, 7))]
         rate = copy.copy(lr) if capturable else float(lr)
-        options = {"momentum_dtype": momentum_dtype, "capturable": capturable}
+        options = {"momentum_dtype": momentum_dtype, "capturable": capturable, **more}
         pair.append(StripedAdamW(ps, lr=rate, backend="triton", **options))
     return pair[0], pair[1]
 
 
+@pytest.mark.parametrize("lagged", [False, True])
 @pytest.mark.parametrize("momentum_dtype", ["float32", "int8"])
 @pytest.mark.parametrize("lr", [0.05, torch.tensor(0.05), torch.tensor([0.05])], ids=repr)
-def test_capturable_steps_are_the_others(lr: Any, momentum_dtype: str) -> None:
+def test_capturable_steps_are_the_others(lr: Any, momentum_dtype: str, lagged: bool) -> None:
     if isinstance(lr, torch.Tensor):
         lr = lr.to(DEVICE)
-    plain, capturable = capturable_pair(momentum_dtype, lr)
+    plain, capturable = capturable_pair(momentum_dtype, lr, lagged=lagged)
     for t in range(3):
         for p, q in zip(parameters(plain), parameters(capturable), strict=True):
             p.grad = torch.randn(p.shape).to(DEVICE, BF16) if (p.ndim, t) != (1, 2) else None
@@ -593,11 +658,12 @@ def warmed_up(optimizer: StripedAdamW, steps: int = 1) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="no CUDA device")
+@pytest.mark.parametrize("lagged", [False, True])
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
-def test_a_cuda_graph_of_a_step(momentum_dtype: str) -> None:
+def test_a_cuda_graph_of_a_step(momentum_dtype: str, lagged: bool) -> None:
     """Replayed, it goes on with the steps and rates that an optimizer without a graph has."""
     lr = torch.tensor(0.05, device="cuda")
-    plain, capturable = capturable_pair(momentum_dtype, lr)
+    plain, capturable = capturable_pair(momentum_dtype, lr, lagged=lagged)
     for p, q in zip(parameters(plain), parameters(capturable), strict=True):
         p.grad, q.grad = torch.zeros_like(p), torch.zeros_like(q)
 
