@@ -142,14 +142,17 @@ def optimi_adamw(weights: list[Weight]) -> Any:
     return AdamW(plain_groups(weights), lr=LR)  # takes Triton or foreach where they can run
 
 
-def striped(momentum_dtype: str, backend: str) -> Callable[[list[Weight]], Any]:
+def striped(
+    momentum_dtype: str, backend: str, lagged: bool = False
+) -> Callable[[list[Weight]], Any]:
     def build(weights: list[Weight]) -> Any:
         # a named backend that cannot run is to raise here, with its reason
         resolve(backend, weights[0].param.device.type)
         groups = plain_groups(weights)
         for group in groups:
             group["blocks"] = [w.blocks for w in weights if w.weight_decay == group["weight_decay"]]
-        return StripedAdamW(groups, lr=LR, momentum_dtype=momentum_dtype, backend=backend)
+        settings = {"momentum_dtype": momentum_dtype, "backend": backend, "lagged": lagged}
+        return StripedAdamW(groups, lr=LR, **settings)
 
     return build
 
@@ -167,6 +170,7 @@ PEERS = (
     Peer("optimi_adamw", "torch-optimi", optimi_adamw, room=16, gradient_reads=1),
 )
 STRIPED_ROOM = {"float32": 4.5, "bfloat16": 2.5, "int8": 1.5, "int4": 1.0}
+LAGGED = ("float32", "int8")
 
 
 def all_peers(backends: list[str]) -> list[Peer]:
@@ -177,6 +181,16 @@ def all_peers(backends: list[str]) -> list[Peer]:
         entries += [
             Peer(f"striped_{dtype}{suffix}", "striped_hf", striped(dtype, backend), room, 2)
             for dtype, room in STRIPED_ROOM.items()
+        ]
+        entries += [
+            Peer(
+                f"striped_{dtype}_lagged{suffix}",
+                "striped_hf",
+                striped(dtype, backend, lagged=True),
+                STRIPED_ROOM[dtype],
+                gradient_reads=1,
+            )
+            for dtype in LAGGED
         ]
     return entries
 

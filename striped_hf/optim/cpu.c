@@ -1,7 +1,7 @@
 /* The CPU backend: the arithmetic of reference.py in as few readings of memory as it takes.
  *
- * Three entry points take a table of all tensors of a param group and make one OpenMP parallel region
- * each: striped_statistics and striped_update, between which sums may be exchanged with other
+ * Three entry points take a table of all tensors of a param group, and make one OpenMP parallel
+ * region each: striped_statistics and striped_update, between which sums may be exchanged with other
  * processes, and striped_step, which is both. The work is cut into tasks of whole rows by the
  * tensors' shapes alone, and every sum is taken in the tasks' order: the bits do not depend on the
  * number of threads, nor on which thread takes which task.
@@ -11,11 +11,13 @@
  * [bands * height, bc].
  *
  * Where it differs from the reference: sums of squares are taken in another order, the mean of the
- * row stripe is taken in double, codes are scaled by one factor in the place of two divisions, and a
- * compiler may fuse a multiplication with an addition. A parameter may thereby differ in its last
- * places, and a momentum code by one where its value stood on the border between two. No intrinsics:
- * the loops are written so that compilers vectorise them, and function multiversioning picks the
- * widest build that the processor runs. No prefetching: processors do it as well.
+ * row stripe is taken in double, codes are scaled by one factor in the place of two divisions, and
+ * a compiler may fuse a multiplication with an addition. A parameter may thereby differ in its last
+ * places, and a momentum code by one where its value stood on the border between two.
+ *
+ * No intrinsics: the loops are written so that compilers vectorise them, and function
+ * multiversioning picks the widest build that the processor runs. No prefetching: on the processors
+ * measured their own does better.
  */
 
 #include <math.h>
@@ -40,16 +42,16 @@
 /* what is inlined into a multiversioned function is compiled for its processor too */
 #define INLINE static inline __attribute__((always_inline))
 
-#define CODE_BLOCK 128      /* elements of a row that share a scale: momentum.py's BLOCK_SIZE */
-#define TASK_ELEMENTS 262144 /* a megabyte of gradient: small beside a cache, large beside a switch */
-#define MIN_TASK_ROWS 64    /* a slice's own column sums are then 1/64 of its gradient, or less */
-#define MAX_TASK_ROWS 1024  /* as many squares are added in float32 before a sum goes on in double */
-#define STRETCH 1024        /* elements of a row that the statistics sum in float32 */
-#define ROWS 4              /* read together by the statistics */
-#define PARTS 32            /* of a sum: two of the widest vectors, to add to in turn */
-#define BUNDLE_ELEMENTS 1048576 /* of tensors stepped together: their gradients fill a share of cache */
+#define CODE_BLOCK 128     /* elements of a row that share a scale: momentum.py's BLOCK_SIZE */
+#define TASK_ELEMENTS (1 << 18) /* a megabyte of gradient: fits a cache, dwarfs a thread's switch */
+#define MIN_TASK_ROWS 64   /* a slice's own column sums are then 1/64 of its gradient, or less */
+#define MAX_TASK_ROWS 1024 /* as many squares are added in float32 before a sum goes on in double */
+#define STRETCH 1024       /* elements of a row that the statistics sum in float32 */
+#define ROWS 4             /* read together by the statistics */
+#define PARTS 32           /* of a sum: two of the widest vectors, to add to in turn */
+#define BUNDLE_ELEMENTS (1 << 20) /* of tensors stepped together: their gradients stay in a cache */
 #define SMALLEST_NORMAL 1.17549435e-38f
-#define SEED 0x571219EDu    /* rounding.py's */
+#define SEED 0x571219EDu   /* rounding.py's */
 
 enum { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };
 
@@ -105,7 +107,7 @@ INLINE uint16_t to_float16(float x)
 {
     uint32_t u = bits_of(x), sign = u >> 16 & 0x8000, magnitude = u & 0x7FFFFFFF;
     uint32_t normal = (magnitude - (112u << 23) + 0xFFF + (magnitude >> 13 & 1)) >> 13;
-    /* adding 1/2 puts the last place of a subnormal half, 2^-24, at the end of the sum's mantissa */
+    /* adding 1/2 puts the last place of a subnormal half, 2^-24, at the end of the mantissa */
     uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
     uint32_t half = magnitude < 0x38800000 ? subnormal : normal;
     half = magnitude >= 0x477FF000 ? 0x7C00 : half; /* from 65520 on */
@@ -148,7 +150,7 @@ INLINE float stochastic_float16(float x, uint32_t random)
  * stretches of up to CODE_BLOCK elements, in the caches
  * --------------------------------------------------------------------------------------------- */
 
-/* Returns n elements at `offset` as float32: in place where they are that already, else in buffer. */
+/* Returns n elements at `offset` as float32: in place where they are that, else in buffer. */
 INLINE const float *load(const void *array, int64_t dtype, int64_t offset, int64_t n, float *buffer)
 {
     if (dtype == FLOAT32)
@@ -162,8 +164,8 @@ INLINE const float *load(const void *array, int64_t dtype, int64_t offset, int64
 }
 
 /* Rounds n values to `offset` in array, stochastically or to nearest. */
-INLINE void store_parameter(const float *restrict values, const Tensor *t, int64_t offset, int64_t n,
-                            const Settings *settings)
+INLINE void store_parameter(const float *restrict values, const Tensor *t, int64_t offset,
+                            int64_t n, const Settings *settings)
 {
     uint16_t *restrict target = (uint16_t *)t->param + offset;
     if (settings->stochastic_rounding) {
@@ -189,7 +191,8 @@ INLINE void store_parameter(const float *restrict values, const Tensor *t, int64
 }
 
 /* Decodes one stretch of momentum; for float32 it is the array itself. */
-INLINE float *decode(const Tensor *t, int64_t row, int64_t column, int64_t n, float *restrict buffer)
+INLINE float *decode(const Tensor *t, int64_t row, int64_t column, int64_t n,
+                     float *restrict buffer)
 {
     int64_t format = t->momentum_dtype, offset = row * t->columns + column;
     if (format == FLOAT32)
@@ -223,8 +226,8 @@ INLINE float *decode(const Tensor *t, int64_t row, int64_t column, int64_t n, fl
 
 /* Returns a number whose lowest bits are the code, negative ones as two's complement.
  *
- * factor: qmax^2 / scale. Adding 1.5 x 2^23 rounds to an integer, half to even, and leaves it at the
- * end of the mantissa. Zero or Inf times the other is NaN, whose lowest bits are zero.
+ * factor: qmax^2 / scale. Adding 1.5 x 2^23 rounds to an integer, half to even, and leaves it at
+ * the end of the mantissa. Zero or Inf times the other is NaN, whose lowest bits are zero.
  */
 INLINE uint32_t code_of(float x, float factor)
 {
@@ -347,12 +350,13 @@ typedef struct {
 
 static Step step_of(const Tensor *t, const Settings *settings)
 {
+    double correction2 = 1 - pow(settings->beta2, (double)t->step);
     return (Step){
         .weight1 = (float)(1 - settings->beta1),
         .step_size = (float)(settings->lr / (1 - pow(settings->beta1, (double)t->step))),
         .decay = (float)(1 - settings->lr * settings->weight_decay),
         .eps = (float)settings->eps,
-        .own_share = (float)sqrt((1 - settings->beta2) / (1 - pow(settings->beta2, (double)t->step))),
+        .own_share = (float)sqrt((1 - settings->beta2) / correction2),
         .nesterov = settings->nesterov != 0,
     };
 }
@@ -405,7 +409,7 @@ INLINE void update_stretch(const Tensor *t, int64_t row, int64_t column, int64_t
     float *p = (float *)load(t->param, t->param_dtype, offset, n, p_buffer);
     float *m = decode(t, row, column, n, m_buffer);
     int64_t block = t->col_blocks == 1 ? 0 : column / width;
-    for (int64_t i = 0; i < n; block++) { /* once, but where the stretch crosses blocks of columns */
+    for (int64_t i = 0; i < n; block++) { /* once, but where it crosses blocks of columns */
         int64_t end = (block + 1) * width - column, count = (end < n ? end : n) - i;
         int64_t cell = row * t->col_blocks + block, j = column + i;
         if (col_sums) {
@@ -415,7 +419,7 @@ INLINE void update_stretch(const Tensor *t, int64_t row, int64_t column, int64_t
             t->row_sums[cell] = (float)sum;
         }
         float a = t->row_roots[cell];
-        if (count == CODE_BLOCK && !step->nesterov) /* a loop of known length for most of all work */
+        if (count == CODE_BLOCK && !step->nesterov) /* most of all work, at a known length */
             move_striped(p, m, g, a, c + j, CODE_BLOCK, 0, lagged, step);
         else if (step->nesterov)
             move_striped(p + i, m + i, g + i, a, c + j, count, 1, lagged, step);
@@ -437,11 +441,11 @@ INLINE void walk_rows(const Tensor *t, int64_t band, int64_t first, int64_t rows
     for (int64_t row = first; row < first + rows; row++) {
         if (col_sums)
             memset(t->row_sums + row * t->col_blocks, 0, sizeof(float) * (size_t)t->col_blocks);
-        int64_t column = 0;
+        int64_t column = 0, rest = t->columns % CODE_BLOCK;
         for (; column + CODE_BLOCK <= t->columns; column += CODE_BLOCK)
             update_stretch(t, row, column, CODE_BLOCK, c, col_sums, lagged, settings, &step);
-        if (column < t->columns)
-            update_stretch(t, row, column, t->columns - column, c, col_sums, lagged, settings, &step);
+        if (rest)
+            update_stretch(t, row, column, rest, c, col_sums, lagged, settings, &step);
     }
 }
 
@@ -456,7 +460,7 @@ static void update_rows(const Tensor *t, int64_t band, int64_t first, int64_t ro
         walk_rows(t, band, first, rows, NULL, 0, settings);
 }
 
-/* The same for a lagged step that sums the squares as it goes: into row_sums and [columns] col_sums. */
+/* The same for a lagged step, which sums the squares as it goes: into row_sums, and col_sums. */
 MULTIVERSIONED
 static void update_and_sum_rows(const Tensor *t, int64_t band, int64_t first, int64_t rows,
                                 float *restrict col_sums, const Settings *settings)
@@ -540,12 +544,13 @@ static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Cuts a tensor into tasks, or with tasks == NULL only counts them.
  *
- * *partial_elements: how many column sums of slices there are before, and is advanced by its own.
+ * partials: where slices of a band put their own column sums; *partial_elements: how many they are.
  */
 static int64_t cut(const Tensor *t, int64_t tensor, Task *tasks, float *partials,
                    int64_t *partial_elements)
 {
     int64_t count = 0;
+    *partial_elements = 0;
     if (is_vector(t)) {
         for (int64_t start = 0; start < t->columns; start += TASK_ELEMENTS, count++)
             if (tasks)
@@ -628,7 +633,8 @@ static void average_task(const Tensor *t, const Task *task, const Settings *sett
 static void roots_task(const Tensor *t, const Task *task, const Settings *settings)
 {
     int64_t step = t->step - is_lagged(t, settings);
-    for (int64_t i = 0; i < whole_bands(t, task); i++) take_roots(t, task->band + i, settings, step);
+    for (int64_t i = 0; i < whole_bands(t, task); i++)
+        take_roots(t, task->band + i, settings, step);
 }
 
 static void update_task(const Tensor *t, const Task *task, const Settings *settings)
@@ -651,95 +657,92 @@ static void lagged_task(const Tensor *t, const Task *task, const Settings *setti
     }
 }
 
-/* Consecutive tasks, of whole tensors. */
+/* Consecutive tensors, whose gradients a cache holds together, and their tasks. */
 typedef struct {
-    int64_t first, count;
+    int64_t tensor, tensors, first, count;
 } Bundle;
 
-/* What the entry points below share: the tasks of a table, and memory for the slices' sums. */
+/* What the entry points below share: the tasks of a table in bundles, and memory to work in. */
 typedef struct {
     Task *tasks;
-    int64_t count;
-    float *partials;
-    float *scratch;
     Bundle *bundles;
     int64_t bundle_count;
+    float *scratch;
 } Plan;
 
 static void free_plan(Plan *plan)
 {
     free(plan->tasks);
-    free(plan->partials);
-    free(plan->scratch);
     free(plan->bundles);
+    free(plan->scratch);
 }
 
-static int64_t stripes_of(const Tensor *t)
+static int64_t stripe_elements(const Tensor *t)
 {
     return is_vector(t) ? 0 : t->bands * (t->height * t->col_blocks + t->columns);
 }
 
-/* Points at sums and roots of a tensor in scratch memory; returns what lies behind them. */
-static float *place(Tensor *t, int lagged, float *next)
+/* Points a tensor's sums and roots at scratch memory; returns how much of it they take. */
+static int64_t place(Tensor *t, int lagged, float *scratch)
 {
-    t->row_sums = next;
-    t->col_sums = next + t->bands * t->height * t->col_blocks;
-    next += stripes_of(t);
-    t->row_roots = lagged ? next : t->row_sums; /* once averaged, sums make room for roots */
-    t->col_roots = lagged ? next + (t->col_sums - t->row_sums) : t->col_sums;
-    return lagged ? next + stripes_of(t) : next;
+    int64_t rows = t->bands * t->height * t->col_blocks, elements = stripe_elements(t);
+    float *roots = lagged ? scratch + elements : scratch; /* averaged, sums make room for roots */
+    t->row_sums = scratch;
+    t->col_sums = scratch + rows;
+    t->row_roots = roots;
+    t->col_roots = roots + rows;
+    return lagged ? 2 * elements : elements;
 }
 
-/* Cuts a table into tasks, and these into bundles.
+/* Cuts a table into bundles and tasks.
  *
- * scratch_for: how many bundles in turn have memory for sums and roots of their own, 0 for none.
+ * place_sums: whether sums and roots are in scratch memory too, or the table says where they are.
+ *
+ * Bundles have one of two scratch memories in turn: when all threads have met in a bundle, none is
+ * in the bundle before any more, but one may still be in it when others have gone on to the next.
+ *
  * Returns 0, or 1 where there is no memory; there is nothing to be freed then.
  */
 static int make_plan(Plan *plan, Tensor *table, int64_t tensors, const Settings *settings,
-                     int scratch_for)
+                     int place_sums)
 {
-    int64_t partial_elements = 0, most = 0, elements = 0, used = 0;
-    *plan = (Plan){.count = 0};
-    for (int64_t k = 0; k < tensors; k++)
-        plan->count += cut(table + k, k, NULL, NULL, &partial_elements);
-    plan->tasks = malloc(sizeof(Task) * (size_t)(plan->count + 1));
-    plan->partials = malloc(sizeof(float) * (size_t)(partial_elements + 1));
-    plan->bundles = malloc(sizeof(Bundle) * (size_t)(tensors + 1));
-    if (!plan->tasks || !plan->partials || !plan->bundles) {
-        free_plan(plan);
+    *plan = (Plan){.bundles = malloc(sizeof(Bundle) * (size_t)(tensors + 1))};
+    if (!plan->bundles)
         return 1;
-    }
-    int64_t task = 0;
-    partial_elements = 0;
+    int64_t count = 0, elements = 0, used = 0, most = 0, partials;
     for (int64_t k = 0; k < tensors; k++) {
+        const Tensor *t = table + k;
         if (elements == 0) {
-            plan->bundles[plan->bundle_count++] = (Bundle){.first = task};
+            plan->bundles[plan->bundle_count++] = (Bundle){.tensor = k, .first = count};
             used = 0;
         }
-        task += cut(table + k, k, plan->tasks + task, plan->partials, &partial_elements);
         Bundle *bundle = plan->bundles + plan->bundle_count - 1;
-        bundle->count = task - bundle->first;
-        if (scratch_for)
-            used += stripes_of(table + k) * (is_lagged(table + k, settings) ? 2 : 1);
+        count += cut(t, k, NULL, NULL, &partials);
+        bundle->tensors = k + 1 - bundle->tensor;
+        bundle->count = count - bundle->first;
+        used += partials;
+        if (place_sums)
+            used += stripe_elements(t) * (is_lagged(t, settings) ? 2 : 1);
         most = used > most ? used : most;
-        elements += table[k].bands * table[k].height * table[k].columns;
+        elements += t->bands * t->height * t->columns;
         if (elements >= BUNDLE_ELEMENTS)
             elements = 0;
     }
-    if (!scratch_for)
-        return 0;
-    plan->scratch = malloc(sizeof(float) * (size_t)(most * scratch_for + 1));
-    if (!plan->scratch) {
+    plan->tasks = malloc(sizeof(Task) * (size_t)(count + 1));
+    plan->scratch = malloc(sizeof(float) * (size_t)(2 * most + 1));
+    if (!plan->tasks || !plan->scratch) {
         free_plan(plan);
         return 1;
     }
+    Task *tasks = plan->tasks;
     for (int64_t b = 0; b < plan->bundle_count; b++) {
         const Bundle *bundle = plan->bundles + b;
-        float *next = plan->scratch + b % scratch_for * most;
-        for (int64_t i = bundle->first; i < bundle->first + bundle->count; i++) {
-            Tensor *t = table + plan->tasks[i].tensor;
-            if (!is_vector(t) && plan->tasks[i].row == 0 && plan->tasks[i].band == 0)
-                next = place(t, is_lagged(t, settings), next);
+        float *scratch = plan->scratch + b % 2 * most;
+        for (int64_t k = bundle->tensor; k < bundle->tensor + bundle->tensors; k++) {
+            tasks += cut(table + k, k, tasks, scratch, &partials);
+            scratch += partials;
+            if (place_sums && !is_vector(table + k))
+                scratch += place(table + k, is_lagged(table + k, settings), scratch);
         }
     }
     return 0;
@@ -754,20 +757,20 @@ int striped_statistics(Tensor *table, int64_t tensors, const Settings *settings,
     if (make_plan(&plan, table, tensors, settings, 0))
         return 1;
 #pragma omp parallel num_threads(threads)
-    {
+    for (int64_t b = 0; b < plan.bundle_count; b++) {
+        const Task *tasks = plan.tasks + plan.bundles[b].first;
+        int64_t count = plan.bundles[b].count;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < plan.count; i++)
-            sum_task(table + plan.tasks[i].tensor, plan.tasks + i);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < plan.count; i++)
-            combine(table + plan.tasks[i].tensor, plan.tasks + i);
+        for (int64_t i = 0; i < count; i++) sum_task(table + tasks[i].tensor, tasks + i);
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t i = 0; i < count; i++) combine(table + tasks[i].tensor, tasks + i);
     }
     free_plan(&plan);
     return 0;
 }
 
-/* Turns row_sums and col_sums into new stripes, and updates momentum and parameters; vectors have no
- * sums. The roots may take the sums' place, but not where the step is lagged.
+/* Turns row_sums and col_sums into new stripes, and updates momentum and parameters; vectors have
+ * no sums. The roots may take the sums' place, but not where the step is lagged.
  */
 int striped_update(Tensor *table, int64_t tensors, const Settings *settings, int64_t threads)
 {
@@ -775,34 +778,31 @@ int striped_update(Tensor *table, int64_t tensors, const Settings *settings, int
     if (make_plan(&plan, table, tensors, settings, 0))
         return 1;
 #pragma omp parallel num_threads(threads)
-    {
+    for (int64_t b = 0; b < plan.bundle_count; b++) {
+        const Task *tasks = plan.tasks + plan.bundles[b].first;
+        int64_t count = plan.bundles[b].count;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < plan.count; i++) {
-            const Tensor *t = table + plan.tasks[i].tensor;
+        for (int64_t i = 0; i < count; i++) {
+            const Tensor *t = table + tasks[i].tensor;
             if (is_lagged(t, settings))
-                roots_task(t, plan.tasks + i, settings);
-            average_task(t, plan.tasks + i, settings);
+                roots_task(t, tasks + i, settings);
+            average_task(t, tasks + i, settings);
             if (!is_lagged(t, settings))
-                roots_task(t, plan.tasks + i, settings);
+                roots_task(t, tasks + i, settings);
         }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < plan.count; i++)
-            update_task(table + plan.tasks[i].tensor, plan.tasks + i, settings);
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t i = 0; i < count; i++)
+            update_task(table + tasks[i].tensor, tasks + i, settings);
     }
     free_plan(&plan);
     return 0;
 }
 
-/* Statistics and update in one go; not lagged, the same bits as by the two functions above.
- *
- * It goes by bundles of tensors whose gradients stay in the cache from the one to the other. Bundles
- * have one of two scratch memories in turn: when all threads have met in a bundle, none is in the
- * bundle before any more, but one may still be in it when others have gone on to the next.
- */
+/* Statistics and update in one go; not lagged, the same bits as by the two functions above. */
 int striped_step(Tensor *table, int64_t tensors, const Settings *settings, int64_t threads)
 {
     Plan plan;
-    if (make_plan(&plan, table, tensors, settings, 2))
+    if (make_plan(&plan, table, tensors, settings, 1))
         return 1;
 #pragma omp parallel num_threads(threads)
     for (int64_t b = 0; b < plan.bundle_count; b++) {

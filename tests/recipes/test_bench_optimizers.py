@@ -25,6 +25,7 @@ QUICK = (
     *("adamw_foreach", "adafactor", "muon", "transformers_adafactor", "optimi_adamw"),
     *("bitsandbytes_adamw8bit", "flashoptim_adamw"),
     *("striped_float32", "striped_bfloat16", "striped_int8", "striped_int4"),
+    *("striped_float32_lagged", "striped_int8_lagged"),
 )
 MEASURED = ("state_bytes_per_param", "checkpoint_bytes", "first_step_s", "step_ms", "ratio", "gb_s")
 

@@ -166,7 +166,7 @@ def test_the_arguments_arrive_in_the_optimizer(tmp_path: Path) -> None:
         tmp_path,
         optim="striped_adamw_8bit",
         optim_args="momentum_dtype=bfloat16, backend=reference,nesterov=True,maximize=FALSE,"
-        "stochastic_rounding=none",
+        "stochastic_rounding=none,lagged=true",
         learning_rate=2e-3,
         adam_beta1=0.8,
         adam_beta2=0.95,
@@ -180,7 +180,7 @@ def test_the_arguments_arrive_in_the_optimizer(tmp_path: Path) -> None:
         assert (group["lr"], group["betas"], group["eps"]) == (2e-3, (0.8, 0.95), 1e-6)
         assert group["momentum_dtype"] == "bfloat16"
         assert (group["nesterov"], group["maximize"]) == (True, False)
-        assert group["stochastic_rounding"] is None
+        assert (group["stochastic_rounding"], group["lagged"]) == (None, True)
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.2, 0.0}
 
 
