@@ -123,10 +123,11 @@ def _call(
     if not entries:
         return
     grads = [entry.grad.contiguous() for entry, *_ in entries]  # copies must live through the call
-    fields = array("q")
+    fields: list[int] = []
     for (entry, sums, roots), grad in zip(entries, grads, strict=True):
-        fields.extend(_fields(entry, grad, sums, roots))
-    address, _ = fields.buffer_info()
+        fields += _fields(entry, grad, sums, roots)
+    packed = array("q", fields)
+    address, _ = packed.buffer_info()
     c_settings = settings and ctypes.byref(
         _Settings(*(getattr(settings, field[0]) for field in _Settings._fields_))
     )

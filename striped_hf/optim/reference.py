@@ -39,6 +39,7 @@ does both, and may do them better together.
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,8 +74,7 @@ class Settings:
     lagged: bool
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One row of a table: a parameter, its gradient and its state, all of which a step changes in
     place but the gradient.
 

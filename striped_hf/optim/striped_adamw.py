@@ -20,6 +20,8 @@ from striped_hf.optim.state import (
     prepare_state_dict,
 )
 
+_ONE = torch.tensor(1.0, dtype=torch.float32, device="cpu")
+
 
 class StripedAdamW(Optimizer):
     """AdamW at a fraction of its memory: a factored second moment and a coded momentum.
@@ -156,47 +158,49 @@ class StripedAdamW(Optimizer):
             group's settings, and the table.
         """
         self._check_capture()
+        with_grad: list[list[int]] = []
         for group_index, group in enumerate(self.param_groups):
-            for i, param in enumerate(group["params"]):
-                if param.grad is not None:
-                    check_gradient(param, group, i, group_index)
-                    self._backend(param.device.type)
+            with_grad.append([i for i, p in enumerate(group["params"]) if p.grad is not None])
+            for i in with_grad[-1]:
+                check_gradient(group["params"][i], group, i, group_index)
+            for device_type in {group["params"][i].device.type for i in with_grad[-1]}:
+                self._backend(device_type)
 
         tables = []
-        for group in self.param_groups:
-            with_grad = [i for i, p in enumerate(group["params"]) if p.grad is not None]
+        for group, positions in zip(self.param_groups, with_grad, strict=True):
+            states = [self._state(group, i) for i in positions]
             by_device: dict[torch.device, list[Entry]] = {}
-            for i, step in zip(with_grad, self._count_steps(group, with_grad), strict=True):
+            for i, state, step in zip(positions, states, self._count_steps(states), strict=True):
                 param = group["params"][i]
                 if param.numel() > 0:
                     momentum_dtype = momentum.storage_format(param.shape, group["momentum_dtype"])
-                    state, blocks = self.state[param], blocks_of(group, i)
+                    blocks = blocks_of(group, i)
                     entry = Entry(param, param.grad, state, momentum_dtype, blocks, step)
                     by_device.setdefault(param.device, []).append(entry)
             for device, table in by_device.items():
                 tables.append((self._backend(device.type), self._settings(group), table))
         return tables
 
-    def _count_steps(self, group: Group, positions: list[int]) -> list[int]:
-        """Adds one to the steps of these parameters, whose state it makes where there is none.
+    def _state(self, group: Group, position: int) -> dict[str, Tensor]:
+        """Returns the state of a parameter, made where there is none."""
+        param = group["params"][position]
+        state = self.state[param]
+        if not state:
+            state.update(init_state(param, group["momentum_dtype"], blocks_of(group, position)))
+            state["step"] = state["step"].to(self._step_device(param))
+        return state
 
-        Returns:
-            Their steps; zeros where only the device may know them.
-        """
-        steps = []
-        for i in positions:
-            param = group["params"][i]
-            state = self.state[param]
-            if not state:
-                state.update(init_state(param, group["momentum_dtype"], blocks_of(group, i)))
-                state["step"] = state["step"].to(self._step_device(param))
-            steps.append(state["step"])
+    def _count_steps(self, states: list[dict[str, Tensor]]) -> list[int]:
+        """Adds one to the steps and returns them; zeros where only the device may know them."""
+        steps = [state["step"] for state in states]
         if not steps:
             return []
-        torch._foreach_add_(steps, 1)
-        return (
-            [0] * len(steps) if self.capturable else [int(t) for t in torch.stack(steps).tolist()]
-        )
+        if self.capturable:
+            torch._foreach_add_(steps, 1)
+            return [0] * len(steps)
+        # on a CPU a number would be wrapped in a tensor anew for each of them
+        torch._foreach_add_(steps, _ONE, alpha=1)
+        return [int(step.item()) for step in steps]
 
     def _step_device(self, param: Tensor) -> torch.device:
         return param.device if self.capturable else torch.device("cpu")
