@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: demo test lint bench gpu clean
 .DEFAULT_GOAL := demo
 
-.venv/.installed: setup.cfg pyproject.toml constraints.txt
+.venv/.installed: setup.cfg setup.py pyproject.toml constraints.txt striped_hf/optim/cpu.c
 	@echo "== making .venv and installing striped_hf with the pinned packages (a minute or two)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
@@ -52,4 +52,4 @@ gpu:
 	PYTHONPATH=. $(PYTHON) recipes/gpu.py
 
 clean:
-	rm -rf .venv data out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv data out build *.egg-info striped_hf/optim/_cpu*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

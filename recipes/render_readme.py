@@ -23,6 +23,7 @@ README = RECIPES.parent / "README.md"
 TABLES = {
     "shakespeare_char_cpu": render_table,
     "shakespeare_char_cpu_sweep": render_table,
+    "shakespeare_char_cpu_quality": render_table,
     "finetune_stories260k": render_table,
     "step_time": bench.render,
     "state_bytes": count_state_bytes.render,
@@ -34,6 +35,7 @@ TABLES = {
 PLOTS = {
     "shakespeare_char_cpu": render_plot,
     "shakespeare_char_cpu_sweep": render_plot,
+    "shakespeare_char_cpu_quality": render_plot,
     "bench_optimizers_gpt2_cpu_float32": bench_tables.draw,
     "bench_optimizers_gpt2_xl_cuda_float32": bench_tables.draw,
     "bench_optimizers_gpt2_xl_cuda_bfloat16": bench_tables.draw,

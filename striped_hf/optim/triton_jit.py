@@ -478,6 +478,7 @@ def _update_tile(
     TRANSPOSED: tl.constexpr,
     LARGE: tl.constexpr,
     LAGGED: tl.constexpr,
+    SUMS: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     NESTEROV: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -494,7 +495,10 @@ def _update_tile(
     m = _lerp(m, g, one_minus_beta1)
 
     row_of_roots = row_roots + rows.to(tl.int64) * col_blocks
-    if NARROW:
+    if SUMS:  # of one block
+        a = tl.load(row_of_roots + first_block, mask=in_rows, other=0.0) * inverse
+        a = a[:, None]
+    elif NARROW:
         block = cols // width
         a = tl.load(row_of_roots[:, None] + block[None, :], mask=mask, other=0.0) * inverse[None, :]
     else:
@@ -561,6 +565,14 @@ def _encode(m, scale, QMAX: tl.constexpr):  # [r, c] float32, [r] float32 -> [r,
     coded = (scale > 0.0) & (scale < float("inf"))
     codes = tl.where(coded[:, None], codes, 0)
     return tl.where(m < 0.0, -codes, codes)
+
+
+@triton.jit
+def _fold(squares, HEIGHT: tl.constexpr):  # [r, c] -> [HEIGHT, c]
+    """Adds up rows HEIGHT apart: those that one thread has, so that it keeps one sum of them."""
+    rows: tl.constexpr = squares.shape[0]
+    columns: tl.constexpr = squares.shape[1]
+    return tl.sum(tl.reshape(squares, [rows // HEIGHT, HEIGHT, columns]), axis=0)
 
 
 @triton.jit
@@ -637,10 +649,12 @@ def matrices_kernel(
         size = tl.multiple_of(size, 16)
         low_size = tl.multiple_of(low_size, 8)
     if QMAX == 7:
-        lanes = tl.arange(0, _BLOCK_SIZE // 2)
+        WIDTH: tl.constexpr = _BLOCK_SIZE // 2
+        lanes = tl.arange(0, WIDTH)
         code_cols = first_col // 2 + lanes
     else:
-        lanes = tl.arange(0, _BLOCK_SIZE)
+        WIDTH: tl.constexpr = _BLOCK_SIZE
+        lanes = tl.arange(0, WIDTH)
         code_cols = first_col + lanes
     cols = first_col + lanes
     in_cols = lanes < low_size
@@ -664,7 +678,9 @@ def matrices_kernel(
             strip,
             _BLOCK_SIZE,
         )
-        col_sums = tl.zeros([TILE_ROWS, lanes.shape[0]], tl.float32)
+        # a step of 128 threads down the rows, four elements each
+        HEIGHT: tl.constexpr = 512 // WIDTH
+        col_sums = tl.zeros([HEIGHT, WIDTH], tl.float32)
         high_col_sums = col_sums
     end_row = tl.minimum(first_row + strip, (row_block + 1) * height)
     col_roots += row_block * columns
@@ -734,12 +750,13 @@ def matrices_kernel(
             TRANSPOSED,
             LARGE,
             LAGGED,
+            SUMS,
             MAXIMIZE,
             NESTEROV,
             STOCHASTIC,
         )
         if SUMS:
-            col_sums += squares
+            col_sums += _fold(squares, HEIGHT)
             row_sums = tl.sum(squares, axis=1)
         if QMAX == 0:
             tl.store(exp_avg + code_offsets, _nearest(m, MOMENTUM), mask=mask)
@@ -775,12 +792,13 @@ def matrices_kernel(
                     TRANSPOSED,
                     LARGE,
                     LAGGED,
+                    SUMS,
                     MAXIMIZE,
                     NESTEROV,
                     STOCHASTIC,
                 )
                 if SUMS:
-                    high_col_sums += squares
+                    high_col_sums += _fold(squares, HEIGHT)
                     row_sums += tl.sum(squares, axis=1)
                 largest = tl.maximum(largest, _largest(high_m))
             scale = largest.to(tl.float32, bitcast=True)

@@ -42,6 +42,7 @@ def test_defaults() -> None:
         "blocks": (1, 1),
         "stochastic_rounding": None,
         "nesterov": False,
+        "lagged": False,
     }
     assert optimizer.defaults == expected
     assert {k: v for k, v in optimizer.param_groups[0].items() if k != "params"} == expected
