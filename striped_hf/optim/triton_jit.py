@@ -648,13 +648,11 @@ def matrices_kernel(
         code_columns = tl.multiple_of(code_columns, 8)
         size = tl.multiple_of(size, 16)
         low_size = tl.multiple_of(low_size, 8)
+    WIDTH: tl.constexpr = _BLOCK_SIZE // 2 if QMAX == 7 else _BLOCK_SIZE
+    lanes = tl.arange(0, WIDTH)
     if QMAX == 7:
-        WIDTH: tl.constexpr = _BLOCK_SIZE // 2
-        lanes = tl.arange(0, WIDTH)
         code_cols = first_col // 2 + lanes
     else:
-        WIDTH: tl.constexpr = _BLOCK_SIZE
-        lanes = tl.arange(0, WIDTH)
         code_cols = first_col + lanes
     cols = first_col + lanes
     in_cols = lanes < low_size
