@@ -37,6 +37,7 @@ GROUP_KEYS = {
     "blocks",
     "stochastic_rounding",
     "nesterov",
+    "lagged",
 }
 SHAPES = [(6, 10), (10,), (2, 3, 4), (), (4, 1), (5, 131)]
 
