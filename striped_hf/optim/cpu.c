@@ -43,7 +43,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 #define CODE_BLOCK 128     /* elements of a row that share a scale: momentum.py's BLOCK_SIZE */
-#define TASK_ELEMENTS (1 << 18) /* a megabyte of gradient: fits a cache, dwarfs a thread's switch */
+#define TASK_ELEMENTS (1 << 17) /* half a megabyte of gradient: fits a cache, dwarfs its scheduling */
 #define MIN_TASK_ROWS 64   /* a slice's own column sums are then 1/64 of its gradient, or less */
 #define MAX_TASK_ROWS 1024 /* as many squares are added in float32 before a sum goes on in double */
 #define STRETCH 1024       /* elements of a row that the statistics sum in float32 */
