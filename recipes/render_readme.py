@@ -58,12 +58,18 @@ def where(results: dict) -> str:
     )
 
 
+def has_points(name: str, results: dict) -> bool:
+    """Tells whether a table is a benchmark's, with times to plot."""
+    rows = results["optimizers"] if PLOTS.get(name) is bench_tables.draw else []
+    return any(row.get("usable") for row in rows)
+
+
 def render(readme: str) -> str:
     """Returns the README's text with every table as its results file has it."""
     for name, table in TABLES.items():
         results = read(name)
         text = "Not measured yet." if results is None else f"{table(results)}\n\n{where(results)}"
-        if results is not None and PLOTS.get(name) is bench_tables.draw:
+        if results is not None and has_points(name, results):
             text += f"\n\n![State and time of a step](recipes/results/{name}.png)"
         block = f"<!-- begin {name} -->\n{text}\n<!-- end {name} -->"
         places = re.findall(rf"<!-- begin {name} -->.*?<!-- end {name} -->", readme, flags=re.S)
@@ -77,7 +83,7 @@ def main() -> None:
     write_text(README, render(README.read_text(encoding="utf-8")))
     for name, draw in PLOTS.items():
         results = read(name)
-        if results is not None:
+        if results is not None and (draw is not bench_tables.draw or has_points(name, results)):
             draw(results, RECIPES / "results" / f"{name}.png")
 
 
