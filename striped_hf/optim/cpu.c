@@ -1,6 +1,6 @@
 /* The CPU backend: the arithmetic of reference.py in as few readings of memory as it takes.
  *
- * Three entry points take a table of all tensors of a param group, and make one OpenMP parallel
+ * Three entry points take a table of all tensors of a param group and make one OpenMP parallel
  * region each: striped_statistics and striped_update, between which sums may be exchanged with other
  * processes, and striped_step, which is both. The work is cut into tasks of whole rows by the
  * tensors' shapes alone, and every sum is taken in the tasks' order: the bits do not depend on the
@@ -43,7 +43,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 #define CODE_BLOCK 128     /* elements of a row that share a scale: momentum.py's BLOCK_SIZE */
-#define TASK_ELEMENTS (1 << 17) /* half a megabyte of gradient: fits a cache, dwarfs its scheduling */
+#define TASK_ELEMENTS (1 << 17) /* half a megabyte of gradient: dwarfs its scheduling */
 #define MIN_TASK_ROWS 64   /* a slice's own column sums are then 1/64 of its gradient, or less */
 #define MAX_TASK_ROWS 1024 /* as many squares are added in float32 before a sum goes on in double */
 #define STRETCH 1024       /* elements of a row that the statistics sum in float32 */
@@ -65,7 +65,7 @@ typedef struct {
     float *exp_avg_sq_col;    /* [bands, columns]; NULL for a vector */
     float *row_sums;          /* of squares, shaped as the stripes */
     float *col_sums;
-    float *row_roots;         /* a and c, shaped as the stripes; cpu.c's own */
+    float *row_roots;         /* a and c, shaped as the stripes; striped_step places its own */
     float *col_roots;
     int64_t bands, height, columns, col_blocks; /* a vector: 1, 1, elements, 1 */
     int64_t param_dtype, grad_dtype, momentum_dtype;
