@@ -95,7 +95,7 @@ def _flattened_message(name: str) -> str:
     )
 
 
-def check_gradient(param: Tensor, group: Group, i: int, group_index: int) -> None:
+def check_gradient(param: Tensor, group: Group, i: int, group_index: int, capturable: bool) -> None:
     """Raises RuntimeError for what can have changed since construction."""
     grad = param.grad
     assert grad is not None
@@ -109,10 +109,17 @@ def check_gradient(param: Tensor, group: Group, i: int, group_index: int) -> Non
             f"{describe(group, i, group_index)} has a gradient of dtype {grad.dtype}: make it "
             "float32, bfloat16 or float16"
         )
-    if hasattr(param, "device_mesh"):
+    if hasattr(param, "device_mesh") != hasattr(grad, "device_mesh"):
+        sides = ("a DTensor", "a plain tensor")
+        which = sides if hasattr(param, "device_mesh") else sides[::-1]
         raise RuntimeError(
-            f"{describe(group, i, group_index)} is sharded (a DTensor), which this version does "
-            "not step: use DDP, or keep the parameter whole"
+            f"{describe(group, i, group_index)} is {which[0]} and its gradient {which[1]}: "
+            "distribute the gradient over the parameter's mesh, or make both whole"
+        )
+    if hasattr(param, "device_mesh") and capturable:
+        raise RuntimeError(
+            f"{describe(group, i, group_index)} is sharded (a DTensor), and its sums are not "
+            "exchanged in a CUDA graph: leave capturable out"
         )
     if _is_flattened(param):
         raise RuntimeError(_flattened_message(describe(group, i, group_index)))

@@ -1,8 +1,8 @@
 /* The CPU backend: the arithmetic of reference.py in as few readings of memory as it takes.
  *
  * Three entry points take a table of all tensors of a param group and make one OpenMP parallel
- * region each: striped_statistics and striped_update, between which sums may be exchanged with other
- * processes, and striped_step, which is both. The work is cut into tasks of whole rows by the
+ * region each: striped_statistics and striped_update, between which sums are exchanged with other
+ * processes and become roots, and striped_step, which does it all for parameters that are whole. The work is cut into tasks of whole rows by the
  * tensors' shapes alone, and every sum is taken in the tasks' order: the bits do not depend on the
  * number of threads, nor on which thread takes which task.
  *
@@ -62,12 +62,14 @@ typedef struct {
     void *exp_avg;            /* [elements], codes by momentum_dtype */
     float *exp_avg_scale;     /* [bands * height, ceil(columns / 128)], integer codes only */
     float *exp_avg_sq_row;    /* [bands * height, col_blocks]; a vector's exp_avg_sq [elements] */
-    float *exp_avg_sq_col;    /* [bands, columns]; NULL for a vector */
+    float *exp_avg_sq_col;    /* [bands, columns] */
     float *row_sums;          /* of squares, shaped as the stripes */
     float *col_sums;
     float *row_roots;         /* a and c, shaped as the stripes; striped_step places its own */
     float *col_roots;
     int64_t bands, height, columns, col_blocks; /* a vector: 1, 1, elements, 1 */
+    int64_t start, pitch;     /* its place in the whole: reference.py's Entry */
+    int64_t is_matrix;
     int64_t param_dtype, grad_dtype, momentum_dtype;
     int64_t step;
 } Tensor;
@@ -163,15 +165,18 @@ INLINE const float *load(const void *array, int64_t dtype, int64_t offset, int64
     return buffer;
 }
 
-/* Rounds n values to `offset` in array, stochastically or to nearest. */
+/* Rounds n values to `offset` of a parameter, stochastically or to nearest.
+ *
+ * index: of the first one in the whole parameter.
+ */
 INLINE void store_parameter(const float *restrict values, const Tensor *t, int64_t offset,
-                            int64_t n, const Settings *settings)
+                            int64_t index, int64_t n, const Settings *settings)
 {
     uint16_t *restrict target = (uint16_t *)t->param + offset;
     if (settings->stochastic_rounding) {
-        uint32_t start = (uint32_t)offset, step_key = mix(SEED ^ (uint32_t)t->step);
-        uint32_t key = mix(step_key ^ (uint32_t)(offset >> 32));
-        uint32_t next_key = mix(step_key ^ (uint32_t)((offset >> 32) + 1));
+        uint32_t start = (uint32_t)index, step_key = mix(SEED ^ (uint32_t)t->step);
+        uint32_t key = mix(step_key ^ (uint32_t)(index >> 32));
+        uint32_t next_key = mix(step_key ^ (uint32_t)((index >> 32) + 1));
         uint32_t random[CODE_BLOCK];
         for (int64_t i = 0; i < n; i++) {
             uint32_t low = start + (uint32_t)i;
@@ -428,7 +433,7 @@ INLINE void update_stretch(const Tensor *t, int64_t row, int64_t column, int64_t
         i += count;
     }
     if (p == p_buffer)
-        store_parameter(p, t, offset, n, settings);
+        store_parameter(p, t, offset, t->start + row * t->pitch + column, n, settings);
     encode(t, row, column, n, m);
 }
 
@@ -486,7 +491,7 @@ static void update_vector(const Tensor *t, int64_t first, int64_t count, const S
             move(p + i, m + i, g[i], sqrtf(v[i]) / correction, s.nesterov, &s);
         }
         if (p == p_buffer)
-            store_parameter(p, t, j, n, settings);
+            store_parameter(p, t, j, t->start + j, n, settings);
     }
 }
 
@@ -538,7 +543,7 @@ typedef struct {
     float *partial; /* a slice's own column sums, [columns]; NULL where it has whole bands */
 } Task;
 
-static int is_vector(const Tensor *t) { return t->exp_avg_sq_col == NULL; }
+static int is_vector(const Tensor *t) { return !t->is_matrix; }
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -769,9 +774,7 @@ int striped_statistics(Tensor *table, int64_t tensors, const Settings *settings,
     return 0;
 }
 
-/* Turns row_sums and col_sums into new stripes, and updates momentum and parameters; vectors have
- * no sums. The roots may take the sums' place, but not where the step is lagged.
- */
+/* Updates momentum and parameters by row_roots and col_roots, and vectors' second moments. */
 int striped_update(Tensor *table, int64_t tensors, const Settings *settings, int64_t threads)
 {
     Plan plan;
@@ -781,15 +784,6 @@ int striped_update(Tensor *table, int64_t tensors, const Settings *settings, int
     for (int64_t b = 0; b < plan.bundle_count; b++) {
         const Task *tasks = plan.tasks + plan.bundles[b].first;
         int64_t count = plan.bundles[b].count;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count; i++) {
-            const Tensor *t = table + tasks[i].tensor;
-            if (is_lagged(t, settings))
-                roots_task(t, tasks + i, settings);
-            average_task(t, tasks + i, settings);
-            if (!is_lagged(t, settings))
-                roots_task(t, tasks + i, settings);
-        }
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t i = 0; i < count; i++)
             update_task(table + tasks[i].tensor, tasks + i, settings);
@@ -798,7 +792,7 @@ int striped_update(Tensor *table, int64_t tensors, const Settings *settings, int
     return 0;
 }
 
-/* Statistics and update in one go; not lagged, the same bits as by the two functions above. */
+/* Statistics, stripes and update in one go. */
 int striped_step(Tensor *table, int64_t tensors, const Settings *settings, int64_t threads)
 {
     Plan plan;

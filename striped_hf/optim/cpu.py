@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from striped_hf.optim import reference
-from striped_hf.optim.reference import Entry, Settings, Sums
+from striped_hf.optim.reference import Entry, Roots, Settings, Sums
 
 DEVICE_TYPES = ("cpu",)
 
@@ -76,21 +76,15 @@ def statistics(table: list[Entry]) -> list[Sums | None]:
     return sums
 
 
-def update(table: list[Entry], sums: list[Sums | None], settings: Settings) -> None:
-    """Updates second moments, momentum and parameters in place; as ``reference.update``.
-
-    ``sums`` may serve as working memory and be overwritten.
-    """
+def update(table: list[Entry], roots: list[Roots | None], settings: Settings) -> None:
+    """Updates momentum and parameters, and vectors' second moments; as ``reference.update``."""
     own, others = _split(table)
-    roots = sums
-    if settings.lagged:  # the roots are taken before the sums are averaged
-        roots = [pair and (torch.empty_like(pair[0]), torch.empty_like(pair[1])) for pair in sums]
-    _call(_library.striped_update, [(table[i], sums[i], roots[i]) for i in own], settings)
-    reference.update([table[i] for i in others], [sums[i] for i in others], settings)
+    _call(_library.striped_update, [(table[i], None, roots[i]) for i in own], settings)
+    reference.update([table[i] for i in others], [roots[i] for i in others], settings)
 
 
 def step(table: list[Entry], settings: Settings) -> None:
-    """``statistics`` and ``update`` in one, which reads most gradients from memory only once."""
+    """As ``reference.step``, and reads most gradients from memory only once."""
     own, others = _split(table)
     _call(_library.striped_step, [(table[i], None, None) for i in own], settings)
     reference.step([table[i] for i in others], settings)
@@ -111,10 +105,10 @@ def _split(table: list[Entry]) -> tuple[list[int], list[int]]:
 
 def _call(
     function: Callable[..., int],
-    entries: list[tuple[Entry, Sums | None, Sums | None]],
+    entries: list[tuple[Entry, Sums | None, Roots | None]],
     settings: Settings | None,
 ) -> None:
-    """Calls cpu.c with a table of these entries, each with memory for its sums and its roots.
+    """Calls cpu.c with a table of these entries, each with its sums or its roots.
 
     Raises:
         MemoryError: There is none for its partial sums. Parameters and state are unchanged then,
@@ -135,23 +129,26 @@ def _call(
         raise MemoryError("the CPU backend found no memory for its partial sums")
 
 
-def _fields(entry: Entry, grad: Tensor, sums: Sums | None, roots: Sums | None) -> tuple[int, ...]:
+def _fields(entry: Entry, grad: Tensor, sums: Sums | None, roots: Roots | None) -> tuple[int, ...]:
     """Returns cpu.c's Tensor, field by field."""
     param, state = entry.param, entry.state
     scale = state.get("exp_avg_scale")
-    if param.dim() < 2:
-        stripes = (state["exp_avg_sq"].data_ptr(), 0)
-    else:
-        stripes = (state["exp_avg_sq_row"].data_ptr(), state["exp_avg_sq_col"].data_ptr())
+    is_matrix = param.dim() >= 2
+    keys = ("exp_avg_sq_row", "exp_avg_sq_col") if is_matrix else ("exp_avg_sq",)
+    # a part of a sharded matrix has no stripes of its own, and a vector no second one
+    second_moment = [state[key].data_ptr() if key in state else 0 for key in (*keys, "")[:2]]
     return (
         param.data_ptr(),
         grad.data_ptr(),
         state["exp_avg"].data_ptr(),
         0 if scale is None else scale.data_ptr(),
-        *stripes,
+        *second_moment,
         *((0, 0) if sums is None else (sums[0].data_ptr(), sums[1].data_ptr())),
         *((0, 0) if roots is None else (roots[0].data_ptr(), roots[1].data_ptr())),
         *_layout(param.shape, entry.blocks),
+        entry.start,
+        entry.pitch or (param.shape[-1] if is_matrix else 0),
+        is_matrix,
         _FORMATS[param.dtype],
         _FORMATS[grad.dtype],
         _FORMATS[entry.momentum_dtype],

@@ -31,9 +31,10 @@ first one. So a_i c_j is at least what this gradient alone adds to AdamW's root,
 and the first step, which has no step before, uses its own stripes.
 
 A backend is two functions over a table, the tensors of one param group: ``statistics`` turns
-gradients into sums of squares, ``update`` turns the sums into new state and parameters. Between
-them stands the only communication that sharded parameters need. For those that are whole, ``step``
-does both, and may do them better together.
+gradients into sums of squares, ``update`` turns a_i and c_j into new parameters and momentum.
+Between them stand the ``stripes``, and the only communication that sharded parameters need
+(``sharding.py``). For parameters that are whole, ``step`` does all three, and may do them better
+together.
 """
 
 from collections import defaultdict
@@ -51,6 +52,9 @@ from striped_hf.optim import momentum, rounding
 # keep the device busy.
 CHUNK_SIZE = {"cpu": 1 << 16}
 DEFAULT_CHUNK_SIZE = 1 << 20
+
+# What an update changes of a state: the stripes are averaged before it.
+_UPDATED: tuple[str, ...] = ("exp_avg", "exp_avg_scale", "exp_avg_sq")
 
 # m / (a c + eps) must not be 0/0 where eps is 0
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
@@ -81,6 +85,10 @@ class Entry(NamedTuple):
     ``momentum_dtype`` is the format that this parameter's momentum has (``storage_format``),
     ``blocks`` its (br, bc), and ``step`` that of the update about to be made, from 1; 0 where only
     the device knows it, in ``state["step"]``: the optimizer is capturable.
+
+    A part of a sharded parameter has the place in the whole that stochastic rounding counts
+    elements by: the row-major index ``start`` of its first element, and ``pitch``, how many
+    elements each of its rows begins after the one before (0: as many as its own columns).
     """
 
     param: Tensor
@@ -89,20 +97,23 @@ class Entry(NamedTuple):
     momentum_dtype: str
     blocks: tuple[int, int]
     step: int
+    start: int = 0
+    pitch: int = 0
 
 
 Sums = tuple[Tensor, Tensor]
+Roots = tuple[Tensor, Tensor]
 Index = tuple[int | slice, ...]
 
 
 def step(table: list[Entry], settings: Settings) -> None:
-    """Takes the step of parameters that are whole: ``statistics`` and ``update``.
+    """Takes the step of parameters that are whole: ``statistics``, ``stripes`` and ``update``.
 
     Args:
         table: Parameters of any shape, none empty; gradients of any floating dtype.
         settings: Of the param group.
     """
-    update(table, statistics(table), settings)
+    update(table, stripes(table, statistics(table), settings), settings)
 
 
 def statistics(table: list[Entry]) -> list[Sums | None]:
@@ -134,32 +145,86 @@ def statistics(table: list[Entry]) -> list[Sums | None]:
     return sums
 
 
-def update(table: list[Entry], sums: list[Sums | None], settings: Settings) -> None:
-    """Updates second moments, momentum and parameter of every entry in place.
+def stripes(table: list[Entry], sums: list[Sums | None], settings: Settings) -> list[Roots | None]:
+    """Averages sums into the stripes of every entry, in place, and takes their roots.
+
+    Args:
+        table: What was given to ``statistics``, of parameters that are whole.
+        sums: What it returned.
+        settings: Of the param group.
+
+    Returns:
+        For each matrix a [..., R, bc] and c [..., br, C], float32, of the stripes that this step
+        divides by; None for parameters of fewer than two dimensions.
+    """
+    roots: list[Roots | None] = [None] * len(table)
+    for batch in _batches(table):
+        entries = [table[i] for i in batch]
+        first = entries[0]
+        if first.param.dim() < 2:
+            continue
+        row, col = (
+            _stack([entry.state[key] for entry in entries])
+            for key in ("exp_avg_sq_row", "exp_avg_sq_col")
+        )
+        row_sums, col_sums = map(_stack, zip(*(sums[i] for i in batch), strict=True))  # type: ignore[misc]
+        lagged = settings.lagged and first.step > 1
+        if lagged:
+            a, c = _roots(row, col, first, first.step - 1, settings)
+        rows, columns = first.param.shape[-2:]
+        for stripe, squares, count in (
+            (row, row_sums, columns // first.blocks[1]),
+            (col, col_sums, rows // first.blocks[0]),
+        ):
+            stripe.mul_(settings.beta2).add_(squares * ((1 - settings.beta2) / count))
+        if not lagged:
+            a, c = _roots(row, col, first, first.step, settings)
+        for i, pair in zip(batch, zip(a, c, strict=True), strict=True):
+            roots[i] = pair
+        if len(batch) > 1:  # else the stacks are views of what they stack
+            for key, values in (("exp_avg_sq_row", row), ("exp_avg_sq_col", col)):
+                torch._foreach_copy_([entry.state[key] for entry in entries], list(values.unbind()))
+    return roots
+
+
+def _roots(
+    row: Tensor, col: Tensor, entry: Entry, step: int, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """Returns a and c of stacked stripes, [n, ..., R, bc] and [n, ..., br, C], of a step."""
+    row = row.unflatten(-2, (entry.blocks[0], -1))
+    a = (row / mean_divisor(row.mean(-2, keepdim=True))).sqrt_().flatten(-3, -2)
+    # apart from a, because row * col underflows where g is near 1e-12
+    return a, (col / (1 - settings.beta2**step)).sqrt_()
+
+
+def mean_divisor(mean: Tensor) -> Tensor:
+    """Returns what rows are divided by in place of their mean."""
+    # 0/0 is an all-zero gradient, which moves nothing; an Inf must be as loud as AdamW's Inf/Inf
+    divisor = torch.where(mean == 0, torch.inf, mean)
+    return divisor.masked_fill_(mean.isinf(), torch.nan)
+
+
+def update(table: list[Entry], roots: list[Roots | None], settings: Settings) -> None:
+    """Updates momentum and parameter of every entry in place, and vectors' second moments.
 
     Args:
         table: What was given to ``statistics``.
-        sums: What it returned, in full where the parameters are shards of a whole.
+        roots: What ``stripes`` returned, or what stands for it where a parameter is sharded.
         settings: Of the param group.
     """
     for batch in _batches(table):
         entries = [table[i] for i in batch]
         first = entries[0]  # what the whole batch shares
-        keys = [key for key in first.state if key != "step"]
+        keys = [key for key in _UPDATED if key in first.state]
         state = {key: _stack([entry.state[key] for entry in entries]) for key in keys}
         param = _stack([entry.param for entry in entries])
         grad = _stack([entry.grad for entry in entries])
 
         if first.param.dim() < 2:
-            _update_vectors(param, grad, state, first.step, settings)
+            _update_vectors(param, grad, state, first, settings)
         else:
-            lagged = settings.lagged and first.step > 1
-            row_sums, col_sums = zip(*(sums[i] for i in batch), strict=True)  # type: ignore[misc]
-            if lagged:
-                _update_matrices(param, grad, state, first, settings, lagged)
-            _update_second_moment(state, _stack(row_sums), _stack(col_sums), first, settings)
-            if not lagged:
-                _update_matrices(param, grad, state, first, settings, lagged)
+            a, c = map(_stack, zip(*(roots[i] for i in batch), strict=True))  # type: ignore[misc]
+            _update_matrices(param, grad, state, a, c, first, settings)
 
         if len(batch) > 1:  # else the stacks are views of what they stack
             torch._foreach_copy_([entry.param for entry in entries], list(param.unbind()))
@@ -168,64 +233,40 @@ def update(table: list[Entry], sums: list[Sums | None], settings: Settings) -> N
 
 
 def _update_vectors(
-    param: Tensor, grad: Tensor, state: dict[str, Tensor], step: int, settings: Settings
+    param: Tensor, grad: Tensor, state: dict[str, Tensor], entry: Entry, settings: Settings
 ) -> None:
     """AdamW's step, with the exact second moment. All tensors are [n] or [n, length]."""
     beta1, beta2 = settings.beta1, settings.beta2
-    bias_correction2_sqrt = (1 - beta2**step) ** 0.5
+    bias_correction2_sqrt = (1 - beta2**entry.step) ** 0.5
     for index, start in _chunks(param.shape[1:], 1, param.device):
         g = _ascent(grad[index], settings)
         m = state["exp_avg"][index].lerp_(g, 1 - beta1)
         v = state["exp_avg_sq"][index].mul_(beta2).addcmul_(g, g, value=1 - beta2)
         denominator = v.sqrt().div_(bias_correction2_sqrt)
-        _update_parameter(param[index], m, g, denominator, start, step, settings)
-
-
-def _update_second_moment(
-    state: dict[str, Tensor],
-    row_sums: Tensor,
-    col_sums: Tensor,
-    entry: Entry,
-    settings: Settings,
-) -> None:
-    """Averages the sums into the stripes: [n, ..., R, bc] and [n, ..., br, C]."""
-    rows, columns = entry.param.shape[-2:]
-    row_blocks, col_blocks = entry.blocks
-    for key, sums, count in (
-        ("exp_avg_sq_row", row_sums, columns // col_blocks),
-        ("exp_avg_sq_col", col_sums, rows // row_blocks),
-    ):
-        state[key].mul_(settings.beta2).add_(sums, alpha=(1 - settings.beta2) / count)
+        _update_parameter(param[index], m, g, denominator, start, entry, settings)
 
 
 def _update_matrices(
     param: Tensor,
     grad: Tensor,
     state: dict[str, Tensor],
+    a: Tensor,
+    c: Tensor,
     entry: Entry,
     settings: Settings,
-    lagged: bool,
 ) -> None:
-    """The striped step, given this step's stripes, or with ``lagged`` the last one's.
-
-    ``param`` and ``grad`` are [n, ..., R, C], n times what ``entry`` describes.
-    """
+    """The striped step. The tensors are n times what ``entry`` describes."""
     row_blocks, col_blocks = entry.blocks
     columns = param.shape[-1]
     param, grad = _grid(param, entry.blocks), _grid(grad, entry.blocks)
     # [n, ..., br, R / br, bc, 1] and [n, ..., br, 1, bc, C / bc]
-    row = state["exp_avg_sq_row"].unflatten(-2, (row_blocks, -1)).unsqueeze(-1)
-    col = state["exp_avg_sq_col"].unflatten(-1, (col_blocks, -1)).unsqueeze(-3)
+    a = a.unflatten(-2, (row_blocks, -1)).unsqueeze(-1)
+    c = c.unflatten(-1, (col_blocks, -1)).unsqueeze(-3)
     codes = state["exp_avg"].unflatten(-2, (row_blocks, -1))
     scale = state.get("exp_avg_scale")
     if scale is not None:
         scale = scale.unflatten(-2, (row_blocks, -1))
-
-    mean = row.mean(-3, keepdim=True)
-    # 0/0 is an all-zero gradient, which moves nothing; an Inf must be as loud as AdamW's Inf/Inf
-    a = torch.where(mean == 0, 0.0, (row / mean).sqrt_()).masked_fill_(mean.isinf(), torch.nan)
-    # the two roots are taken apart because row * col underflows where g is near 1e-12
-    c = (col / (1 - settings.beta2 ** (entry.step - lagged))).sqrt_()
+    lagged = settings.lagged and entry.step > 1
     own_share = ((1 - settings.beta2) / (1 - settings.beta2**entry.step)) ** 0.5
 
     for index, start in _chunks(param.shape[1:-2], columns, param.device):
@@ -236,7 +277,7 @@ def _update_matrices(
         denominator = a[index] * c[index[: c.dim() - 3]]
         if lagged:
             denominator = torch.maximum(denominator, g.abs() * own_share)
-        _update_parameter(param[index], m_grid, g, denominator, start, entry.step, settings)
+        _update_parameter(param[index], m_grid, g, denominator, start, entry, settings)
         if m is not stored:
             new_codes, new_scale = momentum.encode(m, entry.momentum_dtype)
             stored.copy_(new_codes)
@@ -250,7 +291,7 @@ def _update_parameter(
     g: Tensor,
     denominator: Tensor,
     start: int,
-    step: int,
+    entry: Entry,
     settings: Settings,
 ) -> None:
     """Decays and moves one chunk of a parameter.
@@ -260,8 +301,8 @@ def _update_parameter(
         m: This step's momentum, float32.
         g: This step's gradient, float32.
         denominator: Root of the second moment, without eps; overwritten.
-        start: Row-major index in the whole parameter of the chunk's first element.
-        step: Of this update, from 1.
+        start: Row-major index in ``entry``'s parameter of the chunk's first element.
+        entry: What each of the n parameters is.
         settings: Of the param group.
     """
     if settings.nesterov:
@@ -269,15 +310,29 @@ def _update_parameter(
     denominator.add_(settings.eps).clamp_(min=_SMALLEST_NORMAL)
     value, lr = param.float(), float(settings.lr)
     value.mul_(1 - lr * settings.weight_decay)
-    step_size = lr / (1 - settings.beta1**step)
+    step_size = lr / (1 - settings.beta1**entry.step)
     value.addcdiv_(m, denominator, value=-step_size)
     if value is param:
         return
     if settings.stochastic_rounding:
-        shape = param.shape[1:]  # stacked parameters share their bits: each counts its own elements
-        bits = rounding.random_bits(start, shape.numel(), step, param.device).view(shape)
+        # stacked parameters share their bits: each counts its own elements
+        bits = _random_bits(start, param.shape[1:], entry)
         value = rounding.stochastic_round(value, param.dtype, bits)
     param.copy_(value)
+
+
+def _random_bits(start: int, shape: torch.Size, entry: Entry) -> Tensor:
+    """Returns the bits of a chunk of ``entry``'s parameter from its element ``start`` on."""
+    count, device = shape.numel(), entry.param.device
+    columns = entry.param.shape[-1] if entry.param.dim() else 1
+    if not entry.pitch or entry.pitch == columns:
+        return rounding.random_bits(entry.start + start, count, entry.step, device).view(shape)
+    first = entry.start + start // columns * entry.pitch
+    rows = [
+        rounding.random_bits(first + i * entry.pitch, columns, entry.step, device)
+        for i in range(count // columns)
+    ]
+    return torch.stack(rows).view(shape)
 
 
 def _ascent(grad: Tensor, settings: Settings) -> Tensor:
@@ -300,7 +355,7 @@ def _batches(table: list[Entry]) -> Iterator[list[int]]:
     alike = defaultdict(list)
     for i, entry in enumerate(table):
         p = entry.param
-        kind = (p.dtype, entry.grad.dtype, entry.momentum_dtype, entry.blocks, entry.step)
+        kind = (p.dtype, entry.grad.dtype, *entry[3:])
         alike[p.shape, p.device, kind].append(i)
     for (shape, device, _), positions in alike.items():
         size = max(1, CHUNK_SIZE.get(device.type, DEFAULT_CHUNK_SIZE) // shape.numel())

@@ -1,7 +1,6 @@
 """StripedAdamW: AdamW whose second moment is one row and one column of means per matrix."""
 
 from collections.abc import Callable
-from itertools import chain
 from types import ModuleType
 from typing import Any, overload
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from striped_hf.optim import backends, momentum
+from striped_hf.optim import backends, momentum, sharding
 from striped_hf.optim.checks import check_gradient, check_group, check_hyperparameters
 from striped_hf.optim.reference import Entry, Settings
 from striped_hf.optim.state import (
@@ -19,6 +18,8 @@ from striped_hf.optim.state import (
     init_state,
     prepare_state_dict,
 )
+
+Table = tuple[ModuleType, Settings, list[Entry]]
 
 _ONE = torch.tensor(1.0, dtype=torch.float32, device="cpu")
 
@@ -133,8 +134,9 @@ class StripedAdamW(Optimizer):
 
         Raises:
             RuntimeError: A gradient is sparse or not of a floating dtype that the optimizer takes,
-                a parameter is sharded, the backend asked for by name cannot run, or a CUDA graph
-                is captured without ``capturable``. Nothing has changed then.
+                only one of a parameter and its gradient is sharded, the backend asked for by name
+                cannot run, or a CUDA graph is captured without ``capturable``, or with it and
+                sharded parameters. Nothing has changed then.
         """
         loss = None
         if closure is not None:
@@ -145,48 +147,67 @@ class StripedAdamW(Optimizer):
 
     @torch.compiler.disable  # a compiled training step calls it between two of its graphs
     def _update(self) -> None:
-        for backend, settings, table in self._tables():
+        tables, sharded = self._tables()
+        for backend, settings, table in tables:
             backend.step(table, settings)
-            # kernels write past torch, which must know that values saved for backward are gone
-            torch.autograd.graph.increment_version([entry.param for entry in table])
+        sharding.step(sharded)
+        # kernels write past torch, which must know that values saved for backward are gone
+        whole = [entry.param for _, _, table in tables for entry in table]
+        parts = [matrix.local for _, _, table in sharded for matrix in table]
+        torch.autograd.graph.increment_version(whole + parts)
 
-    def _tables(self) -> list[tuple[ModuleType, Settings, list[Entry]]]:
+    def _tables(self) -> tuple[list[Table], list[sharding.Table]]:
         """Collects what is to be updated, makes missing state and counts the step.
 
         Returns:
             For each param group, and each device that it has parameters on: the backend, the
-            group's settings, and the table.
+            group's settings, and the table; and the same of matrices with sharded rows or columns.
         """
         self._check_capture()
         with_grad: list[list[int]] = []
         for group_index, group in enumerate(self.param_groups):
             with_grad.append([i for i, p in enumerate(group["params"]) if p.grad is not None])
             for i in with_grad[-1]:
-                check_gradient(group["params"][i], group, i, group_index)
+                check_gradient(group["params"][i], group, i, group_index, self.capturable)
             for device_type in {group["params"][i].device.type for i in with_grad[-1]}:
                 self._backend(device_type)
 
-        tables = []
+        tables: list[Table] = []
+        sharded: list[sharding.Table] = []
         for group, positions in zip(self.param_groups, with_grad, strict=True):
             states = [self._state(group, i) for i in positions]
             by_device: dict[torch.device, list[Entry]] = {}
+            matrices: dict[torch.device, list[sharding.Matrix]] = {}
             for i, state, step in zip(positions, states, self._count_steps(states), strict=True):
-                param = group["params"][i]
-                if param.numel() > 0:
+                param, blocks = group["params"][i], blocks_of(group, i)
+                if param.numel() == 0:
+                    continue
+                table = by_device.setdefault(param.device, [])
+                if sharding.is_sharded(param):
+                    entries, matrix = sharding.localize(
+                        param, state, group["momentum_dtype"], blocks, step
+                    )
+                    table += entries
+                    if matrix is not None:
+                        matrices.setdefault(param.device, []).append(matrix)
+                else:
                     momentum_dtype = momentum.storage_format(param.shape, group["momentum_dtype"])
-                    blocks = blocks_of(group, i)
-                    entry = Entry(param, param.grad, state, momentum_dtype, blocks, step)
-                    by_device.setdefault(param.device, []).append(entry)
+                    table.append(Entry(param, param.grad, state, momentum_dtype, blocks, step))
+            settings = self._settings(group)
             for device, table in by_device.items():
-                tables.append((self._backend(device.type), self._settings(group), table))
-        return tables
+                if table:
+                    tables.append((self._backend(device.type), settings, table))
+            for device, of_device in matrices.items():
+                sharded.append((self._backend(device.type), settings, of_device))
+        return tables, sharded
 
     def _state(self, group: Group, position: int) -> dict[str, Tensor]:
         """Returns the state of a parameter, made where there is none."""
         param = group["params"][position]
         state = self.state[param]
         if not state:
-            state.update(init_state(param, group["momentum_dtype"], blocks_of(group, position)))
+            init = sharding.init_state if sharding.is_sharded(param) else init_state
+            state.update(init(param, group["momentum_dtype"], blocks_of(group, position)))
             state["step"] = state["step"].to(self._step_device(param))
         return state
 
@@ -262,17 +283,23 @@ class StripedAdamW(Optimizer):
             return {**prepared, "state": {}}
 
         def restore(_: Optimizer) -> None:
-            params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+            places = [
+                (group, i) for group in self.param_groups for i in range(len(group["params"]))
+            ]
             for position, state in prepared["state"].items():
-                param = params[position]
-                self.state[param] = {
-                    key: value.to(
-                        self._step_device(param) if key == "step" else param.device,
-                        copy=True,
-                        memory_format=torch.contiguous_format,
+                group, i = places[position]
+                param, blocks = group["params"][i], blocks_of(group, i)
+                for key, value in state.items():
+                    device = param.device
+                    if key == "step":
+                        device = self._step_device(param)
+                    else:
+                        value = sharding.place_state(
+                            key, value, param, group["momentum_dtype"], blocks
+                        )
+                    self.state[param][key] = value.to(
+                        device, copy=True, memory_format=torch.contiguous_format
                     )
-                    for key, value in state.items()
-                }
 
         pre_hook = self.register_load_state_dict_pre_hook(prepare)
         post_hook = self.register_load_state_dict_post_hook(restore, prepend=True)

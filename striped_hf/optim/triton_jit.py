@@ -52,7 +52,9 @@ COL_PARTIALS = tl.constexpr(8)
 ROW_SUMS = tl.constexpr(9)
 COL_SUMS = tl.constexpr(10)
 CELLS = tl.constexpr(11)  # a cell is a block of a matrix: where its 1 / sqrt(mean(row)) stands
-SHAPES = tl.constexpr(12)
+START = tl.constexpr(12)  # place in the whole parameter: of the first element, of a row
+PITCH = tl.constexpr(13)
+SHAPES = tl.constexpr(14)
 
 # what all elements of an entry share, int32 (bits of a float32 in all but the key)
 DECAY = tl.constexpr(0)
@@ -328,6 +330,7 @@ def stripes_kernel(
     LAGGED: tl.constexpr,  # after the first step the roots are those of the step before
     ONE_PASS: tl.constexpr,  # after the first step the sums are there after the update only
     ROOTS: tl.constexpr,  # the update is still to come
+    HAS_ROOTS: tl.constexpr,  # roots are in the sums' place, with 1 / sqrt(mean(row)) in them
     BLOCK: tl.constexpr,
 ):
     """Averages sums into a part of a stripe, and leaves the roots that the update needs.
@@ -368,21 +371,22 @@ def stripes_kernel(
     correction = tl.div_rn(1.0, tl.sqrt_rn(tl.where(is_column, bias_correction2, 1.0)))
     weight = tl.div_rn(one_minus_beta2, averaged)
     total = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, size, BLOCK):
-        lanes = first + tl.arange(0, BLOCK)
-        inside = lanes < size
-        offsets = lanes.to(tl.int64) * stride
-        has_sum = lanes < summed
-        before = tl.load(stripe + offsets, mask=inside, other=0.0)
-        value = beta2 * before
-        value += weight * tl.load(sums + buffered + offsets, mask=has_sum, other=0.0)
-        tl.store(stripe + offsets, value, mask=has_sum)
-        if ROOTS:
-            if LAGGED:
-                value = tl.where(first_step, value, before)
-            root = tl.sqrt_rn(value) * correction
-            tl.store(sums + buffered + offsets, root, mask=inside)
-            total += value
+    if not HAS_ROOTS:
+        for first in range(0, size, BLOCK):
+            lanes = first + tl.arange(0, BLOCK)
+            inside = lanes < size
+            offsets = lanes.to(tl.int64) * stride
+            has_sum = lanes < summed
+            before = tl.load(stripe + offsets, mask=inside, other=0.0)
+            value = beta2 * before
+            value += weight * tl.load(sums + buffered + offsets, mask=has_sum, other=0.0)
+            tl.store(stripe + offsets, value, mask=has_sum)
+            if ROOTS:
+                if LAGGED:
+                    value = tl.where(first_step, value, before)
+                root = tl.sqrt_rn(value) * correction
+                tl.store(sums + buffered + offsets, root, mask=inside)
+                total += value
 
     if ROOTS:
         of_rows = is_column == 0
@@ -393,6 +397,8 @@ def stripes_kernel(
             inverse = tl.where(
                 mean == 0.0, 0.0, tl.where(mean == float("inf"), float("nan"), inverse)
             )
+            if HAS_ROOTS:
+                inverse = 1.0
             tl.store(cells + cell, inverse)
             if cell == first_cell:
                 rate = _rate(lr, LR_IN_MEMORY)
@@ -467,6 +473,8 @@ def _update_tile(
     inverse,
     next_inverse,
     c,
+    whole_start,
+    pitch,
     decay,
     step_size,
     key,
@@ -515,9 +523,10 @@ def _update_tile(
         # not tl.maximum, which may drop a NaN
         denominator = tl.where(denominator < own, own, denominator)
 
-    low = rows.to(tl.uint32)[:, None] * columns.to(tl.uint32) + cols.to(tl.uint32)[None, :]
+    low = rows.to(tl.uint32)[:, None] * pitch.to(tl.uint32) + cols.to(tl.uint32)[None, :]
+    low += whole_start.to(tl.uint32)
     if LARGE:
-        index = rows.to(tl.int64)[:, None] * columns + cols[None, :]
+        index = whole_start + rows.to(tl.int64)[:, None] * pitch + cols[None, :]
         high = (index >> 32).to(tl.uint32)
     else:
         high = tl.zeros([1, 1], tl.uint32)
@@ -615,6 +624,8 @@ def matrices_kernel(
     height = tl.load(shape + BLOCK_HEIGHT).to(tl.int32)
     width = tl.load(shape + BLOCK_WIDTH).to(tl.int32)
     col_blocks = tl.load(shape + COL_BLOCKS).to(tl.int32)
+    whole_start = tl.load(shape + START)
+    pitch = tl.load(shape + PITCH)
     row_roots = roots + tl.load(shape + ROW_SUMS)
     col_roots = roots + tl.load(shape + COL_SUMS)
     cells += tl.load(shape + CELLS)
@@ -737,6 +748,8 @@ def matrices_kernel(
             inverse,
             next_inverse,
             c,
+            whole_start,
+            pitch,
             decay,
             step_size,
             key,
@@ -779,6 +792,8 @@ def matrices_kernel(
                     high_inverse,
                     next_inverse,
                     high_c,
+                    whole_start,
+                    pitch,
                     decay,
                     step_size,
                     key,
@@ -846,6 +861,7 @@ def vectors_kernel(
     entry = tl.load(tile).to(tl.int64)
     start = tl.load(tile + 1).to(tl.int64) * BLOCK
     size = tl.load(shapes + entry * SHAPES + COLUMNS)
+    whole_start = tl.load(shapes + entry * SHAPES + START)
     pointer = pointers + entry * POINTERS
     param = tl.load(pointer + PARAM_POINTER).to(tl.pointer_type(PARAM))
     grad = tl.load(pointer + GRAD_POINTER).to(tl.pointer_type(GRAD))
@@ -884,8 +900,8 @@ def vectors_kernel(
         denominator,
         offsets,
         mask,
-        offsets.to(tl.uint32),
-        (offsets >> 32).to(tl.uint32),
+        (whole_start + offsets).to(tl.uint32),
+        ((whole_start + offsets) >> 32).to(tl.uint32),
         decay,
         step_size,
         _step_key(current),

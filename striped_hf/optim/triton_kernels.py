@@ -30,7 +30,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from striped_hf.optim import momentum, reference
 from striped_hf.optim import triton_jit as jit
-from striped_hf.optim.reference import Entry, Settings, Sums
+from striped_hf.optim.reference import Entry, Roots, Settings, Sums
 from striped_hf.optim.triton_jit import tl
 
 logger = logging.getLogger(__name__)
@@ -44,14 +44,10 @@ CAPTURABLE = True  # steps and learning rates may be known to the device only
 
 
 def step(table: list[Entry], settings: Settings) -> None:
-    """Takes the step of parameters that are whole: ``statistics`` and ``update``.
-
-    A lagged one reads most gradients from memory only once.
-    """
-    if not (table and settings.lagged):
-        update(table, statistics(table), settings)
+    """As ``reference.step``; a lagged one reads most gradients from memory only once."""
+    if not table:
         return
-    plan = _plan(table, one_pass=True)
+    plan = _plan(table, one_pass=settings.lagged)
     plan.refresh(table)
     with plan.on_device():
         plan.statistics(table)
@@ -68,8 +64,8 @@ def statistics(table: list[Entry]) -> list[Sums | None]:
 
     Returns:
         As ``reference.statistics``: for each matrix the row sums [..., R, bc] and the column sums
-        [..., br, C], float32. They live in one buffer, which the update and the next call for the
-        same parameters overwrite.
+        [..., br, C], float32. They live in one buffer, which the next call for the same
+        parameters overwrites, and where an update may find the roots.
 
     Raises:
         RuntimeError: A CUDA graph is being captured, and there was no such step before it.
@@ -90,12 +86,12 @@ def statistics(table: list[Entry]) -> list[Sums | None]:
     return sums
 
 
-def update(table: list[Entry], sums: list[Sums | None], settings: Settings) -> None:
-    """Updates second moments, momentum and parameter of every entry in place.
+def update(table: list[Entry], roots: list[Roots | None], settings: Settings) -> None:
+    """Updates momentum and parameter of every entry in place; as ``reference.update``.
 
     Args:
         table: What was given to ``statistics``.
-        sums: What it returned, or others of the same shapes.
+        roots: a and c, in tensors of the sums' shapes.
         settings: Of the param group.
     """
     if not table:
@@ -105,10 +101,10 @@ def update(table: list[Entry], sums: list[Sums | None], settings: Settings) -> N
         plan.refresh(table)
     plan.table = None
     with plan.on_device():
-        plan.take(sums)
-        plan.update(table[0].step, settings)
+        plan.take(roots)
+        plan.update(table[0].step, settings, has_roots=True)
     if plan.others:
-        reference.update([table[i] for i in plan.others], [sums[i] for i in plan.others], settings)
+        reference.update([table[i] for i in plan.others], [roots[i] for i in plan.others], settings)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -116,6 +112,8 @@ def update(table: list[Entry], sums: list[Sums | None], settings: Settings) -> N
 # ---------------------------------------------------------------------------------------------
 
 _CONTIGUOUS, _TRANSPOSED, _STRIDED = range(3)
+# from jit.EXP_AVG_POINTER on
+_POINTED_AT = ("exp_avg", "exp_avg_scale", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq")
 _ALIGNMENT = 16  # bytes of a vector load; also the columns that rows of int8 need for it
 
 _TRITON_DTYPES = {
@@ -180,6 +178,7 @@ class _Plan:
         for number, entry in enumerate(entries):
             if entry.param.dim() < 2:
                 self.shapes[number, jit.COLUMNS.value] = entry.param.numel()
+                self.shapes[number, jit.START.value] = entry.start
                 continue
             matrix_rows, columns = entry.param.shape[-2:]
             rows = entry.param.numel() // columns
@@ -195,6 +194,7 @@ class _Plan:
             self.shapes[number] = (
                 *(rows, matrix_rows, columns, height, width, col_blocks, strip),
                 *(row_partials, col_partials, row_sums, col_sums, cells),
+                *(entry.start, entry.pitch or columns),
             )
             jobs[one_pass] += _row_jobs(rows, col_blocks, tiles, row_partials, row_sums)
             jobs[one_pass] += _col_jobs(bands, columns, strips, col_partials, col_sums)
@@ -254,7 +254,7 @@ class _Plan:
                 )
             )
             narrow = col_blocks > 1 and width < momentum.BLOCK_SIZE
-            large = entry.param.numel() > 1 << 32
+            large = entry.start + rows * (entry.pitch or columns) > 1 << 32
             stored = (_STORED[entry.momentum_dtype], momentum.QMAX.get(entry.momentum_dtype, 0))
             layout = (aligned[number], transposed, narrow, large, one_pass)
             # the larger strip of the statistics leaves fewer partial sums
@@ -320,19 +320,9 @@ class _Plan:
             # a step of 0 stands for one that only the device knows
             step = entry.step - first_step if entry.step else state["step"].data_ptr()
             addresses += (entry.param.data_ptr(), entry.grad.data_ptr())
-            if "exp_avg_sq" in state:
-                exp_avg, exp_avg_sq = state["exp_avg"].data_ptr(), state["exp_avg_sq"].data_ptr()
-                addresses += (exp_avg, 0, 0, 0, exp_avg_sq, step)
-            else:
-                scale = state.get("exp_avg_scale")
-                addresses += (
-                    state["exp_avg"].data_ptr(),
-                    0 if scale is None else scale.data_ptr(),
-                    state["exp_avg_sq_row"].data_ptr(),
-                    state["exp_avg_sq_col"].data_ptr(),
-                    0,
-                    step,
-                )
+            # a part of a sharded matrix has no stripes of its own, and a vector has no scales
+            addresses += [state[key].data_ptr() if key in state else 0 for key in _POINTED_AT]
+            addresses.append(step)
         return addresses
 
     def _alignment(self, addresses: np.ndarray) -> list[bool]:
@@ -402,20 +392,20 @@ class _Plan:
             **_OPTIONS,
         )
 
-    def take(self, sums: list[Sums | None]) -> None:
-        """Copies into the buffer what is not there already."""
+    def take(self, roots: list[Roots | None]) -> None:
+        """Copies roots to the sums' place in the buffer."""
         targets: list[Tensor] = []
         sources: list[Tensor] = []
         for i in self.own:
-            own, given = self.sums[i], sums[i]
-            if own is not None and given is not None and own is not given:
+            own, given = self.sums[i], roots[i]
+            if own is not None and given is not None:
                 targets += own
                 sources += given
         if targets:
             torch._foreach_copy_(targets, sources)
 
-    def update(self, step: int, settings: Settings) -> None:
-        """Updates everything, from the sums in the buffer where they are taken before.
+    def update(self, step: int, settings: Settings, has_roots: bool = False) -> None:
+        """Updates everything, from the sums or the roots in the buffer.
 
         ``step`` is the first entry's, 0 where it is on the device.
         """
@@ -436,6 +426,7 @@ class _Plan:
                 LAGGED=settings.lagged,
                 ONE_PASS=one_pass,
                 ROOTS=roots,
+                HAS_ROOTS=has_roots,
                 BLOCK=jit.STRIPE_BLOCK,
                 num_warps=8,
                 **_OPTIONS,
@@ -502,7 +493,7 @@ def _plan(table: list[Entry], one_pass: bool) -> _Plan:
         table[0].param.device,
         one_pass,
         tuple(
-            (e.param.shape, e.param.dtype, e.grad.dtype, e.momentum_dtype, e.blocks, layout)
+            (e.param.shape, e.param.dtype, e.grad.dtype, *e[3:5], *e[6:], layout)
             for e, layout in zip(table, layouts, strict=True)
         ),
     )

@@ -135,8 +135,10 @@ def main() -> None:
             ways = ((False, False, True), (True, False, True), (True, True, True))
             for way in (*ways, (True, True, False)):
                 flags = dict(zip(("LAGGED", "ONE_PASS", "ROOTS"), way, strict=True))
-                ptx = ptx_of(jit.stripes_kernel, capability, 8, types, **stripes, **flags)
-                check(f"stripes {flags}", ptx)
+                for has_roots in (False, True) if not flags["ONE_PASS"] else (False,):
+                    flags["HAS_ROOTS"] = has_roots
+                    ptx = ptx_of(jit.stripes_kernel, capability, 8, types, **stripes, **flags)
+                    check(f"stripes {flags}", ptx)
             ptx = ptx_of(
                 jit.vectors_kernel,
                 capability,

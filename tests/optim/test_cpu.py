@@ -162,17 +162,27 @@ class Spy:
 def test_the_two_functions_are_the_one(
     momentum_dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What sharded parameters need, statistics and update apart, gives the same bits."""
+    """What sharded parameters need, statistics and update apart."""
     settings = [{}, {"lagged": True}]
     whole = [run("cpu", momentum_dtype, **each)[0] for each in settings]
-    monkeypatch.setattr(
-        cpu, "step", lambda table, settings: cpu.update(table, cpu.statistics(table), settings)
-    )
+
+    def step(table: list[reference.Entry], settings: reference.Settings) -> None:
+        roots = reference.stripes(table, cpu.statistics(table), settings)
+        for entry in table:  # those of a sharded matrix are not there
+            for key in ("exp_avg_sq_row", "exp_avg_sq_col"):
+                kept[entry.param, key] = entry.state.pop(key, None)
+        cpu.update(table, roots, settings)
+        for entry in table:
+            for key in ("exp_avg_sq_row", "exp_avg_sq_col"):
+                if kept[entry.param, key] is not None:
+                    entry.state[key] = kept[entry.param, key]
+
+    kept: dict[Any, Any] = {}
+    monkeypatch.setattr(cpu, "step", step)
     apart = [run("cpu", momentum_dtype, **each)[0] for each in settings]
-    for p, q in zip(apart[0], whole[0], strict=True):
-        assert_same_bits(p, q)
-    for p, q in zip(apart[1], whole[1], strict=True):  # its one pass sums in another order
-        assert (~torch.isclose(p, q, rtol=1e-6, atol=1e-6)).float().mean() < CODES.value
+    for ps, qs in zip(apart, whole, strict=True):
+        for p, q in zip(ps, qs, strict=True):  # the stripes' sums and roundings differ
+            assert (~torch.isclose(p, q, rtol=1e-6, atol=1e-6)).float().mean() < CODES.value
 
 
 def test_statistics_have_the_references_shapes() -> None:
@@ -234,10 +244,10 @@ DRAW = """
 
 void draw(const float *values, uint16_t *rounded, int64_t start, int64_t n, int64_t step)
 {
-    Tensor t = {.param = rounded - start, .param_dtype = BFLOAT16, .step = step};
+    Tensor t = {.param = rounded, .param_dtype = BFLOAT16, .step = step};
     Settings settings = {.stochastic_rounding = 1};
     for (int64_t i = 0; i < n; i += CODE_BLOCK)
-        store_parameter(values + i, &t, start + i, least(n - i, CODE_BLOCK), &settings);
+        store_parameter(values + i, &t, i, start + i, least(n - i, CODE_BLOCK), &settings);
 }
 """
 

@@ -472,17 +472,15 @@ def test_a_first_step_among_later_ones(late: int) -> None:
 
 
 def test_a_lagged_step_is_that_of_its_two_functions() -> None:
-    """Which sharded parameters use: sums first, in tensors of other addresses."""
+    """Which sharded parameters use."""
     specs, (ours, theirs) = lagged_pair()
     for t in range(3):
         for optimizer in (ours, theirs):
             for spec, p in zip(specs, parameters(optimizer), strict=True):
                 set_grad(p, gradient_of(spec, t))
         [(_, settings, table)] = ours._tables()
-        sums = kernels.statistics(table)
-        if t == 1:
-            sums = [pair and (pair[0].clone(), pair[1].clone()) for pair in sums]
-        kernels.update(table, sums, settings)
+        roots = reference.stripes(table, kernels.statistics(table), settings)
+        kernels.update(table, roots, settings)
         theirs.step()
         assert_agrees(ours, theirs)
         synchronise(ours, theirs)
@@ -492,8 +490,8 @@ def entry_of(p: torch.nn.Parameter, optimizer: StripedAdamW) -> reference.Entry:
     return reference.Entry(p, p.grad, optimizer.state[p], "float32", (1, 1), 2)
 
 
-def test_sums_may_come_from_elsewhere() -> None:
-    """What sharding puts between the two functions: here sums of another table, in new tensors."""
+def test_roots_may_come_from_elsewhere() -> None:
+    """What sharding puts between the two functions: here of sums that are not this table's."""
     spec = Spec((5, 40))
     optimizers = [optimizer_of(spec, "triton") for _ in range(2)]
     for optimizer in optimizers:
@@ -508,8 +506,9 @@ def test_sums_may_come_from_elsewhere() -> None:
     for sums in (own, given):  # those of one table are not those of another of the same shapes
         for actual, wanted in zip(sums[0], expected[0], strict=True):
             torch.testing.assert_close(actual, wanted, **STRIPES)
-    kernels.update(tables[0], [tuple(4 * part for part in own[0])], settings)
-    kernels.update(tables[1], [tuple(part.mul_(4) for part in given[0])], settings)
+    for table, sums in zip(tables, (own, given), strict=True):
+        roots = reference.stripes(table, [tuple(4 * part for part in sums[0])], settings)
+        kernels.update(table, roots, settings)
     assert_same_snapshot(*(snapshot(o) for o in optimizers))
 
 
