@@ -137,14 +137,12 @@ def render_plot(comparison: Comparison, path: str | os.PathLike[str]) -> None:
 
     names = list(by_label)
     sizes = [by_label[name][0]["state_bytes_per_param"] for name in names]
-    bars = memory.bar(range(len(names)), sizes, color=[colors[name] for name in names])
+    bars = memory.barh(range(len(names)), sizes, color=[colors[name] for name in names])
     memory.bar_label(bars, fmt="%.2f", padding=2)
-    memory.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
-    memory.tick_params(axis="x", labelrotation=20)
-    for tick in memory.get_xticklabels():
-        tick.set_horizontalalignment("right")
-    memory.set_ylim(0, 1.12 * max(sizes))
-    memory.set(ylabel="bytes per parameter")
+    memory.set_yticks(range(len(names)), [name.replace(" ", "\n") for name in names])
+    memory.invert_yaxis()
+    memory.set_xlim(0, 1.15 * max(sizes))
+    memory.set(xlabel="bytes per parameter")
     memory.set_title("optimizer state")
     partial = f"{path}.partial"
     figure.savefig(partial, dpi=130, format="png")
