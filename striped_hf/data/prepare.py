@@ -151,6 +151,24 @@ def gpt2_tokenizer() -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, tokenizer_type="gpt2", model_max_length=1024)
 
 
+def gpt2_encoding(otherwise: str = "") -> tuple[tiktoken.Encoding, PreTrainedTokenizerBase]:
+    """Load GPT-2's BPE from tiktoken, and make the Hugging Face tokenizer that belongs to it.
+
+    Args:
+        otherwise: What else the user may do where that fails, for the end of the message.
+
+    Raises:
+        UserError: If tiktoken has the vocabulary neither in its cache nor from the network.
+    """
+    try:
+        return tiktoken.get_encoding("gpt2"), gpt2_tokenizer()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            "tiktoken cannot load GPT-2's vocabulary: run once where there is a network, or set "
+            f"TIKTOKEN_CACHE_DIR to a cache filled there{otherwise} ({one_line(error)})"
+        ) from error
+
+
 def write_characters(
     output_dir: Path, text: str, source: Source, expected: tuple[int, int, int] | None = None
 ) -> None:
@@ -188,15 +206,7 @@ def write_gpt2_tokens(
     Arguments and errors as :func:`write_characters`; also UserError if tiktoken has the
     vocabulary neither in its cache nor from the network.
     """
-    try:
-        encoding = tiktoken.get_encoding("gpt2")
-        tokenizer = gpt2_tokenizer()
-    except (OSError, ValueError) as error:
-        raise UserError(
-            "tiktoken cannot load GPT-2's vocabulary: run once where there is a network, or set "
-            "TIKTOKEN_CACHE_DIR to a cache filled there, or pass --tokenizer with a local "
-            f"tokenizer's folder ({one_line(error)})"
-        ) from error
+    encoding, tokenizer = gpt2_encoding(", or pass --tokenizer with a local tokenizer's folder")
     cut = _cut(text)
     _write(
         output_dir,

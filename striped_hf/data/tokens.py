@@ -12,12 +12,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -62,23 +65,15 @@ def write_data_set(
         ValueError: If an array is not 1-D or not of integers, an id lies outside
             [0, vocab_size), a split is empty, or ``vocab_size`` does not fit uint32.
     """
-    if not 1 <= vocab_size <= 1 << 32:
-        raise ValueError(f"vocab_size={vocab_size}: must be between 1 and 2**32")
-    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    dtype = _dtype_for(vocab_size)
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=output_dir) as folder:
         partial = Path(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
         counts = {
             split: _write_bin(partial / f"{split}.bin", arrays, dtype, vocab_size)
             for split, arrays in splits.items()
         }
-        for path in filter(Path.is_file, sorted(partial.rglob("*"))):
-            target = output_dir / path.relative_to(partial)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target)
         meta = {
             "dtype": dtype,
             "vocab_size": vocab_size,
@@ -86,34 +81,190 @@ def write_data_set(
             "source": dict(source),
             "tokenizer": tokenizer_name,
         }
-        (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        (partial / "meta.json").replace(output_dir / "meta.json")
+        _move_into_place(partial, output_dir, meta, tokenizer)
     return meta
+
+
+class DataSetWriter:
+    """Writes a data set piece by piece; one that was stopped goes on after its last commit.
+
+    Until :meth:`finish` everything stands in ``DIR/.unfinished`` and older files stay as they were.
+    Use it as a context manager. It holds nothing in memory but the piece at hand.
+
+    Args:
+        output_dir: The folder, as in :func:`write_data_set`.
+        splits: The names of the splits.
+        vocab_size: As in :func:`write_data_set`.
+        job: What is being written, of JSON's types: a writer of another job does not go on here.
+
+    Attributes:
+        position: What the last :meth:`commit` said, None where nothing was committed yet.
+        counts: How many tokens each split has so far.
+
+    Raises:
+        ValueError: If the folder holds the beginning of another job, or one that is damaged, or
+            ``vocab_size`` does not fit uint32.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        splits: Sequence[str],
+        *,
+        vocab_size: int,
+        job: Mapping[str, Any],
+    ) -> None:
+        self._output_dir = Path(output_dir)
+        self._folder = self._output_dir / ".unfinished"
+        self._progress = self._folder / "progress.json"
+        self._vocab_size, self._dtype = vocab_size, _dtype_for(vocab_size)
+        self._job = {**job, "vocab_size": vocab_size}
+        self.position: Any = None
+        self.counts = dict.fromkeys(splits, 0)
+        if self._progress.exists():
+            self._take_up()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._files: dict[str, IO[bytes]] = {}
+        with ExitStack() as stack:
+            for split, count in self.counts.items():
+                file = stack.enter_context((self._folder / f"{split}.bin").open("ab"))
+                file.truncate(count * _DTYPES[self._dtype].itemsize)  # what came after the commit
+                self._files[split] = file
+            self._open_files = stack.pop_all()
+
+    def _take_up(self) -> None:
+        progress = json.loads(self._progress.read_text(encoding="utf-8"))
+        mend = f"delete {self._folder} to begin anew, or pass another output_dir"
+        if progress["job"] != self._job:
+            raise ValueError(
+                f"{self._folder} holds the beginning of another data set ({progress['job']}, and "
+                f"now {self._job}): {mend}"
+            )
+        for split, count in progress["tokens"].items():
+            path = self._folder / f"{split}.bin"
+            size = path.stat().st_size if path.is_file() else 0
+            if size < count * _DTYPES[self._dtype].itemsize:
+                raise ValueError(f"{path} is shorter than {count:,} tokens: {mend}")
+        self.counts, self.position = progress["tokens"], progress["position"]
+
+    def __enter__(self) -> DataSetWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._open_files.close()
+
+    def append(self, split: str, ids: np.ndarray) -> None:
+        """Write a split's next tokens, a 1-D integer array; ValueError for any other."""
+        file = self._files[split]
+        self.counts[split] += _write_ids(file, ids, self._dtype, self._vocab_size, f"{split}.bin")
+
+    def commit(self, position: Any) -> None:
+        """Make what was written so far survive a kill or a loss of power.
+
+        Args:
+            position: Where the source is to be read on, of JSON's types.
+        """
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        progress = {"job": self._job, "position": position, "tokens": self.counts}
+        partial = self._folder / "progress.json.partial"
+        with partial.open("wb") as file:
+            file.write(json.dumps(progress).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self._progress)
+        self.position = position
+
+    def finish(
+        self,
+        *,
+        source: Mapping[str, str | None],
+        tokenizer_name: str,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> dict[str, Any]:
+        """Move the data set into place; arguments and what is returned as :func:`write_data_set`.
+
+        Raises:
+            ValueError: If a split is empty.
+        """
+        for split, count in self.counts.items():
+            _refuse_empty(count, f"{split}.bin")
+        self._open_files.close()
+        meta = {
+            "dtype": self._dtype,
+            "vocab_size": self._vocab_size,
+            "tokens": self.counts,
+            "source": dict(source),
+            "tokenizer": tokenizer_name,
+        }
+        self._progress.unlink(missing_ok=True)
+        _move_into_place(self._folder, self._output_dir, meta, tokenizer)
+        shutil.rmtree(self._folder)
+        return meta
+
+
+def _dtype_for(vocab_size: int) -> str:
+    if not 1 <= vocab_size <= 1 << 32:
+        raise ValueError(f"vocab_size={vocab_size}: must be between 1 and 2**32")
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def _write_bin(
     path: Path, arrays: np.ndarray | Iterable[np.ndarray], dtype: str, vocab_size: int
 ) -> int:
     """Write token arrays one after another; return how many tokens they were."""
-    count = 0
     with path.open("wb") as file:
-        for array in [arrays] if isinstance(arrays, np.ndarray) else arrays:
-            ids = np.asarray(array)
-            if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-                raise ValueError(
-                    f"{path.name}: tokens must be 1-D integer arrays, not {ids.dtype} of shape "
-                    f"{ids.shape}; pass np.array(ids) or an iterable of such arrays"
-                )
-            if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
-                raise ValueError(
-                    f"{path.name}: token ids run from {ids.min()} to {ids.max()}, outside "
-                    f"[0, vocab_size={vocab_size}); pass the tokenizer's whole vocabulary size"
-                )
-            ids.astype(_DTYPES[dtype]).tofile(file)
-            count += ids.size
-    if count == 0:
-        raise ValueError(f"{path.name}: no tokens for this split; the source text is too short")
+        count = sum(
+            _write_ids(file, ids, dtype, vocab_size, path.name)
+            for ids in ([arrays] if isinstance(arrays, np.ndarray) else arrays)
+        )
+    _refuse_empty(count, path.name)
     return count
+
+
+def _write_ids(file: IO[bytes], array: np.ndarray, dtype: str, vocab_size: int, name: str) -> int:
+    """Check and write one array of tokens; return how many they were."""
+    ids = np.asarray(array)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ValueError(
+            f"{name}: tokens must be 1-D integer arrays, not {ids.dtype} of shape "
+            f"{ids.shape}; pass np.array(ids) or an iterable of such arrays"
+        )
+    if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
+        raise ValueError(
+            f"{name}: token ids run from {ids.min()} to {ids.max()}, outside "
+            f"[0, vocab_size={vocab_size}); pass the tokenizer's whole vocabulary size"
+        )
+    ids.astype(_DTYPES[dtype], copy=False).tofile(file)
+    return ids.size
+
+
+def _refuse_empty(count: int, name: str) -> None:
+    if count == 0:
+        raise ValueError(f"{name}: no tokens for this split; the source text is too short")
+
+
+def _move_into_place(
+    partial: Path,
+    output_dir: Path,
+    meta: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """Move all files from one folder to another, with the tokenizer's and, last, ``meta.json``."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
+    for path in filter(Path.is_file, sorted(partial.rglob("*"))):
+        target = output_dir / path.relative_to(partial)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
+    (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    (partial / "meta.json").replace(output_dir / "meta.json")
 
 
 @dataclass(frozen=True, eq=False)

@@ -100,6 +100,50 @@ def test_real_corpus_by_a_models_tokenizer(run_here, test_data, corpus, tmp_path
     assert own("The king.\n")["input_ids"] == given("The king.\n")["input_ids"]
 
 
+@pytest.fixture
+def documents(test_data, tmp_path, monkeypatch):
+    """Some documents as JSON lines, and a cache for `datasets`."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(test_data / "tiktoken_cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    path = tmp_path / "openwebtext" / "train.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps({"text": f"Number {i}."}) + "\n" for i in range(2001)))
+    return path
+
+
+def test_openwebtext_from_files(run_here, documents, tmp_path):
+    out = run_here("openwebtext.py", "--data_files", documents, "--num_proc", 2).out
+    counts = [" ".join(line.split()) for line in out.splitlines()]
+    train, val = (open_split(tmp_path / "data" / "openwebtext", s) for s in ("train", "val"))
+    assert train.meta["source"] == {"name": "train.jsonl", "url": None, "sha256": None}
+    assert counts[1:] == [
+        *("documents 2,001", f"train tokens {len(train):,}", f"val tokens {len(val)}")
+    ]
+    end = train.vocab_size - 1
+    assert ((train.tokens == end).sum(), (val.tokens == end).sum()) == (1999, 2)
+
+
+def test_openwebtext_counts_beside_those_expected(run_here, documents):
+    run_here("openwebtext.py", "--num_proc", 0, fails="--num_proc 0: pass at least 1")
+    # a folder of this name in the working directory stands for the hub's
+    run_here("openwebtext.py", "--num_proc", 1, fails="counts are not those known")
+    assert json.loads((documents.parents[1] / "data/openwebtext/meta.json").read_text())["source"][
+        "url"
+    ].endswith("/openwebtext")
+
+
+@pytest.mark.slow
+def test_openwebtext_without_network_is_one_line(run_script, tmp_path):
+    done = run_script(
+        "data_scripts/openwebtext.py", cwd=tmp_path, status=1, HF_HOME=str(tmp_path / "hf")
+    )
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("openwebtext.py: error: cannot load openwebtext: pass the name")
+    assert "--data_files FILE" in last
+    assert not (tmp_path / "data").exists()
+
+
 @pytest.mark.slow
 def test_no_network_ends_a_process_with_one_line(run_script, tmp_path):
     done = run_script("data_scripts/shakespeare_char.py", cwd=tmp_path, status=1)

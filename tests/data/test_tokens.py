@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 
-from striped_hf.data import open_split, write_data_set
+from striped_hf.data import DataSetWriter, open_split, write_data_set
 
 SOURCE = {"name": "numbers", "url": None, "sha256": "0" * 64}
 
@@ -90,6 +90,50 @@ def test_failed_write_leaves_the_older_data_as_it_was(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     write(tmp_path, np.array([7]))
     np.testing.assert_array_equal(open_split(tmp_path, "train").tokens, [7])
+
+
+def writer(folder, vocab_size=300, job="numbers"):
+    return DataSetWriter(folder, ("train", "val"), vocab_size=vocab_size, job={"of": job})
+
+
+def test_piecewise_writer_goes_on_after_its_last_commit(tmp_path):
+    write(tmp_path, np.array([9]))
+    before = (tmp_path / "train.bin").read_bytes()
+    with writer(tmp_path) as first:
+        assert first.position is None
+        first.append("train", np.array([1, 258]))
+        first.append("val", np.array([7], dtype=np.uint16))
+        first.commit({"row": 2})
+        first.append("train", np.array([3, 4, 5]))  # not committed
+    with writer(tmp_path) as second:
+        assert (second.position, second.counts) == ({"row": 2}, {"train": 2, "val": 1})
+        second.append("train", np.array([6]))
+        second.commit({"row": 3})
+        assert (tmp_path / "train.bin").read_bytes() == before
+        meta = second.finish(source=SOURCE, tokenizer_name="none")
+    assert meta["tokens"] == {"train": 3, "val": 1}
+    assert open_split(tmp_path, "train").tokens.tolist() == [1, 258, 6]
+    assert open_split(tmp_path, "val").meta == meta
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_piecewise_writer_rejects(tmp_path):
+    with writer(tmp_path) as first:
+        with pytest.raises(ValueError, match=r"train\.bin: token ids run from 300"):
+            first.append("train", np.array([300]))
+        first.append("train", np.array([1, 2]))
+        first.commit(1)
+        with pytest.raises(ValueError, match=r"val\.bin: no tokens"):
+            first.finish(source=SOURCE, tokenizer_name="none")
+    for other in ({"job": "letters"}, {"vocab_size": 301}):
+        with pytest.raises(ValueError, match=r"beginning of another data set.*delete .*unfinished"):
+            writer(tmp_path, **other)
+    (tmp_path / ".unfinished" / "train.bin").write_bytes(b"abc")
+    with pytest.raises(ValueError, match=r"shorter than 2 tokens: delete"):
+        writer(tmp_path)
+    with pytest.raises(ValueError, match="vocab_size=0"):
+        writer(tmp_path / "new", vocab_size=0)
+    assert not (tmp_path / "new").exists()
 
 
 def test_nanogpt_folder_without_meta(tmp_path, caplog):

@@ -1,0 +1,89 @@
+"""OpenWebText in GPT-2's BPE: 8,013,769 documents, 9,035,582,198 train and 4,434,897 val tokens.
+
+    python data_scripts/openwebtext.py                               # network; 54 GB on disk
+    python data_scripts/openwebtext.py --data_files part-*.parquet   # or .jsonl, or .txt
+    python data_scripts/openwebtext.py --dataset_name HuggingFaceFW/fineweb-edu \\
+        --dataset_config_name sample-10BT --output_dir data/fineweb_edu
+
+Any data set of `datasets.load_dataset` with a column "text" of strings; of text files, each
+paragraph is a document. Every document is followed by an end-of-text token, and 0.05 % of them,
+chosen by a fixed seed as nanoGPT's data/openwebtext/prepare.py chooses them, are the val split.
+Writes data/openwebtext: train.bin and val.bin (uint16, 18 GB), meta.json and the tokenizer. Stopped
+and started again with the same arguments it goes on where it was. GPT-2's BPE is tiktoken's, which
+downloads its vocabulary once; set TIKTOKEN_CACHE_DIR to a folder that has it to work without
+network.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from striped_hf.cli import UserError, run
+from striped_hf.data.documents import load_documents, write_documents
+
+NAME = "openwebtext"
+EXPECTED = (8_013_769, 9_035_582_198, 4_434_897)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dataset_name", metavar="NAME", default=NAME, help="on the hub (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dataset_config_name", metavar="NAME", help="its configuration, where it has several"
+    )
+    parser.add_argument(
+        "--data_files",
+        nargs="+",
+        metavar="FILE",
+        help="parquet, JSON lines or text to use in place of the hub's",
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        metavar="DIR",
+        default=Path("data", NAME),
+        help="where train.bin, val.bin, meta.json and the tokenizer go (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--num_proc",
+        type=int,
+        metavar="N",
+        default=os.cpu_count(),
+        help="processes that encode (default: %(default)s, one a core)",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.num_proc < 1:
+        raise UserError(f"--num_proc {args.num_proc}: pass at least 1")
+    documents = load_documents(args.dataset_name, args.dataset_config_name, args.data_files)
+    name = args.dataset_name
+    if args.dataset_config_name:
+        name += f", {args.dataset_config_name}"
+    source = {"name": name, "url": f"https://huggingface.co/datasets/{args.dataset_name}"}
+    if args.data_files:
+        source = {"name": " ".join(Path(f).name for f in args.data_files), "url": None}
+    meta = write_documents(args.output_dir, documents, source | {"sha256": None}, args.num_proc)
+
+    counts = (len(documents), meta["tokens"]["train"], meta["tokens"]["val"])
+    known = EXPECTED if name == NAME and not args.data_files else None
+    print(f"{args.output_dir}: {source['name']} as gpt2")
+    for what, count, expected in zip(
+        ("documents", "train tokens", "val tokens"), counts, known or (None,) * 3, strict=True
+    ):
+        print(f"{what:>12} {count:>13,}" + (f"  expected {expected:>13,}" if expected else ""))
+    if known and counts != known:
+        raise UserError(
+            f"{args.output_dir} is whole, but its counts are not those known for OpenWebText: the "
+            "hub's copy is another than the one that nanoGPT's figures are of"
+        )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,232 @@
+"""Documents to tokens: GPT-2's BPE over a data set of texts, in parallel processes, in a stream."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import tiktoken
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from striped_hf.cli import UserError, one_line
+from striped_hf.data.prepare import Source, gpt2_encoding
+from striped_hf.data.tokens import DataSetWriter
+
+Position = dict[str, int]  # of what is to be read next: file, record batch in it, row of the whole
+
+# nanoGPT's, so that the counts are those that are known
+_VAL_FRACTION, _SEED = 0.0005, 2357
+_TEXT = "text"  # the column's name
+# a text file's documents are its paragraphs: what blank lines part
+_BUILDERS: dict[str, tuple[str, dict[str, str]]] = {
+    ".parquet": ("parquet", {}),
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".txt": ("text", {"sample_by": "paragraph"}),
+}
+
+
+def load_documents(
+    name: str, config: str | None = None, data_files: Sequence[str] | None = None
+) -> datasets.Dataset:
+    """Load a data set of texts, from the hub or from files, into the cache of ``datasets``.
+
+    Args:
+        name: Its name on the hub, or a folder that ``datasets.load_dataset`` takes.
+        config: Which of its configurations, where it has several.
+        data_files: Files to read in its place, all parquet, all JSON lines or all text.
+
+    Returns:
+        Its train split; it has a column "text" of strings.
+
+    Raises:
+        UserError: If it cannot be loaded, has no such column, or too few documents to be split.
+    """
+    try:
+        if data_files:
+            builder, options = _builder(data_files)
+            files = list(data_files)
+            documents = datasets.load_dataset(builder, data_files=files, split="train", **options)
+        else:
+            documents = datasets.load_dataset(name, config, split="train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"cannot load {' '.join(data_files or [name])}: pass the name of a data set on the hub "
+            "where there is a network, or parquet, JSON lines or text with --data_files FILE... "
+            f"({one_line(error)})"
+        ) from error
+    column = documents.features.get(_TEXT)
+    if getattr(column, "dtype", None) not in ("string", "large_string"):
+        raise UserError(
+            f"the data set's columns are {', '.join(documents.column_names)}: pass one with a "
+            f"column {_TEXT!r} of strings"
+        )
+    if len(documents) < 2:
+        raise UserError(f"the data set has {len(documents)} documents: too few to be split in two")
+    return documents
+
+
+def _builder(data_files: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """Choose what reads the files by their names, compressed ones (.jsonl.gz) too."""
+    kinds = {
+        next((s for s in Path(file).suffixes[-2:] if s in _BUILDERS), None) for file in data_files
+    }
+    if len(kinds) != 1 or (kind := kinds.pop()) is None:
+        raise UserError(
+            f"--data_files {' '.join(data_files)}: pass files of one kind, by the ends of their "
+            f"names: {', '.join(_BUILDERS)}"
+        )
+    return _BUILDERS[kind]
+
+
+def val_rows(num_documents: int) -> NDArray[np.int64]:
+    """Choose the documents of the val split.
+
+    They are those that ``train_test_split(test_size=0.0005, seed=2357)`` of ``datasets`` gives
+    nanoGPT, without its index of all documents.
+
+    Returns:
+        Their places in the data set, in order.
+    """
+    permutation = np.random.default_rng(_SEED).permutation(num_documents)
+    return np.sort(permutation[: math.ceil(_VAL_FRACTION * num_documents)])
+
+
+def write_documents(
+    output_dir: Path, documents: datasets.Dataset, source: Source, num_proc: int
+) -> dict[str, Any]:
+    """Write a data set's documents as GPT-2 tokens, an end-of-text token after each.
+
+    The documents of either split stay in their order. This process reads and writes, the others
+    encode; a few pieces of 1,000 documents are in memory at a time. A run that was stopped, in
+    whatever way, goes on where it was when it is started again with the same data.
+
+    Args:
+        output_dir: The data set's folder.
+        documents: From :func:`load_documents`.
+        source: Where they come from.
+        num_proc: How many processes encode.
+
+    Returns:
+        What ``meta.json`` holds.
+
+    Raises:
+        UserError: If ``output_dir`` holds the beginning of another data set, a document has no
+            text, or tiktoken cannot load its vocabulary.
+    """
+    encoding, tokenizer = gpt2_encoding()
+    val = val_rows(len(documents))
+    files = [Path(file["filename"]) for file in documents.cache_files]
+    job = {
+        "source": dict(source),
+        "documents": len(documents),
+        "files": [[path.name, path.stat().st_size] for path in files],
+    }
+    try:
+        writer = DataSetWriter(output_dir, ("train", "val"), vocab_size=encoding.n_vocab, job=job)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    begin = writer.position or {"file": 0, "batch": 0, "row": 0}
+    with writer, _Encoders(num_proc) as encoders:
+        progress = tqdm(total=len(documents), initial=begin["row"], unit=" documents")
+        with progress:
+            for position, tokens in encoders.encode(_read(files, begin), val):
+                for split, ids in tokens.items():
+                    writer.append(split, ids)
+                writer.commit(position)
+                progress.update(position["row"] - progress.n)
+        return writer.finish(source=source, tokenizer_name="gpt2", tokenizer=tokenizer)
+
+
+def _read(files: Sequence[Path], begin: Position) -> Iterator[tuple[int, list[str], Position]]:
+    """Yield the record batches: the first row's number, the texts, and the position after them."""
+    row = begin["row"]
+    for number in range(begin["file"], len(files)):
+        # read, not mapped as `datasets` does: mapped pages would count as this process's memory
+        with pa.OSFile(str(files[number])) as file, pa.ipc.open_stream(file) as batches:
+            for index, batch in enumerate(batches):
+                if number == begin["file"] and index < begin["batch"]:
+                    continue
+                texts = batch.column(_TEXT)
+                if texts.null_count:
+                    empty = row + texts.is_null().index(True).as_py()
+                    raise UserError(
+                        f"document {empty:,} (from 0) of the data set has no text: leave such "
+                        "documents out, and pass the rest with --data_files FILE..."
+                    )
+                after = row + len(texts)
+                yield row, texts.to_pylist(), {"file": number, "batch": index + 1, "row": after}
+                row = after
+
+
+class _Encoders:
+    """Processes that encode, a few pieces at a time."""
+
+    def __init__(self, num_proc: int) -> None:
+        # forked where that is possible: striped_hf's imports take seconds and memory in each
+        forks = "fork" in multiprocessing.get_all_start_methods()
+        self._pool = ProcessPoolExecutor(
+            num_proc,
+            mp_context=multiprocessing.get_context("fork" if forks else "spawn"),
+            initializer=_end_with_parent,
+        )
+        self._limit = 2 * num_proc  # pieces under way: each process has one more to go on with
+
+    def __enter__(self) -> _Encoders:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def encode(
+        self, pieces: Iterator[tuple[int, list[str], Position]], val: NDArray[np.int64]
+    ) -> Iterator[tuple[Position, dict[str, NDArray[np.uint16]]]]:
+        """Yield each piece's position and tokens, in order."""
+        under_way: deque[tuple[Position, Future[dict[str, NDArray[np.uint16]]]]] = deque()
+        for row, texts, position in pieces:
+            first, last = np.searchsorted(val, (row, row + len(texts)))
+            under_way.append((position, self._pool.submit(_encode, texts, val[first:last] - row)))
+            if len(under_way) >= self._limit:
+                position, future = under_way.popleft()
+                yield position, future.result()
+        for position, future in under_way:
+            yield position, future.result()
+
+
+def _end_with_parent() -> None:
+    """Have this process end when the one that reads and writes was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that reads and writes
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _encode(texts: list[str], val: NDArray[np.int64]) -> dict[str, NDArray[np.uint16]]:
+    """Encode some documents; ``val`` are the places of those that belong to the val split."""
+    encoding = tiktoken.get_encoding("gpt2")
+    end = np.array([encoding.eot_token], dtype=np.uint32)
+    arrays: dict[str, list[NDArray[np.uint32]]] = {"train": [], "val": []}
+    chosen = set(val.tolist())
+    for place, text in enumerate(texts):
+        # nothing is special: a document that spells <|endoftext|> does not end there
+        ids = encoding.encode_to_numpy(text, disallowed_special=())
+        arrays["val" if place in chosen else "train"] += [ids, end]
+    return {split: np.concatenate(some).astype(np.uint16) for split, some in arrays.items() if some}

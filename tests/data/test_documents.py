@@ -1,0 +1,210 @@
+"""Documents to tokens: against a plain loop, after kills, in flat memory, and what is refused."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import datasets
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiktoken
+import torch
+from transformers import AutoTokenizer
+
+from striped_hf.cli import UserError
+from striped_hf.data import open_split
+from striped_hf.data.documents import load_documents, val_rows, write_documents
+from striped_hf.measuring import return_freed_memory, temporary_bytes
+
+SOURCE = {"name": "documents", "url": None, "sha256": None}
+ODD = [
+    "",
+    " ",
+    "Twice two.",
+    "a<|endoftext|>b",
+    "\r\n\n  \t",
+    "\u4f60\u597d \U0001f600",
+    "x" * 3000,
+]
+
+
+@pytest.fixture(autouse=True)
+def caches(test_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(test_data / "tiktoken_cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def novels(test_data, tmp_path):
+    """The first 4,000 documents, 33 MB: four pieces."""
+    texts = pq.read_table(test_data / "novels" / "train.parquet", columns=["text"])[:4000]
+    pq.write_table(texts, tmp_path / "novels.parquet")
+    return tmp_path / "novels.parquet"
+
+
+def load(*paths):
+    return load_documents("", data_files=[str(path) for path in paths])
+
+
+def plain(texts, rows):
+    """The tokens of some documents, as an obvious loop makes them."""
+    encoding = tiktoken.get_encoding("gpt2")
+    return [i for row in rows for i in [*encoding.encode_ordinary(texts[row]), encoding.eot_token]]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_equals_the_plain_loop(tmp_path, ending):
+    texts = [f"{ODD[i % len(ODD)]} {i}" if i % 3 else ODD[i % len(ODD)] for i in range(2300)]
+    path = tmp_path / f"texts.{ending}"
+    if ending == "jsonl":
+        path.write_text("".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts))
+    else:
+        pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), path)
+    documents = load(path)
+    meta = write_documents(tmp_path / "data", documents, SOURCE, num_proc=2)
+    val = val_rows(len(texts)).tolist()
+    assert len(val) == 2
+    train = [row for row in range(len(texts)) if row not in val]
+    for name, rows in (("train", train), ("val", val)):
+        assert open_split(tmp_path / "data", name).tokens.tolist() == plain(texts, rows)
+    assert meta["source"] == SOURCE
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "data")) == meta["vocab_size"] == 50_257
+    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [
+        *("meta.json", "tokenizer.json", "tokenizer_config.json", "train.bin", "val.bin")
+    ]
+
+
+@pytest.mark.parametrize("count", [2, 1999, 2001, 80_137])
+def test_val_documents_are_nanogpts(count):
+    rows = datasets.Dataset.from_dict({"row": range(count)})
+    split = rows.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    assert val_rows(count).tolist() == sorted(split["test"]["row"])
+
+
+def test_several_files_and_paragraphs(tmp_path):
+    (tmp_path / "a.txt").write_text("One\nline.\n\nTwo.\n")
+    (tmp_path / "b.txt").write_text("Three.")
+    documents = load(tmp_path / "a.txt", tmp_path / "b.txt")
+    assert [text.strip() for text in documents["text"]] == ["One\nline.", "Two.", "Three."]
+    meta = write_documents(tmp_path / "data", documents, SOURCE, num_proc=1)
+    assert sum(meta["tokens"].values()) == len(plain(documents["text"], range(3)))
+
+
+def work(folder, documents, num_proc):
+    write_documents(folder, documents, SOURCE, num_proc)
+
+
+def begin(folder, documents, num_proc=2):
+    """Starts a run in a process of its own; returns it once it has committed something."""
+    process = multiprocessing.get_context("fork").Process(
+        target=work, args=(folder, documents, num_proc)
+    )
+    process.start()
+    progress = folder / ".unfinished" / "progress.json"
+    deadline = time.monotonic() + 60
+    before = progress.stat().st_ino if progress.exists() else None
+    while not progress.exists() or progress.stat().st_ino == before:
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return process
+
+
+def committed(folder):
+    return json.loads((folder / ".unfinished" / "progress.json").read_text())
+
+
+@pytest.mark.slow
+def test_killed_runs_go_on_where_they_were(novels, tmp_path):
+    documents = load(novels)
+    folder = tmp_path / "data"
+    row, first = 0, None
+    for _ in range(2):
+        process = begin(folder, documents)
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) == 2
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        # what encoded for it ends too
+        assert psutil.wait_procs(children, timeout=10)[1] == []
+        assert committed(folder)["position"]["row"] > row
+        row = committed(folder)["position"]["row"]
+        inode = (folder / ".unfinished" / "train.bin").stat().st_ino
+        first = first or inode
+        assert inode == first
+        # and something was written that is not committed
+        with (folder / ".unfinished" / "train.bin").open("ab") as file:
+            file.write(b"abc")
+    assert not (folder / "meta.json").exists()
+    write_documents(folder, documents, SOURCE, num_proc=1)
+    assert (folder / "train.bin").stat().st_ino == first
+    assert not (folder / ".unfinished").exists()
+    write_documents(tmp_path / "again", documents, SOURCE, num_proc=2)
+    for name in ("train.bin", "val.bin"):
+        assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_memory_is_flat(novels, tmp_path):
+    """Four times the data, 17 MB of text in place of 4, in the memory of once the data."""
+    fork = multiprocessing.get_context("fork")
+    texts = pq.read_table(novels)[:500]
+    results = fork.SimpleQueue()
+
+    def measure(documents, folder):
+        return_freed_memory()
+        cpu = torch.device("cpu")
+        results.put(temporary_bytes(cpu, lambda: work(folder, documents, num_proc=1)))
+
+    peaks = []
+    for repeat in (1, 4):
+        path = tmp_path / f"{repeat}.parquet"
+        with pq.ParquetWriter(path, texts.schema) as writer:
+            for _ in range(repeat):
+                writer.write_table(texts)
+        process = fork.Process(target=measure, args=(load(path), tmp_path / f"data{repeat}"))
+        process.start()
+        peaks.append(results.get() / 2**20)
+        process.join()
+    assert peaks[1] < peaks[0] + 5, peaks
+
+
+def test_another_data_set_does_not_go_on_there(novels, test_data, tmp_path):
+    process = begin(tmp_path / "data", load(novels))
+    process.kill()
+    process.join()
+    other = load(test_data / "novels" / "val.parquet")
+    with pytest.raises(UserError, match=r"beginning of another data set .*delete .*\.unfinished"):
+        write_documents(tmp_path / "data", other, SOURCE, num_proc=1)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.jsonl": '{"content": "x"}\n' * 9}, "columns are content: pass one with a column"),
+        ({"a.jsonl": '{"text": 5}\n' * 9}, "'text' of strings"),
+        ({"a.jsonl": '{"text": "x"}\n'}, "1 documents: too few"),
+        ({"a.jsonl": '{"text": \n' * 9}, r"cannot load .*a\.jsonl"),
+        ({"a.jsonl": "", "b.txt": "x"}, r"files of one kind.*\.parquet, \.jsonl"),
+        ({"a.csv": "text\nx\n"}, "files of one kind"),
+        ({}, r"cannot load .*no\.parquet: pass .* --data_files"),
+    ],
+)
+def test_unusable_data_is_refused(tmp_path, files, message):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load(*(tmp_path / name for name in files or ["no.parquet"]))
+    assert "\n" not in str(caught.value)
+
+
+def test_document_without_text_is_named(tmp_path):
+    texts = ["x"] * 1500
+    texts[1234] = None
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="document 1,234 "):
+        write_documents(tmp_path / "data", load(tmp_path / "a.parquet"), SOURCE, num_proc=1)
