@@ -192,9 +192,16 @@ def _roots(
 ) -> tuple[Tensor, Tensor]:
     """Returns a and c of stacked stripes, [n, ..., R, bc] and [n, ..., br, C], of a step."""
     row = row.unflatten(-2, (entry.blocks[0], -1))
-    a = (row / mean_divisor(row.mean(-2, keepdim=True))).sqrt_().flatten(-3, -2)
+    a = sqrt(row / mean_divisor(row.mean(-2, keepdim=True))).flatten(-3, -2)
     # apart from a, because row * col underflows where g is near 1e-12
-    return a, (col / (1 - settings.beta2**step)).sqrt_()
+    return a, sqrt(col / (1 - settings.beta2**step))
+
+
+def sqrt(x: Tensor) -> Tensor:
+    """Returns the correctly rounded root of float32 values."""
+    # torch's own may be off by one on a CPU, depending on where in the array a value stands: bits
+    # would depend on how a parameter is sharded
+    return x.double().sqrt_().float()
 
 
 def mean_divisor(mean: Tensor) -> Tensor:

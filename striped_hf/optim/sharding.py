@@ -30,7 +30,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from striped_hf.optim import momentum, state
-from striped_hf.optim.reference import Entry, Index, Roots, Settings, mean_divisor
+from striped_hf.optim.reference import Entry, Index, Roots, Settings, mean_divisor, sqrt
 from striped_hf.optim.state import Blocks, State
 
 Placements = tuple[Placement, ...]
@@ -318,10 +318,10 @@ def step(tables: list[Table]) -> None:
         return
     settings = [settings for _, settings, table in tables for _ in table]
     sums = [pair for backend, _, table in tables for pair in _sums(backend, table)]
-    roots = _stripes(matrices, settings, sums)
+    roots = iter(_stripes(matrices, settings, sums))
     for backend, group_settings, table in tables:
         entries = [entry for matrix in table for entry in matrix.entries]
-        backend.update(entries, [roots.pop(0) for _ in entries], group_settings)
+        backend.update(entries, [next(roots) for _ in entries], group_settings)
     for matrix in matrices:
         _return_rows(matrix)
 
@@ -382,8 +382,7 @@ def _stripes(
         for matrix, s, late in zip(matrices, settings, lagged, strict=True)
     ]
     c = torch._foreach_div([before[1] for before in old], corrections)
-    torch._foreach_sqrt_(c)
-    return _roots_of_entries(matrices, divided, divisors, list(c))
+    return _roots_of_entries(matrices, divided, divisors, _sqrt(list(c)))
 
 
 def _average(
@@ -440,16 +439,21 @@ def _roots_of_entries(
         for piece in matrix.layout.pieces:
             views += row[piece.index].unbind(-1)
             of_views += of_matrix[matrix_index(piece)].unbind(-1)
-    a = list(torch._foreach_div(views, of_views)) if views else []
-    if a:
-        torch._foreach_sqrt_(a)
+    a = iter(_sqrt(list(torch._foreach_div(views, of_views))) if views else ())
     roots: list[Roots | None] = []
     for matrix, of_columns in zip(matrices, c, strict=True):
         for piece in matrix.layout.pieces:
-            blocks = [a.pop(0) for _ in range(matrix.blocks[1])]
+            blocks = [next(a) for _ in range(matrix.blocks[1])]
             of_rows = torch.stack(blocks, -1) if len(blocks) > 1 else blocks[0].unsqueeze(-1)
             roots.append((of_rows, of_columns[piece.col_index]))
     return roots
+
+
+def _sqrt(tensors: list[Tensor]) -> list[Tensor]:
+    """``reference.sqrt`` of many tensors."""
+    flat = sqrt(torch.cat([x.flatten() for x in tensors]))
+    parts = flat.split([x.numel() for x in tensors])
+    return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
 
 
 def _add_up(tensors: list[Tensor], dims: list[list[MeshDimension]]) -> list[Tensor]:
