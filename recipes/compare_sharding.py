@@ -1,0 +1,199 @@
+"""Compare StripedAdamW's steps on sharded parameters with those of one process.
+
+    python recipes/compare_sharding.py     # 2, 3 and 4 processes on this machine, two minutes
+
+Every process holds its shards of some parameters and, beside them, all of the same parameters
+whole. Both get the same gradients for 50 steps; then the largest differences are noted, for each
+momentum format, backend and way of sharding. The results go to
+recipes/results/sharding_cpu.json, which the README's table is rendered from.
+"""
+
+import argparse
+import math
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from tqdm import tqdm
+
+from striped_hf.optim import StripedAdamW
+from striped_hf.optim.momentum import MOMENTUM_DTYPES
+from striped_hf.results import environment, markdown_table, write_json
+
+RESULTS = "recipes/results/sharding_cpu.json"
+MESHES = {2: (2,), 3: (3,), 4: (2, 2)}  # by the number of processes
+BACKENDS = ("reference", "cpu")
+ROWS, COLUMNS = (Shard(0),), (Shard(1),)
+
+
+class Case(NamedTuple):
+    """One way of sharding, and what is sharded so: shapes with their blocks."""
+
+    name: str
+    placements: tuple[Placement, ...]
+    parameters: tuple[tuple[tuple[int, ...], tuple[int, int]], ...]
+    exact: bool = False  # whether all sums are exact in float32
+
+
+CASES = (
+    Case("rows, evenly", ROWS, (((48, 64), (1, 1)), ((12, 260), (1, 1)))),
+    Case("rows, unevenly", ROWS, (((7, 300), (1, 1)), ((97, 130), (1, 1)), ((50257, 4), (1, 1)))),
+    Case("rows, fewer than processes", ROWS, (((1, 6), (1, 1)),)),
+    Case("rows, a border inside a block", ROWS, (((30, 260), (3, 1)), ((10, 300), (5, 3)))),
+    Case("columns", COLUMNS, (((40, 768), (1, 1)),)),
+    Case("columns, a border inside codes", COLUMNS, (((40, 300), (1, 1)), ((9, 300), (1, 3)))),
+    Case("stacked matrices", ROWS, (((5, 6, 130), (2, 1)),)),
+    Case("vectors", ROWS, (((97,), (1, 1)), ((1,), (1, 1)))),
+    Case("rows, exact sums", ROWS, (((64, 32), (1, 1)), ((16, 256), (2, 2))), exact=True),
+    Case("rows and columns", (Shard(0), Shard(1)), (((97, 300), (1, 1)), ((30, 512), (1, 1)))),
+    Case("rows, in replicas", (Replicate(), Shard(0)), (((97, 130), (1, 1)), ((7, 300), (1, 1)))),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", type=int, nargs="+", default=list(MESHES), choices=MESHES)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--output", default=RESULTS, help="the results file")
+    args = parser.parse_args()
+    rows: list[dict] = []
+    for processes in args.processes:
+        print(f"== {processes} processes")
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(work, (processes, args.steps, folder), nprocs=processes)
+            rows += torch.load(Path(folder, "rows.pt"), weights_only=True)
+    results = {"environment": environment("cpu"), "steps": args.steps, "comparisons": rows}
+    write_json(args.output, results)
+    print(render(results))
+
+
+def work(rank: int, processes: int, steps: int, folder: str) -> None:
+    """What each process does; the first one leaves the differences in ``folder``."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=processes,
+        timeout=timedelta(minutes=5),
+    )
+    mesh = init_device_mesh("cpu", MESHES[processes])
+    cases = [case for case in CASES if len(case.placements) == mesh.ndim]
+    rows = []
+    runs = [(dtype, backend) for dtype in MOMENTUM_DTYPES for backend in BACKENDS]
+    for momentum_dtype, backend in tqdm(runs, disable=rank > 0):
+        for case in cases:
+            differences = compare(case, mesh, momentum_dtype, backend, steps)
+            kind = {"sharding": case.name, "exact": case.exact, "processes": processes}
+            rows.append({**kind, "momentum": momentum_dtype, "backend": backend, **differences})
+    if rank == 0:
+        torch.save(rows, Path(folder, "rows.pt"))
+    dist.destroy_process_group()
+
+
+def compare(
+    case: Case, mesh: DeviceMesh, momentum_dtype: str, backend: str, steps: int
+) -> dict[str, float]:
+    """Steps a case's parameters whole and sharded; returns the largest differences.
+
+    Returns:
+        ``parameters``: of any two elements, relative to the parameter's largest; ``stripes``:
+        relative to each other; ``codes``: the share of momentum codes that differ.
+    """
+    generator = torch.Generator().manual_seed(1)
+    whole = [nn.Parameter(torch.randn(shape, generator=generator)) for shape, _ in case.parameters]
+    sharded = []
+    for p in whole:
+        placements = [Replicate() if too_flat(p, each) else each for each in case.placements]
+        sharded.append(nn.Parameter(distribute_tensor(p.detach().clone(), mesh, placements)))
+    optimizers = [
+        StripedAdamW(
+            [{"params": ps, "blocks": [blocks for _, blocks in case.parameters]}],
+            lr=1e-2,
+            # averages would soon have more digits than float32 adds up exactly
+            betas=(0.9, 0.0) if case.exact else (0.9, 0.99),
+            momentum_dtype=momentum_dtype,
+            backend=backend,
+        )
+        for ps in (whole, sharded)
+    ]
+    for step in range(steps):
+        for i, (p, q) in enumerate(zip(whole, sharded, strict=True)):
+            if i == 1 and step % 5 == 3:  # not every parameter has a gradient at every step
+                p.grad = q.grad = None
+                continue
+            p.grad = gradient(p.shape, generator, case.exact)
+            q.grad = distribute_tensor(p.grad, mesh, q.placements)
+        for optimizer in optimizers:
+            optimizer.step()
+    return largest_differences(optimizers)
+
+
+def largest_differences(optimizers: list[StripedAdamW]) -> dict[str, float]:
+    """Compares the parameters and the states of two optimizers; see ``compare``."""
+    whole, sharded = (optimizer.param_groups[0]["params"] for optimizer in optimizers)
+    differences = {"parameters": 0.0, "stripes": 0.0, "codes": 0.0}
+    for p, q in zip(whole, sharded, strict=True):
+        off = (gathered(q.detach()) - p.detach()).abs().max()
+        note(differences, "parameters", off / p.detach().abs().max())
+        for key, value in optimizers[0].state[p].items():
+            other = gathered(optimizers[1].state[q][key])
+            if key.startswith("exp_avg_sq"):
+                note(differences, "stripes", ((other - value).abs() / value).nan_to_num().max())
+            elif value.dtype in (torch.int8, torch.uint8):
+                note(differences, "codes", (other != value).float().mean())
+    return differences
+
+
+def too_flat(p: Tensor, placement: Placement) -> bool:
+    return isinstance(placement, Shard) and placement.dim >= p.dim()
+
+
+def gradient(shape: torch.Size, generator: torch.Generator, exact: bool) -> Tensor:
+    """Draws a gradient; an exact one has powers of two, whose squares add up without rounding."""
+    if not exact:
+        return torch.randn(shape, generator=generator)
+    signs = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1
+    return signs * 2.0 ** torch.randint(0, 2, (shape[0], 1), generator=generator)
+
+
+def gathered(x: Tensor) -> Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def note(differences: dict[str, float], key: str, value: Tensor) -> None:
+    value = float(value)
+    differences[key] = math.nan if math.isnan(value) else max(differences[key], value)
+
+
+def render(results: dict) -> str:
+    """Makes the Markdown table of a results file: the larger difference of both backends."""
+    header = ("sharded", "processes", *MOMENTUM_DTYPES, "stripes", "codes")
+    rows = []
+    kinds = dict.fromkeys((row["sharding"], row["processes"]) for row in results["comparisons"])
+    for sharding, processes in kinds:
+        same = [
+            row
+            for row in results["comparisons"]
+            if (row["sharding"], row["processes"]) == (sharding, processes)
+        ]
+        cells = [
+            max(row["parameters"] for row in same if row["momentum"] == momentum_dtype)
+            for momentum_dtype in MOMENTUM_DTYPES
+        ]
+        cells += [max(row[key] for row in same) for key in ("stripes", "codes")]
+        texts = [f"{cell:.1e}" if cell else "0" for cell in cells]
+        rows.append((sharding, str(processes), *texts))
+    return markdown_table(header, rows)
+
+
+if __name__ == "__main__":
+    main()
