@@ -1,21 +1,112 @@
-"""A Trainer for the recipes: exact losses, measurements, and a model folder at the end."""
+"""A Trainer for the recipes: exact losses, and checkpoints that survive a kill."""
 
+import contextlib
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from striped_hf.evaluation import evaluate_loss
+from striped_hf.losses import is_worthwhile, linear_cross_entropy
+from striped_hf.trainer.checkpoints import WholeCheckpoints
+from striped_hf.trainer.watching import watch
+
+# Models whose output layer's result goes into the loss as it is (read in transformers 5.23)
+_PLAIN_HEADS = ("gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
-class CausalLMTrainer(Trainer):
-    """Trainer whose evaluation loss is weighted by token.
+class CausalLMTrainer(WholeCheckpoints):
+    """Trainer whose evaluation loss is weighted by token, and whose checkpoints are whole.
 
     ``Trainer`` reports the mean of its batches' means, which is another number as soon as batches
     hold different numbers of targets. Needs batches with ``shift_labels``, as the data sets of
     ``striped_hf.data`` make them.
+
+    It logs what ``striped_hf.trainer.watching`` measures. Where a step has many logits, as with
+    GPT-2's vocabulary, it trains on ``striped_hf.losses``, which never holds them all;
+    ``chunked_loss = False`` turns that off. No step waits for a GPU.
     """
+
+    chunked_loss = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        watch(self, peak_tflops=getattr(self.args, "peak_tflops", None))
+        self._loss_from_hidden: partial[Tensor] | None = None
+        self._flops_per_token: int | None = None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Computes the loss, in training without whole logits where that is worth it."""
+        with contextlib.ExitStack() as changes:
+            # decided by the first step, so that a compiled model is compiled once
+            if model.training and not return_outputs and self._chunks_loss(inputs["input_ids"]):
+                changes.enter_context(self._without_logits())
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _chunks_loss(self, input_ids: Tensor) -> bool:
+        if not self.chunked_loss:
+            return False
+        if self._loss_from_hidden is None:
+            model: Any = self.model
+            head = model.get_output_embeddings()
+            self.chunked_loss = (
+                model.config.model_type in _PLAIN_HEADS
+                and type(head) is nn.Linear
+                and head.bias is None
+                and is_worthwhile(input_ids.numel(), len(head.weight))
+                and self.compute_loss_func is None
+                and self.label_smoother is None
+                and self.args.n_gpu <= 1
+            )
+            self._loss_from_hidden = partial(_loss_from_hidden, head)
+        return self.chunked_loss
+
+    @contextlib.contextmanager
+    def _without_logits(self) -> Iterator[None]:
+        """Has the model leave its output layer to its loss."""
+        model: Any = self.model
+        head = model.get_output_embeddings()
+        before, model.loss_function = model.loss_function, self._loss_from_hidden
+        head.forward = _unchanged
+        try:
+            yield
+        finally:
+            del head.forward
+            model.loss_function = before
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Returns Trainer's count, from which it goes through all parameters only once."""
+        tokens = inputs["input_ids"]
+        if self._flops_per_token is None:
+            self._flops_per_token = super().floating_point_ops({"input_ids": tokens[:1, :1]})
+        return self._flops_per_token * tokens.numel()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs, and begins the sum of losses anew after one that is not finite.
+
+        Trainer's own way to keep it finite, ``logging_nan_inf_filter``, waits for the GPU in every
+        step, and logs a mean of earlier losses in its place.
+        """
+        if not math.isfinite(logs.get("loss", 0.0)) and hasattr(self, "_tr_loss"):
+            self._tr_loss.zero_()
+        super().log(logs, start_time)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes Trainer's draft only where there is no card yet: ``finish_run``'s says more."""
+        if not Path(self.args.output_dir or "", "README.md").exists():
+            super().create_model_card(*args, **kwargs)
 
     def evaluation_loop(
         self,
@@ -25,7 +116,7 @@ class CausalLMTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Returns ``{prefix}_loss``, ``{prefix}_perplexity`` and ``{prefix}_tokens``."""
+        """Returns what ``evaluate_loss`` does, each key with ``{prefix}_`` before it."""
         assert self.model is not None
         model = self._wrap_model(self.model, training=False)
         if model is self.model and not self.is_in_train:
@@ -42,3 +133,25 @@ class CausalLMTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in evaluation.items()}
         samples = len(dataloader.dataset)  # type: ignore[arg-type]
         return EvalLoopOutput(None, None, metrics, samples)  # type: ignore[arg-type]
+
+
+def _unchanged(hidden: Tensor) -> Tensor:
+    return hidden
+
+
+def _loss_from_hidden(
+    head: nn.Linear,
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Takes the place of a model's loss function; ``logits`` are hidden states, [B, L, d]."""
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+    targets = shift_labels.flatten()
+    weight = head.weight.full_tensor() if isinstance(head.weight, DTensor) else head.weight
+    loss = linear_cross_entropy(logits.flatten(0, -2), weight, targets)
+    return loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
