@@ -8,6 +8,9 @@ in --output_dir, which gets comparison.json (every figure measured), comparison.
 comparison.png. An optimizer's own arguments and learning rate follow its name:
 striped_adamw_8bit:nesterov=true@6e-3.
 
+--accelerate_config recipes/accelerate/ddp.yaml has each run launched by accelerate, on the devices
+that the file names.
+
 --learning_rate and --seed take several values: every combination is run, and the table has each
 optimizer's mean over the seeds at each learning rate. --resume takes over the runs that an earlier,
 stopped comparison finished with the same command.
@@ -16,6 +19,7 @@ stopped comparison finished with the same command.
 import argparse
 import itertools
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -40,7 +44,7 @@ def main() -> None:
         flags += ["--learning_rate", learning_rate] if learning_rate else []
         flags += ["--seed", seed] if seed else []
         flags += [*args.recipe_flags, "--output_dir", str(args.output_dir / name)]
-        runs.append(run_recipe([args.recipe, *flags], args.output_dir / name, args.resume))
+        runs.append(run_recipe(args, flags, args.output_dir / name))
 
     environment = runs[0].pop("environment")
     comparison: dict[str, Any] = {"environment": environment, "runs": runs}
@@ -65,24 +69,31 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--learning_rate", nargs="+", default=[""], metavar="LR")
     parser.add_argument("--seed", nargs="+", default=[""], metavar="SEED")
     parser.add_argument("--output_dir", type=Path, default=Path("out/comparison"))
+    parser.add_argument("--accelerate_config", metavar="FILE", help="launch the runs with it")
     parser.add_argument("--resume", action="store_true", help="take over runs finished before")
     own = sys.argv[1:]
     behind = own.index("--") if "--" in own else len(own)
     args = parser.parse_args(own[:behind])
     args.recipe_flags = own[behind + 1 :]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        parser.error("start it by python, and pass --accelerate_config to have its runs launched")
     if not Path(args.recipe).is_file():
         parser.error(f"{args.recipe} does not exist: pass a script of recipes/")
     return args
 
 
-def run_recipe(command: list[str], folder: Path, resume: bool) -> dict[str, Any]:
+def run_recipe(args: argparse.Namespace, flags: list[str], folder: Path) -> dict[str, Any]:
     """Runs the recipe unless its result is there and wanted; returns its run.json and history."""
     result = folder / "run.json"
-    printed = shlex.join(["python", *command])
-    done = resume and result.exists()
+    printed = shlex.join(["python", args.recipe, *flags])
+    launcher = []
+    if args.accelerate_config:
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", args.accelerate_config]
+    done = args.resume and result.exists()
     if not done or json.loads(result.read_text(encoding="utf-8"))["command"] != printed:
         result.unlink(missing_ok=True)
-        status = subprocess.run([sys.executable, *command]).returncode
+        command = [sys.executable, *launcher, args.recipe, *flags]
+        status = subprocess.run(command).returncode
         if status != 0:
             sys.exit(f"error: {printed}\nended with status {status}; its output above says why")
     run = json.loads(result.read_text(encoding="utf-8"))

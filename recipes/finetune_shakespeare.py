@@ -64,8 +64,9 @@ class Options:
 def main() -> None:
     options, args = parse_arguments(Options, DEFAULTS)
     set_seed(args.seed)
-    model = load_pretrained(AutoModelForCausalLM, options.model_name_or_path)
-    tokenizer = load_pretrained(AutoTokenizer, options.model_name_or_path)
+    with args.main_process_first(desc="load the model"):  # it downloads, the others wait
+        model = load_pretrained(AutoModelForCausalLM, options.model_name_or_path)
+        tokenizer = load_pretrained(AutoTokenizer, options.model_name_or_path)
     longest = getattr(model.config, "max_position_embeddings", options.block_size)
     if options.block_size > longest:
         raise UserError(
@@ -93,10 +94,11 @@ def main() -> None:
     log = trainer.state.log_history
     before = next((entry["eval_loss"] for entry in log if "eval_loss" in entry), float("nan"))
     result = finish_run(trainer, measurements, train, base_model=options.model_name_or_path)
-    trainer.accelerator.print(
-        f"val loss {before:.4f} before, {result['eval_loss']:.4f} after {result['steps']} steps; "
-        f"the model is in {args.output_dir}"
-    )
+    if trainer.is_world_process_zero():
+        print(
+            f"val loss {before:.4f} before, {result['eval_loss']:.4f} after {result['steps']} "
+            f"steps; the model is in {args.output_dir}"
+        )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from striped_hf.cli import UserError, load_pretrained, run
+from striped_hf.cli import UserError, is_main_process, load_pretrained, run
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -52,6 +52,8 @@ def encode(tokenizer, start: str) -> torch.Tensor:
 
 @torch.inference_mode()
 def main() -> None:
+    if not is_main_process():
+        return  # one process samples, whoever launched several
     args = parse_arguments()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_pretrained(AutoModelForCausalLM, args.model).to(device).eval()

@@ -118,10 +118,11 @@ def main() -> None:
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     result = finish_run(trainer, measurements, train)
-    trainer.accelerator.print(
-        f"train loss {result['train_loss']:.4f}, val loss {result['eval_loss']:.4f}; "
-        f"the model is in {args.output_dir}"
-    )
+    if trainer.is_world_process_zero():
+        print(
+            f"train loss {result['train_loss']:.4f}, val loss {result['eval_loss']:.4f}; "
+            f"the model is in {args.output_dir}"
+        )
 
 
 if __name__ == "__main__":

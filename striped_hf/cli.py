@@ -1,5 +1,6 @@
 """What the scripts share: failures that a user can mend end them with one line."""
 
+import os
 import sys
 import textwrap
 from collections.abc import Callable
@@ -17,6 +18,11 @@ def run(main: Callable[[], None]) -> None:
         main()
     except (UserError, OSError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+
+
+def is_main_process() -> bool:
+    """Tells whether this process is to print and write: the only one, or a launch's first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def load_pretrained(auto_class: Any, name_or_path: str) -> Any:

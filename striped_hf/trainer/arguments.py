@@ -1,5 +1,6 @@
 """The command line of the recipes: their own options, and all of TrainingArguments as flags."""
 
+import os
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,17 @@ _DEFAULTS: dict[str, Any] = {
     "metric_for_best_model": "eval_loss",
     "greater_is_better": False,
     "logging_steps": 10,
+    # without a GPU accelerate would take each of several processes for a run of its own
+    "use_cpu": not torch.accelerator.is_available(),
+    "log_level_replica": "error",  # the main process says it already
+    "log_on_each_node": False,
+    # a search for them in every step, which these models have not; DDP says so where one has
+    "ddp_find_unused_parameters": False,
+}
+# And under FSDP: each accumulated pass hands its gradients to their shards, or every device would
+# hold all of them, whole, until the step.
+_FSDP_DEFAULTS = {
+    "accelerator_config": '{"gradient_accumulation_kwargs": {"sync_each_batch": true}}',
 }
 
 
@@ -45,7 +57,8 @@ def parse_arguments(
         SystemExit: A flag is unknown or its value is wrong; the message names it.
     """
     parser = HfArgumentParser((options_class, TrainingArguments))  # type: ignore[arg-type]
-    defaults = {**_DEFAULTS, **defaults}
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # the launcher says so
+    defaults = {**_DEFAULTS, **(_FSDP_DEFAULTS if fsdp else {}), **defaults}
     parser.set_defaults(**defaults)
     given = parser.parse_known_args()[0]
     if presets is not None:
@@ -56,6 +69,11 @@ def parse_arguments(
         defaults.pop("optim_args", None)
     parser.set_defaults(**defaults)
     options, args = parser.parse_args_into_dataclasses()
+    if fsdp and args.use_cpu:
+        parser.error(
+            "FSDP needs GPUs, and there is none or --use_cpu was passed: accelerate would run DDP "
+            "in its place; launch with recipes/accelerate/ddp.yaml"
+        )
     if args.resume_from_checkpoint == "last":
         args.resume_from_checkpoint = get_last_checkpoint(args.output_dir)
         if args.resume_from_checkpoint is None:

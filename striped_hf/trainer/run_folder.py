@@ -45,7 +45,8 @@ def finish_run(
     """Evaluates the trained model and writes the run's folder, ``args.output_dir``.
 
     The folder holds the model, its tokenizer, ``trainer_state.json`` with the losses over time,
-    ``run.json`` with what was measured, and a model card. Only the main process writes.
+    ``run.json`` with what was measured, and a model card. Only the main process writes. With
+    ``args.push_to_hub`` it is then pushed as it is.
 
     Args:
         trainer: After ``train()``; its ``eval_dataset`` are the val split's ``ContiguousBlocks``.
@@ -54,8 +55,8 @@ def finish_run(
         base_model: What was finetuned; None for a model trained from scratch.
 
     Returns:
-        What ``run.json`` holds: ``optim``, ``learning_rate``, ``seed``, ``steps``, ``tokens``
-        trained on, ``state_bytes``, ``state_bytes_per_param``, ``peak_memory_mib``,
+        What ``run.json`` holds: ``optim``, ``learning_rate``, ``seed``, ``processes``, ``steps``,
+        ``tokens`` trained on, ``state_bytes``, ``state_bytes_per_param``, ``peak_memory_mib``,
         ``median_step_ms``, ``train_loss``, ``eval_loss``, ``eval_tokens`` and more.
     """
     args, model, blocks = trainer.args, trainer.model, trainer.eval_dataset
@@ -69,7 +70,9 @@ def finish_run(
     train_evaluation = trainer.evaluate(head, metric_key_prefix="train_blocks")
 
     model.config.use_cache = True  # Trainer turned it off for training
-    trainer.save_model()
+    if trainer.is_fsdp_enabled:  # else each process would keep its shards to itself
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(_internal_call=True)  # else it would be pushed before the rest is there
     trainer.save_state()
     parameters = model.num_parameters(only_trainable=True)
     state_bytes = measured["state_bytes"]
@@ -80,6 +83,7 @@ def finish_run(
         "optim_args": args.optim_args or None,
         "learning_rate": args.learning_rate,
         "seed": args.seed,
+        "processes": args.world_size,
         "steps": trainer.state.global_step,
         "tokens": trainer.state.global_step * windows_per_step(args) * blocks.block_size,
         "parameters": parameters,
@@ -93,8 +97,11 @@ def finish_run(
     }
     if trainer.is_world_process_zero():
         write_json(folder / "run.json", run)
-        card = _card(folder.resolve().name, type(model).__name__, run, train, blocks, base_model)
+        architecture = type(model).__name__.removeprefix("FSDP")  # FSDP2 makes a class of its own
+        card = _card(folder.resolve().name, architecture, run, train, blocks, base_model)
         write_text(folder / "README.md", card)
+    if args.push_to_hub:
+        trainer.push_to_hub(revision=args.hub_revision)
     return run
 
 
@@ -132,10 +139,12 @@ def _card(
             EvalResult(
                 task_type="text-generation",
                 dataset_type="text",
-                dataset_name=f"{source}, validation split",
-                metric_type="loss",
-                metric_value=run["eval_loss"],
+                dataset_name=source,
+                dataset_split="validation",
+                metric_type=metric,
+                metric_value=run[f"eval_{metric}"],
             )
+            for metric in ("loss", "perplexity")
         ],
     )
     text = _CARD.format(
