@@ -3,6 +3,7 @@
     make bench                                          # GPT-2's shapes on the CPU, all peers
     python recipes/bench_optimizers.py --shapes gpt2-xl --device cuda --dtype bfloat16
     python recipes/bench_optimizers.py --memory gpt2-xl --device cuda
+    python recipes/bench_optimizers.py --memory gpt2-xl --devices 2 4 8
     python recipes/bench_optimizers.py --render FILE    # a results file's table and plot
 
 A model is one of gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama-1b, a local folder or a name on the
@@ -295,6 +296,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--batch_size", type=int, default=1, help="for --memory: sequences a pass")
     parser.add_argument("--block_size", type=int, default=1024, help="for --memory: their tokens")
+    parser.add_argument(
+        "--devices", nargs="+", type=int, metavar="N", help="for --memory: on each of so many, too"
+    )
     parser.add_argument("--results", help="default: recipes/results/, named after the run")
     return parser.parse_args()
 

@@ -10,12 +10,20 @@ autocast where the device is a GPU. State and the step's temporaries are measure
 steps on one tensor of each shape that the model has, and again with a second one of those that it
 has more than once; temporaries that the second ones add grow with the model, others do not. What
 comes on top is the CUDA context and what the allocator loses between its blocks.
+
+``--devices 2 4 8`` adds what each of several devices holds, by arithmetic alone:
+
+    DDP      all of that, and the gradients a second time, in the buckets that are sent
+    FSDP2    a share of weights, gradients, state and the step's temporaries; whole activations;
+             and what is gathered meanwhile: the parameters and gradients outside the blocks, two
+             blocks' parameters (one at work, the next on its way) and one block's gradients
 """
 
 import argparse
 import gc
 import weakref
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +32,7 @@ from optimizer_peers import Peer, states
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from striped_hf.cli import one_line
 from striped_hf.measuring import temporary_bytes, tensor_bytes
@@ -113,6 +121,15 @@ def optimizer_bytes(peer: Peer, shapes: list[Weight], device: torch.device) -> t
     return state, temporaries[0] + round(growth * (total - elements[0]))
 
 
+def gathered_bytes(model: PreTrainedModel) -> int:
+    """Returns what FSDP2 holds whole at a time, in float32, wrapped by the model's own blocks."""
+    names = set(model._no_split_modules or ())
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    sizes = [sum(param.numel() for param in block.parameters()) for block in blocks]
+    outside = sum(param.numel() for param in model.parameters()) - sum(sizes)
+    return 4 * (2 * outside + 3 * max(sizes, default=0))
+
+
 def budget(
     name: str, peers: list[Peer], device: torch.device, batch_size: int, block_size: int
 ) -> dict[str, Any]:
@@ -140,6 +157,7 @@ def budget(
         "weights": weights,
         "gradients": 4 * parameters,
         "activations": activations,
+        "gathered": gathered_bytes(model),
         "optimizers": rows,
     }
 
@@ -178,6 +196,42 @@ def render_memory(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def device_bytes(results: dict[str, Any], row: dict[str, Any], devices: int) -> int:
+    """Returns what each of several devices holds at its peak under FSDP2, in bytes."""
+    shared = results["weights"] + results["gradients"] + row["state"]
+    whole = results["activations"] + results["gathered"]
+    return shared // devices + max(whole, row["step"] // devices)
+
+
+def render_devices(results: dict[str, Any], devices: Sequence[int] = (2, 4, 8)) -> str:
+    """Makes the Markdown table of what each of several devices holds, from a budget."""
+    header = ("optimizer", "one device", "DDP", *(f"FSDP2 over {n}" for n in devices))
+    rows = [
+        (
+            f"`{row['name']}`",
+            *(
+                f"{size / 2**20:,.0f}"
+                for size in (
+                    row["peak"],
+                    row["peak"] + results["gradients"],
+                    *(device_bytes(results, row, n) for n in devices),
+                )
+            ),
+        )
+        for row in results["optimizers"]
+        if "reason" not in row
+    ]
+    lines = [
+        markdown_table(header, rows),
+        "",
+        f"MiB on each device, `{results['model']}`, {results['batch_size']} x "
+        f"{results['block_size']} tokens a pass and device: "
+        f"{results['activations'] / 2**20:,.0f} of activations everywhere, and under FSDP2 "
+        f"{results['gathered'] / 2**20:,.0f} of what is gathered at a time.",
+    ]
+    return "\n".join(lines)
+
+
 def run_memory(args: argparse.Namespace, peers: list[Peer]) -> None:
     """Computes, prints and writes the budget that the command line asks for."""
     device = torch.device(args.device)
@@ -186,3 +240,5 @@ def run_memory(args: argparse.Namespace, peers: list[Peer]) -> None:
     name = f"memory_{slug(args.memory)}_{args.device}.json"
     write_json(args.results or f"recipes/results/{name}", results)
     print(render_memory(results))
+    if args.devices:
+        print(f"\n{render_devices(results, args.devices)}")

@@ -354,3 +354,35 @@ def test_smallest_card_leaves_room_for_the_context():
     assert memory_budget.smallest_card(int(6.9 * 2**30)) == "8 GiB"
     assert memory_budget.smallest_card(int(7.1 * 2**30)) == "12 GiB"
     assert memory_budget.smallest_card(200 << 30) == "over 141 GiB"
+
+
+def test_memory_of_each_of_several_devices():
+    """By hand, in MiB: a share of 400 + 400 + 100, all of 50, and what is gathered."""
+    mib = 1 << 20
+    results = {
+        "model": "m",
+        "batch_size": 1,
+        "block_size": 8,
+        "weights": 400 * mib,
+        "gradients": 400 * mib,
+        "activations": 50 * mib,
+        "gathered": 30 * mib,
+        "optimizers": [
+            {"name": "a", "state": 100 * mib, "step": 10 * mib, "peak": 950 * mib},
+            {"name": "b", "state": 100 * mib, "step": 400 * mib, "peak": 1300 * mib},
+            {"name": "c", "reason": "no"},
+        ],
+    }
+    table = memory_budget.render_devices(results, (2, 9))
+    assert "| optimizer | one device | DDP | FSDP2 over 2 | FSDP2 over 9 |" in table
+    assert "| `a` | 950 | 1,350 | 530 | 180 |" in table
+    assert "| `b` | 1,300 | 1,700 | 650 | 180 |" in table
+    assert "`c`" not in table
+
+
+def test_what_is_gathered_is_counted_by_block(tiny_config):
+    """Outside GPT-2's blocks stand its embeddings and the last norm."""
+    block = 12 * 64**2 + 13 * 64
+    outside = 512 * 64 + 64 * 64 + 128
+    model = model_shapes.meta_model(str(tiny_config))
+    assert memory_budget.gathered_bytes(model) == 4 * (2 * outside + 3 * block)
