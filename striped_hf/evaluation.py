@@ -1,18 +1,71 @@
 """Exact loss of a causal language model: a sum over tokens, not a mean of batch means."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import find_executable_batch_size
+from datasets import Features, Value
+from evaluate import Metric, MetricInfo
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from striped_hf.data import collate
+
+_LARGEST_BATCH = 64  # sequences; more of them are no faster on any device
+
+
+class TokenLoss(Metric):
+    """The mean loss of tokens that come in sequences, as a metric of ``evaluate``.
+
+    Takes for each sequence ``losses``, the sum of its tokens' losses in nats (float), and
+    ``tokens``, how many there are (int). ``compute`` returns
+
+    - ``loss``, in nats per token, every token weighing the same;
+    - ``standard_error`` of that loss, from the scatter between the sequences, since the tokens of
+      one sequence depend on each other; None where there is but one sequence;
+    - ``perplexity`` = exp(loss), and ``tokens``, all that were counted.
+    """
+
+    def _info(self) -> MetricInfo:
+        return MetricInfo(
+            description="Mean loss of tokens, with its standard error and perplexity.",
+            citation="",
+            inputs_description="losses: summed over each sequence; tokens: counted in each.",
+            features=Features({"losses": Value("float64"), "tokens": Value("int64")}),
+        )
+
+    def _compute(self, losses: Sequence[float], tokens: Sequence[int]) -> dict[str, float | None]:
+        # a sequence without tokens, such as what was masked all over, has nothing to say
+        counts = torch.tensor([count for count in tokens if count], dtype=torch.float64)
+        sums = torch.tensor(
+            [loss for loss, count in zip(losses, tokens, strict=True) if count], dtype=torch.float64
+        )
+        total, sequences = int(counts.sum()), len(counts)
+        if total == 0:
+            raise ValueError("the evaluation data holds no targets: pass one that has labels")
+        loss = (sums.sum() / total).item()
+        # of a ratio of two sums over sequences, both of which vary
+        residuals = (sums - loss * counts).square().sum().item()
+        error = (
+            math.sqrt(residuals * sequences / (sequences - 1)) / total if sequences > 1 else None
+        )
+        return {
+            "loss": loss,
+            "standard_error": error,
+            # a diverged model's perplexity is no number worth an OverflowError
+            "perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "tokens": total,
+        }
 
 
 @torch.no_grad()
 def evaluate_loss(
     model: nn.Module, batches: Iterable[dict[str, Tensor]], accelerator: Accelerator
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Computes the loss over all targets of some batches, every target weighing the same.
 
     A mean over batches weighs targets unequally as soon as batches hold different numbers of them
@@ -28,28 +81,79 @@ def evaluate_loss(
         accelerator: Gathers over the processes.
 
     Returns:
-        ``loss`` in nats per token, ``perplexity`` = exp(loss), and ``tokens``, the targets counted.
+        What :class:`TokenLoss` makes of them: ``loss`` in nats per token, its ``standard_error``,
+        ``perplexity`` = exp(loss), and ``tokens``, the targets counted.
 
     Raises:
         ValueError: There was not one target.
     """
+    metric = TokenLoss(keep_in_memory=True)
     was_training = model.training
     model.eval()
-    loss, tokens = 0.0, 0
+    sums, counts = [], []
     for batch in batches:
         logits = model(input_ids=batch["input_ids"]).logits
         labels = batch["shift_labels"]
         losses = cross_entropy(
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
         )
-        sums = losses.view(labels.shape).sum(1, dtype=torch.float64)
-        sums, counts = accelerator.gather_for_metrics((sums, (labels != -100).sum(1)))
-        loss += sums.sum().item()
-        tokens += int(counts.sum())
+        sequences = losses.view(labels.shape).sum(1, dtype=torch.float64)
+        sequences, targets = accelerator.gather_for_metrics((sequences, (labels != -100).sum(1)))
+        sums += sequences.tolist()
+        counts += targets.tolist()
     model.train(was_training)
-    if tokens == 0:
-        raise ValueError("the evaluation data holds no targets: pass one that has labels")
-    loss /= tokens
-    # a diverged model's perplexity is no number worth an OverflowError
-    perplexity = math.exp(loss) if loss < 700 else math.inf
-    return {"loss": loss, "perplexity": perplexity, "tokens": tokens}
+    return metric.compute(losses=sums, tokens=counts)
+
+
+def evaluate_data_set(
+    model: nn.Module,
+    data_set: Dataset[dict[str, Tensor]],
+    block_size: int,
+    accelerator: Accelerator,
+    description: str,
+) -> dict[str, float | None]:
+    """Computes the loss over a data set, in batches as large as the device holds.
+
+    Begins with :func:`largest_batch`, and anew with fewer where the device's memory runs out.
+
+    Args:
+        model: As for :func:`evaluate_loss`, with transformers' ``config``.
+        data_set: Sequences with ``input_ids`` [L] and ``shift_labels`` [L], int64.
+        block_size: L.
+        accelerator: As for :func:`evaluate_loss`.
+        description: What stands before the progress bar.
+
+    Returns:
+        As :func:`evaluate_loss`.
+
+    Raises:
+        RuntimeError: Not even one sequence fits.
+    """
+    vocab_size = accelerator.unwrap_model(model).config.vocab_size
+    largest = largest_batch(block_size, vocab_size, accelerator.device)
+
+    @find_executable_batch_size(starting_batch_size=min(largest, len(data_set)))  # type: ignore[arg-type]
+    def evaluate(batch_size: int) -> dict[str, float | None]:
+        loader = accelerator.prepare_data_loader(
+            DataLoader(data_set, batch_size=batch_size, collate_fn=collate)
+        )
+        batches = tqdm(loader, description, disable=not accelerator.is_main_process)
+        return evaluate_loss(model, batches, accelerator)
+
+    return evaluate()
+
+
+def largest_batch(block_size: int, vocab_size: int, device: torch.device) -> int:
+    """Returns how many sequences a batch to evaluate may have at most, at least 1.
+
+    What counts is the logits: as the model gives them, in float32, and as the loss takes them.
+
+    Args:
+        block_size: Tokens of a sequence.
+        vocab_size: Logits of a token.
+        device: A GPU's free memory is used; of a CPU's a GiB, since it has no more use for it.
+    """
+    free = 2**30
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    return max(1, min(_LARGEST_BATCH, free // (block_size * vocab_size * 3 * 4)))

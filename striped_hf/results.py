@@ -64,6 +64,31 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def begin_results(
+    path: str | os.PathLike[str],
+    settings: dict[str, Any],
+    resume: bool,
+    device_type: str | None = None,
+) -> dict[str, Any]:
+    """Returns what a results file is to hold, or holds already, where measuring takes long.
+
+    Args:
+        path: The file, as an earlier run may have left it.
+        settings: What was set, and the lists to be filled, empty.
+        resume: Whether the earlier run is to be gone on with. One of other settings is not.
+        device_type: As for ``environment``.
+
+    Returns:
+        ``environment`` and the settings; of an earlier run with the same ones, its lists as well.
+    """
+    path = Path(path)
+    if resume and path.exists():
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if all(results.get(key) == value or value == [] for key, value in settings.items()):
+            return results
+    return {"environment": environment(device_type), **settings}
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Makes a Markdown table whose first column is aligned left and the others right."""
     rule = ["---", *["---:"] * (len(header) - 1)]

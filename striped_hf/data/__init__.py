@@ -3,19 +3,21 @@
 A data set is a folder with ``train.bin``, ``val.bin`` and ``meta.json``, written by a script in
 ``data_scripts/`` (or by nanoGPT, whose ``.bin`` files are the same). :func:`open_split` checks one
 split and maps it into memory; :class:`RandomWindows` draws training windows from it and
-:class:`ContiguousBlocks` covers it once, for evaluation. Pass :func:`collate` as Trainer's
+:class:`ContiguousBlocks` covers it once, for evaluation (:class:`StridedWindows` does so with
+overlapping context, for perplexity). Pass :func:`collate` as Trainer's
 ``data_collator`` and set ``remove_unused_columns=False``, or Trainer drops ``shift_labels``.
 :func:`write_data_set` makes such a folder from any token arrays, and :class:`DataSetWriter` one
 that takes long, piece by piece.
 """
 
-from striped_hf.data.datasets import ContiguousBlocks, RandomWindows, collate
+from striped_hf.data.datasets import ContiguousBlocks, RandomWindows, StridedWindows, collate
 from striped_hf.data.tokens import DataSetWriter, TokenSplit, open_split, write_data_set
 
 __all__ = [
     "ContiguousBlocks",
     "DataSetWriter",
     "RandomWindows",
+    "StridedWindows",
     "TokenSplit",
     "collate",
     "open_split",

@@ -1,11 +1,11 @@
-"""Data sets over a split's tokens: random windows to train on, contiguous blocks to evaluate on.
+"""Data sets over tokens: random windows to train on, blocks or strided windows to evaluate on.
 
 A window of L tokens trains on L targets, the tokens one further on. Hugging Face's causal-LM loss
 shifts ``labels`` by itself and so loses one target a window; given ``shift_labels`` it takes them
 as they are. Hence each item is ``{"input_ids": x, "labels": y, "shift_labels": y}``, and Trainer
 needs ``remove_unused_columns=False``, or it drops ``shift_labels``.
 
-Both data sets fetch a whole batch at once, which costs microseconds where stacking items costs
+The first two fetch a whole batch at once, which costs microseconds where stacking items costs
 a millisecond: ``DataLoader`` calls ``__getitems__`` with a batch's indices and hands what it
 returns, a batch already, to the collate function, which has to be :func:`collate`.
 """
@@ -157,6 +157,51 @@ class ContiguousBlocks(_Windows):
             rows = [row for row, index in enumerate(indices) if index == last]
             batch["labels"][rows, -self._num_padding :] = IGNORE_INDEX  # and so shift_labels
         return batch
+
+
+class StridedWindows(Dataset[Batch]):
+    """Overlapping windows of a text, for perplexity with context: each token is a target once.
+
+    Window i begins at token i * stride; its targets are the tokens that no earlier window had, so
+    all but those of the first window have at least ``window - stride`` tokens before them. As
+    Hugging Face's guide to perplexity has it, a window's last token is a target only. The last
+    window is padded to the length of the others, with targets of -100.
+
+    Args:
+        tokens: The text's token ids, 1-D, at least 2 of them.
+        window: Tokens of a window, at least 2; the model has ``window - 1`` of them as input.
+        stride: From one window's begin to the next one's, in tokens.
+
+    Raises:
+        ValueError: If a size is out of its range.
+    """
+
+    def __init__(self, tokens: NDArray[np.integer], window: int, stride: int) -> None:
+        if window < 2:
+            raise ValueError(f"window={window}: must be at least 2")
+        if not 1 <= stride < window:
+            raise ValueError(f"stride={stride}: must be between 1 and window - 1 = {window - 1}")
+        if len(tokens) < 2:
+            raise ValueError(f"tokens holds {len(tokens)}: pass a text of at least 2")
+        self.tokens = tokens
+        self.window = window
+        self.stride = stride
+
+    def __len__(self) -> int:
+        return 1 + max(0, -(-(len(self.tokens) - self.window) // self.stride))
+
+    def __getitem__(self, index: int) -> Batch:
+        """Return one window: int64 tensors of shape [window - 1]."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{index}: must lie in [0, {len(self)})")
+        begin = index * self.stride
+        piece = torch.tensor(self.tokens[begin : begin + self.window].astype(np.int64))
+        inputs = torch.zeros(self.window - 1, dtype=torch.int64)
+        targets = torch.full_like(inputs, IGNORE_INDEX)
+        inputs[: len(piece) - 1] = piece[:-1]
+        new = 0 if index == 0 else self.window - self.stride - 1  # where the new targets begin
+        targets[new : len(piece) - 1] = piece[new + 1 :]
+        return {"input_ids": inputs, "labels": targets, "shift_labels": targets}
 
 
 def collate(batch: Batch | list[Batch]) -> Batch:

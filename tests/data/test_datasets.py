@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from striped_hf.data import ContiguousBlocks, RandomWindows, collate, open_split
+from striped_hf.data import ContiguousBlocks, RandomWindows, StridedWindows, collate, open_split
 
 MASK = (1 << 64) - 1
 
@@ -134,6 +134,40 @@ def test_single_blocks_equal_the_batch(make_data):
     batch = blocks.__getitems__(list(range(len(blocks))))
     for name, values in collate([blocks[i] for i in range(len(blocks))]).items():
         assert torch.equal(values, batch[name])
+
+
+@pytest.mark.parametrize(
+    ("count", "window", "stride"),
+    [(100, 16, 8), (100, 16, 15), (97, 16, 1), (16, 16, 8), (2, 16, 8)],
+)
+def test_strided_windows_hold_every_target_once_with_its_context(count, window, stride):
+    windows = StridedWindows(np.arange(count, dtype=np.uint16), window, stride)
+    found = []
+    for index in range(len(windows)):
+        item = windows[index]
+        assert item["input_ids"].shape == item["shift_labels"].shape == (window - 1,)
+        for place, target in enumerate(item["shift_labels"].tolist()):
+            if target == -100:
+                continue
+            found.append(target)
+            inputs = item["input_ids"][: place + 1].tolist()
+            assert inputs == list(range(index * stride, target))
+            assert index == 0 or len(inputs) >= window - stride
+    assert found == list(range(1, count))
+
+
+@pytest.mark.parametrize(
+    ("count", "window", "stride", "message"),
+    [
+        (100, 1, 1, "window=1: must be at least 2"),
+        (100, 16, 16, "stride=16: must be between 1 and window - 1 = 15"),
+        (100, 16, 0, "stride=0"),
+        (1, 16, 8, "tokens holds 1: pass a text of at least 2"),
+    ],
+)
+def test_strided_windows_of_sizes_that_cannot_be(count, window, stride, message):
+    with pytest.raises(ValueError, match=message):
+        StridedWindows(np.arange(count), window, stride)
 
 
 def test_windows_come_in_any_order_from_uint32_too(make_data):
