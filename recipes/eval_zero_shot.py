@@ -1,0 +1,238 @@
+"""Evaluate causal language models zero-shot: WikiText-2's perplexity, and LAMBADA.
+
+    python recipes/eval_zero_shot.py gpt2 gpt2-medium gpt2-large gpt2-xl
+
+without a network, on local files:
+
+    python recipes/eval_zero_shot.py MODEL --wikitext wiki.test.raw --lambada lambada_test.jsonl
+
+WikiText: the raw test set as one text, its lines joined as in Hugging Face's guide to perplexity,
+without a token put before it, in overlapping windows. Each token but the first is a target once;
+those that an earlier window had are only context. Perplexity is per token of the model, so models
+with other tokenizers do not compare.
+
+LAMBADA: lm-evaluation-harness's task lambada_openai, the last word of each of 5,153 passages. It
+needs `pip install --constraint constraints.txt --editable '.[eval]'`; --tasks wikitext does not.
+
+The results file is written after each task; --resume goes on where an evaluation was stopped.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import find_executable_batch_size
+from datasets import load_dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from striped_hf.cli import UserError, load_pretrained, one_line, run
+from striped_hf.data import StridedWindows
+from striped_hf.evaluation import evaluate_data_set, largest_batch
+from striped_hf.results import begin_results, markdown_table, write_json
+
+TASKS = ("wikitext", "lambada")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="+", help="hub names or folders")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--wikitext", type=Path, metavar="FILE", help="wiki.test.raw of WikiText-2")
+    parser.add_argument("--lambada", type=Path, metavar="FILE", help='lines of {"text": ...}')
+    parser.add_argument("--window", type=int, default=1024, help="WikiText, in tokens")
+    parser.add_argument("--stride", type=int, help="WikiText (default: half of the window)")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast instead of float32")
+    parser.add_argument("--results", type=Path, default="recipes/results/zero_shot.json")
+    parser.add_argument("--resume", action="store_true", help="go on with a stopped evaluation")
+    args = parser.parse_args()
+    if args.window < 2:
+        parser.error(f"--window {args.window}: pass 2 or more")
+    args.stride = args.window // 2 if args.stride is None else args.stride
+    if not 1 <= args.stride < args.window:
+        parser.error(f"--stride {args.stride}: pass a number from 1 to {args.window - 1}")
+    for name in ("wikitext", "lambada"):
+        path = getattr(args, name)
+        if path is not None and not path.is_file():
+            parser.error(f"--{name} {path}: there is no such file")
+    if "lambada" in args.tasks and importlib.util.find_spec("lm_eval") is None:
+        parser.error(
+            "--tasks lambada needs lm-evaluation-harness: pip install --constraint "
+            "constraints.txt --editable '.[eval]', or pass --tasks wikitext"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        parser.error("the harness is given a model, so it runs in one process: start it by python")
+    return args
+
+
+def read_wikitext(file: Path | None) -> str:
+    """Returns the test set as one text."""
+    try:
+        if file is None:
+            lines = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"]
+        else:
+            with file.open(encoding="utf-8", newline="\n") as opened:
+                lines = list(opened)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot get WikiText-2: pass its wiki.test.raw with --wikitext ({one_line(error)})"
+        ) from error
+    # the hub's rows are the file's lines, but for the blank ones, which are empty there
+    return "\n\n".join(line if line.strip() else "" for line in lines)
+
+
+def check_lambada(file: Path) -> None:
+    """Checks that the harness will be able to read a local file."""
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                passage = json.loads(line)["text"]
+                passage.rindex(" ")  # before the word to guess
+            except (ValueError, TypeError, LookupError, AttributeError) as error:
+                raise UserError(
+                    f'--lambada {file}: line {number} is no {{"text": passage}} of several words; '
+                    f"pass LAMBADA's test set as OpenAI published it ({one_line(error)})"
+                ) from error
+
+
+def evaluate_wikitext(
+    model: Any, tokenizer: Any, args: argparse.Namespace, accelerator: Accelerator
+) -> dict[str, Any]:
+    """Returns the loss in overlapping windows, as ``evaluate_data_set`` does."""
+    # verbose=False: that the text is longer than the model's context is no news here
+    ids = tokenizer(args.text, add_special_tokens=False, verbose=False)["input_ids"]
+    windows = StridedWindows(np.array(ids), args.window, args.stride)
+    return evaluate_data_set(model, windows, args.window - 1, accelerator, "WikiText-2")
+
+
+def evaluate_lambada(
+    model: Any, tokenizer: Any, args: argparse.Namespace, accelerator: Accelerator
+) -> dict[str, Any]:
+    """Returns the harness's accuracy and perplexity."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    task: dict[str, Any] = {"task": "lambada_openai"}
+    if args.lambada is not None:
+        files = {"test": str(args.lambada.resolve())}
+        task |= {"dataset_path": "json", "dataset_name": None}
+        task["dataset_kwargs"] = {"data_files": files}
+    # its own definition of the task, and no search for the thousands of others
+    tasks = TaskManager(
+        include_defaults=False, include_path=str(Path(lm_eval.__file__).parent / "tasks/lambada")
+    )
+    context = getattr(model.config, "max_position_embeddings", args.window)
+    largest = largest_batch(args.window, model.config.vocab_size, accelerator.device)
+
+    @find_executable_batch_size(starting_batch_size=largest)
+    def evaluate(batch_size: int) -> dict[str, Any]:
+        harness = HFLM(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=context
+        )
+        return lm_eval.simple_evaluate(
+            harness,
+            tasks=[{"group": "zero_shot", "task": [task]}],  # a group may override its tasks
+            task_manager=tasks,
+            bootstrap_iters=1000,
+        )
+
+    try:
+        found = evaluate()["results"]["lambada_openai"]
+    except OSError as error:  # there is no network, and it is not in the cache
+        raise UserError(
+            f"cannot get LAMBADA: pass lambada_test.jsonl with --lambada ({one_line(error)})"
+        ) from error
+    return {
+        "accuracy": found["acc,none"],
+        "accuracy_standard_error": found["acc_stderr,none"],
+        "perplexity": found["perplexity,none"],
+        "perplexity_standard_error": found["perplexity_stderr,none"],
+        "passages": found["sample_len"],
+        "harness": lm_eval.__version__,
+    }
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:,.2f}" if value < 1e5 else f"{value:.1e}"
+
+
+def render(results: dict[str, Any]) -> str:
+    """Makes the Markdown table of a results file, and the line under it."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in results["scores"]:
+        found.setdefault(row["model"], {"parameters": row["parameters"]})[row["task"]] = row
+    rows = []
+    for name, model in found.items():
+        cells = [f"`{name}`", f"{model['parameters']:,}", *[""] * 3]
+        if "wikitext" in model:
+            cells[2] = _perplexity(model["wikitext"]["perplexity"])
+        if "lambada" in model:
+            lambada = model["lambada"]
+            error = 100 * lambada["accuracy_standard_error"]
+            cells[3] = f"{100 * lambada['accuracy']:.2f}% ± {error:.2f}"
+            cells[4] = _perplexity(lambada["perplexity"])
+        rows.append(tuple(cells))
+    header = (
+        *("model", "parameters", "WikiText-2 perplexity", "LAMBADA accuracy"),
+        "LAMBADA perplexity",
+    )
+    return (
+        f"{markdown_table(header, rows)}\n\nWikiText-2 in windows of {results['window']:,} tokens "
+        f"and strides of {results['stride']:,}, {results['dtype']}."
+    )
+
+
+def main() -> None:
+    args = parse_arguments()
+    if "wikitext" in args.tasks:
+        args.text = read_wikitext(args.wikitext)
+    if "lambada" in args.tasks and args.lambada is not None:
+        check_lambada(args.lambada)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(), mixed_precision="bf16" if args.bf16 else "no"
+    )
+    for path in args.models:
+        longest = getattr(load_pretrained(AutoConfig, path), "max_position_embeddings", args.window)
+        if args.window > longest:
+            raise UserError(
+                f"--window {args.window} is more than {path} was made for: pass --window {longest} "
+                "or less"
+            )
+    settings = {
+        "window": args.window,
+        "stride": args.stride,
+        "dtype": "bfloat16 autocast" if args.bf16 else "float32",
+        "scores": [],
+    }
+    results = begin_results(args.results, settings, args.resume, accelerator.device.type)
+    evaluations = {"wikitext": evaluate_wikitext, "lambada": evaluate_lambada}
+    for path in args.models:
+        name = Path(path).name if Path(path).is_dir() else path
+        done = [row["task"] for row in results["scores"] if row["model"] == name]
+        tasks = [task for task in args.tasks if task not in done]
+        if not tasks:
+            continue  # taken over
+        model = load_pretrained(AutoModelForCausalLM, path)
+        tokenizer = load_pretrained(AutoTokenizer, path)
+        model = accelerator.prepare_model(model, evaluation_mode=True)
+        for task in tasks:
+            print(f"== {name}: {task}", flush=True)
+            row = {"model": name, "parameters": model.num_parameters(), "task": task}
+            scores = evaluations[task](model, tokenizer, args, accelerator)
+            results["scores"].append(row | scores)
+            write_json(args.results, results)
+        del model
+        accelerator.free_memory()  # it held on to the model
+    print(f"\n{render(results)}\n\nwritten to {args.results}")
+
+
+if __name__ == "__main__":
+    run(main)
