@@ -1,0 +1,136 @@
+"""Ways to start several processes, and to end all of them."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RECIPE = REPOSITORY / "recipes" / "train_shakespeare_char.py"
+# a thread a process, and no GPU: on one the sums' order is another
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
+
+
+def free_port() -> int:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return unused.getsockname()[1]
+
+
+def tree(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The process and all that it has started, itself first."""
+    try:
+        root = psutil.Process(process.pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+class Launch:
+    """``accelerate launch`` of a script with one of the recipes' configurations."""
+
+    def __init__(
+        self, config: str, script: Path, *arguments: object, cwd: Path, log: str, flags: tuple = ()
+    ) -> None:
+        file = REPOSITORY / "recipes" / "accelerate" / config
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file]
+        command += [*flags, script, *arguments]
+        self.out, self.err = cwd / f"{log}.out", cwd / f"{log}.err"
+        with self.out.open("w") as out, self.err.open("w") as err:
+            self.process = subprocess.Popen(
+                list(map(str, command)),
+                cwd=cwd,
+                env=os.environ | ENVIRONMENT,
+                stdout=out,
+                stderr=err,
+                text=True,
+                start_new_session=True,
+            )
+
+    def workers(self) -> dict[int, psutil.Process]:
+        """The processes that run the script, by rank."""
+        found = {}
+        for process in tree(self.process)[1:]:
+            with contextlib.suppress(psutil.Error):
+                if "RANK" in (environment := process.environ()):
+                    found.setdefault(int(environment["RANK"]), process)
+        return found
+
+    def end(self) -> None:
+        kill(tree(self.process))
+        self.process.wait()
+
+    def wait(self, status: int | None = 0, timeout: float = 120) -> tuple[str, str]:
+        """Waits for the end and returns what was printed to stdout and to stderr."""
+        seen = tree(self.process)
+        try:
+            self.process.wait(timeout)
+        finally:
+            kill(seen + tree(self.process))
+            self.process.wait()
+        out, err = self.out.read_text(), self.err.read_text()
+        assert status is None or self.process.returncode == status, out + err
+        return out, err
+
+
+class ForkServer:
+    """Starts recipes in processes that need not import everything first: see fork_server.py."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).parent / "fork_server.py")],
+                env=os.environ | ENVIRONMENT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=out,
+                text=True,
+                start_new_session=True,
+            )
+        self.read()  # it has imported everything
+
+    def read(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, self.log.read_text()
+        return json.loads(line)
+
+    def start(self, script: Path, *arguments: object) -> list[psutil.Process]:
+        """Starts a script in two processes of one process group, as torchrun would."""
+        job = {"script": str(script), "arguments": list(map(str, arguments)), "port": free_port()}
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        return [psutil.Process(pid) for pid in self.read()]
+
+    def statuses(self) -> list[int]:
+        """Waits for the end of both and returns their exit statuses, -9 for a SIGKILL."""
+        return self.read()
+
+    def end(self) -> None:
+        kill(tree(self.process))
+        self.process.wait()
+
+
+def gone(processes: list[psutil.Process], timeout: float = 30) -> bool:
+    """Waits until none of the processes runs any more."""
+    deadline = time.monotonic() + timeout
+    while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
