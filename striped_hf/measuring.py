@@ -91,8 +91,8 @@ def tensor_bytes(value: Any) -> int:
     """Counts the bytes of all tensors in a value: what they store, not what they stand for.
 
     Looks into dicts, lists and tuples, and into tensor subclasses that wrap others, as the coded
-    states of torchao do, whose own ``nbytes`` are those of the decoded tensor. A tensor that is
-    there more than once counts once.
+    states of torchao do, whose own ``nbytes`` are those of the decoded tensor, and shards do, of
+    which only this process's part counts. A tensor that is there more than once counts once.
     """
     return sum(
         tensor.nbytes for tensor in {id(tensor): tensor for tensor in _tensors(value)}.values()

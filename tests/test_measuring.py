@@ -122,3 +122,21 @@ def test_seconds_are_of_one_call():
     calls = []
     assert 0 <= seconds(CPU, lambda: calls.append(1), 5) < 1
     assert len(calls) == 5
+
+
+def test_a_sharded_tensor_counts_what_this_process_has(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        # the part that one of four processes would have
+        part = DTensor.from_local(
+            torch.ones(2, 8), mesh, [Shard(0)], run_check=False, shape=(8, 8), stride=(8, 1)
+        )
+        assert part.nbytes == 8 * 8 * 4
+        assert tensor_bytes({"exp_avg": part, "again": [part]}) == 2 * 8 * 4
+    finally:
+        torch.distributed.destroy_process_group()

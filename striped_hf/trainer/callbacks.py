@@ -59,6 +59,33 @@ class RunMeasurements(TrainerCallback):
         }
 
 
+class LoggedFigures(TrainerCallback):
+    """A callback whose figures join what Trainer logs in training.
+
+    It has to run before the callbacks that report logs, as ``watch`` puts it.
+    """
+
+    def figures(
+        self, args: TrainingArguments, state: TrainerState, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Returns the figures for the log of this moment: numbers by name."""
+        raise NotImplementedError
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds the figures to a log of training, for the other callbacks and in the history."""
+        if logs is not None and "loss" in logs:
+            figures = self.figures(args, state, **kwargs)
+            logs.update(figures)
+            state.log_history[-1].update(figures)
+
+
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Counts the bytes of all tensors in an optimizer's state."""
     return tensor_bytes(dict(optimizer.state))

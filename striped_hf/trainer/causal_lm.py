@@ -10,12 +10,21 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.trainer_utils import EvalLoopOutput
 
+from striped_hf.cli import UserError, one_line
 from striped_hf.evaluation import evaluate_loss
 from striped_hf.losses import is_worthwhile, linear_cross_entropy
 from striped_hf.trainer.checkpoints import WholeCheckpoints
 from striped_hf.trainer.watching import watch
+
+# transformers' "sdpa" looks in every forward pass for sequences packed into one, and waits for the
+# GPU to see; compiled it cannot look and makes a mask, with which there is no flash attention. An
+# implementation for which no mask is known gets none: it is causal, as windows need it.
+_CAUSAL_SDPA = "causal_sdpa"
+AttentionInterface.register(_CAUSAL_SDPA, sdpa_attention_forward)
 
 # Models whose output layer's result goes into the loss as it is (read in transformers 5.23)
 _PLAIN_HEADS = ("gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3")
@@ -30,13 +39,17 @@ class CausalLMTrainer(WholeCheckpoints):
 
     It logs what ``striped_hf.trainer.watching`` measures. Where a step has many logits, as with
     GPT-2's vocabulary, it trains on ``striped_hf.losses``, which never holds them all;
-    ``chunked_loss = False`` turns that off. No step waits for a GPU.
+    ``chunked_loss = False`` turns that off. Attention takes every batch as windows of whole
+    sequences: there is no padding but behind the last target. Between two logs no step waits for a
+    GPU, given ``logging_nan_inf_filter=False`` and a model without ``pad_token_id``.
     """
 
     chunked_loss = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if getattr(getattr(self.model, "config", None), "_attn_implementation", None) == "sdpa":
+            self.model.set_attn_implementation(_CAUSAL_SDPA)  # type: ignore[union-attr,operator]
         watch(self, peak_tflops=getattr(self.args, "peak_tflops", None))
         self._loss_from_hidden: partial[Tensor] | None = None
         self._flops_per_token: int | None = None
@@ -102,6 +115,17 @@ class CausalLMTrainer(WholeCheckpoints):
         if not math.isfinite(logs.get("loss", 0.0)) and hasattr(self, "_tr_loss"):
             self._tr_loss.zero_()
         super().log(logs, start_time)
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Makes the repository on the hub, or says how its refusal is mended."""
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except Exception as error:  # the client's classes of errors are its version's
+            name = self.args.hub_model_id or Path(self.args.output_dir or "").resolve().name
+            raise UserError(
+                f"--push_to_hub cannot make {name} on the hub: log in with `hf auth login` or set "
+                f"HF_TOKEN, and pass a name of yours with --hub_model_id ({one_line(error)})"
+            ) from error
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes Trainer's draft only where there is no card yet: ``finish_run``'s says more."""

@@ -1,0 +1,192 @@
+"""How a run's gradients are: norms, clipping, the updates that they make, NaNs among them."""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from striped_hf.trainer.callbacks import LoggedFigures
+
+_SAMPLED_VALUES = 4096  # of each matrix, for its update: 1 to 2% of error in a norm
+_COUNTED_VALUES = 1 << 22  # looked at in one piece, to keep temporaries small
+
+
+class GradientHealth(LoggedFigures):
+    """Norms, clipping, updates and non-finite values, of all steps since the last log.
+
+    Of every step:
+
+    - ``grad_norm_mean``, ``grad_norm_max``: the finite norms before clipping. (Trainer's own
+      ``grad_norm`` is that of the last step.)
+    - ``clipped_share``: the share of steps whose gradient was clipped, from 0 to 1.
+    - ``nonfinite_steps``: the steps whose gradient had an infinity or a NaN.
+
+    Of the first step and of each one that is logged, where a reading costs least:
+
+    - ``nonfinite_values``: how many values of the gradient were infinite or NaN.
+    - ``update_ratio_attn``, ...: how far the step moved a matrix, relative to its length; the
+      largest in each group of layers, which go by their names in a block (``attn``, ``mlp``) or in
+      the model (``wte``). From 4,096 values of each matrix.
+    """
+
+    def __init__(self) -> None:
+        self._norms: list[Tensor] = []
+        self._clipped_above = math.inf
+        self._sampling = False
+        self._nonfinite: Tensor | None = None
+        self._before: dict[str, Tensor] = {}
+        self._squares: tuple[list[str], Tensor] | None = None  # groups [n], squares [n, 2]
+        self._sharded = False
+
+    def recording(self, clip_grad_norm: Callable[..., Any]) -> Callable[..., Any]:
+        """Wraps ``Accelerator.clip_grad_norm_`` to keep what it returns."""
+
+        @functools.wraps(clip_grad_norm)
+        def recorded(parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
+            parameters = list(parameters)
+            if self._sampling:  # here, for clipping by a NaN makes all of it NaN
+                self._nonfinite = _nonfinite_values(parameters)
+            norm = clip_grad_norm(parameters, max_norm, *args, **kwargs)
+            if norm is not None:  # None from DeepSpeed before its first step
+                self._norms.append(norm if isinstance(norm, Tensor) else torch.tensor(norm))
+            self._clipped_above = max_norm
+            return norm
+
+        return recorded
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forgets what was before."""
+        self._norms.clear()
+        self._nonfinite = self._squares = None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Decides whether this step is looked at closely."""
+        step = state.global_step + 1
+        self._sampling = step == 1 or step % state.logging_steps == 0
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keeps a sample of the weights, to see how far the step moves them."""
+        if self._sampling:
+            self._before = {
+                name: _sample(param).clone() for name, param in _matrices(kwargs["model"])
+            }
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compares the sample with the weights that the step made."""
+        if not self._before:
+            return
+        squares, groups = [], []
+        for name, param in _matrices(kwargs["model"]):
+            after = _sample(param).float()
+            moved = after - self._before[name]
+            squares += [moved.square().sum(), after.square().sum()]
+            groups.append(layer_group(name))
+            self._sharded |= isinstance(param, DTensor)
+        self._squares = groups, torch.stack(squares).view(-1, 2)
+        self._before = {}
+
+    def figures(
+        self, args: TrainingArguments, state: TrainerState, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Returns what the steps since the last log were like."""
+        figures: dict[str, Any] = {}
+        if self._norms:
+            norms = torch.stack([_whole(norm).detach().float() for norm in self._norms]).cpu()
+            finite = norms[norms.isfinite()]
+            if len(finite):
+                figures["grad_norm_mean"] = finite.mean().item()
+                figures["grad_norm_max"] = finite.max().item()
+            figures["clipped_share"] = (norms > self._clipped_above).float().mean().item()
+            figures["nonfinite_steps"] = len(norms) - len(finite)
+            self._norms = []
+        if self._nonfinite is not None:
+            figures["nonfinite_values"] = round(self._over_processes(self._nonfinite).item())
+        if self._squares is not None:
+            groups, squares = self._squares
+            moved, weights = self._over_processes(squares).sqrt().T.tolist()
+            for group, distance, length in zip(groups, moved, weights, strict=True):
+                key = f"update_ratio_{group}"
+                ratio = distance / length if length else 0.0
+                # not max(): a NaN has to stay
+                figures[key] = figures[key] if figures.get(key, -1.0) >= ratio else ratio
+        self._nonfinite = self._squares = None
+        return figures
+
+    def _over_processes(self, sums: Tensor) -> Tensor:
+        """Adds up what the processes have of sharded parameters; replicas have it all already."""
+        if self._sharded:
+            dist.all_reduce(sums)
+        return sums
+
+
+def layer_group(name: str) -> str:
+    """Names the group of layers that a parameter belongs to.
+
+    ``transformer.h.3.attn.c_attn.weight`` is in ``attn``, as that of any other block, and
+    ``transformer.wte.weight`` in ``wte``.
+    """
+    path = name.split(".")[:-1] or [name]
+    in_block = [part for number, part in itertools.pairwise(path) if number.isdigit()]
+    return in_block[0] if in_block else next((p for p in path[::-1] if not p.isdigit()), name)
+
+
+def _matrices(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Lists the trained parameters of two dimensions or more, whose length means something."""
+    return [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.ndim > 1]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Returns this process's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _sample(param: Tensor) -> Tensor:
+    """Returns about 4,096 values of this process's part, evenly spread: [n], in its own dtype."""
+    values = _local(param.detach()).flatten()
+    # an odd stride, for an even one would stay in a few of the columns
+    return values[:: values.numel() // _SAMPLED_VALUES | 1]
+
+
+def _nonfinite_values(parameters: list[nn.Parameter]) -> Tensor:
+    """Counts infinities and NaNs in gradients: a float64 scalar, to be added over the processes.
+
+    The norm says first whether there are any, so that a healthy gradient is read only once.
+    """
+    gradients = [param.grad for param in parameters if param.grad is not None]
+    count = 0.0
+    if gradients and not get_total_norm([_local(grad) for grad in gradients]).isfinite():
+        sharded = any(isinstance(grad, DTensor) for grad in gradients)
+        for grad in gradients:
+            pieces = _local(grad).flatten().split(_COUNTED_VALUES)
+            found = sum(len(piece) - int(piece.isfinite().sum()) for piece in pieces)
+            count += found / (_processes_with_the_same(grad) if sharded else 1)
+    device = gradients[0].device if gradients else None
+    return torch.tensor(count, dtype=torch.float64, device=device)
+
+
+def _processes_with_the_same(tensor: Tensor) -> int:
+    """Counts the processes that hold the same values as this one does, itself among them."""
+    if not isinstance(tensor, DTensor):
+        return dist.get_world_size()
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in sizes if not placement.is_shard())
