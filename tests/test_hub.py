@@ -1,13 +1,16 @@
 """The hub: pushing a run, and loading it by name, against a local server of the hub's protocol."""
 
+import huggingface_hub
 import pytest
 from hub_endpoint import serve_hub
 from huggingface_hub import ModelCard
 from tiny import QUIET, read_run
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, TrainingArguments
+
+from striped_hf.cli import UserError
+from striped_hf.trainer.causal_lm import CausalLMTrainer
 
 FEW = ("--max_steps", 2, "--eval_steps", 1, "--save_steps", 1, "--gradient_accumulation_steps", 1)
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +34,7 @@ def pushed(hub, docs_data, run_script, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_push_uploads_the_finished_run(hub, pushed):
     uploaded = hub.repositories["someone/finetuned"]
     files = {path.name: path for path in pushed.iterdir() if path.is_file()}
@@ -39,6 +43,7 @@ def test_push_uploads_the_finished_run(hub, pushed):
     assert all(uploaded[name] == path.read_bytes() for name, path in files.items())
 
 
+@pytest.mark.slow
 def test_pushed_card_is_the_recipe_s(hub, pushed):
     text = hub.repositories["someone/finetuned"]["README.md"].decode()
     assert "finetune_shakespeare.py" in text
@@ -50,6 +55,7 @@ def test_pushed_card_is_the_recipe_s(hub, pushed):
     assert {result.dataset_split for result in data.eval_results} == {"validation"}
 
 
+@pytest.mark.slow
 def test_samples_by_name_though_the_connection_drops(hub, tiny_run, run_script, tmp_path):
     """Half of 26 MB arrives; the client keeps what it has written of it, in pieces of 10 MiB."""
     config = GPT2Config.from_pretrained(tiny_run, n_layer=2, n_embd=512)
@@ -73,3 +79,19 @@ def test_samples_by_name_though_the_connection_drops(hub, tiny_run, run_script, 
         if method == "GET" and "/large/" in path and path.endswith("/model.safetensors")
     ]
     assert downloads == [0, 10 * 2**20]
+
+
+def test_refused_push_says_so_before_the_training(tmp_path, monkeypatch):
+    args = TrainingArguments(
+        str(tmp_path), push_to_hub=True, hub_model_id="someone/mine", hub_token="hf_of_no_one"
+    )
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=5, n_positions=4, n_layer=1, n_head=1, n_embd=4))
+    with serve_hub() as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        with pytest.raises(UserError, match="cannot make someone/mine on the hub") as caught:
+            CausalLMTrainer(model, args)
+    message = str(caught.value)
+    assert "hf auth login" in message
+    assert "401" in message
+    assert "\n" not in message
+    assert ("POST", "/api/repos/create", 0) in hub.requests
