@@ -1,6 +1,8 @@
 """The command line of the recipes: their own options, and all of TrainingArguments as flags."""
 
+import json
 import os
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +15,7 @@ OptionsT = TypeVar("OptionsT")
 _DEFAULTS: dict[str, Any] = {
     "remove_unused_columns": False,  # or Trainer drops shift_labels
     "dataloader_pin_memory": torch.cuda.is_available(),
+    "accelerator_config": {"non_blocking": torch.cuda.is_available()},  # batches travel meanwhile
     "per_device_eval_batch_size": 64,
     "eval_strategy": "steps",
     "save_strategy": "steps",
@@ -21,6 +24,7 @@ _DEFAULTS: dict[str, Any] = {
     "metric_for_best_model": "eval_loss",
     "greater_is_better": False,
     "logging_steps": 10,
+    "logging_nan_inf_filter": False,  # or each step waits for the GPU to rule out a NaN
     # without a GPU accelerate would take each of several processes for a run of its own
     "use_cpu": not torch.accelerator.is_available(),
     "log_level_replica": "error",  # the main process says it already
@@ -31,15 +35,36 @@ _DEFAULTS: dict[str, Any] = {
 # And under FSDP: each accumulated pass hands its gradients to their shards, or every device would
 # hold all of them, whole, until the step.
 _FSDP_DEFAULTS = {
-    "accelerator_config": '{"gradient_accumulation_kwargs": {"sync_each_batch": true}}',
+    "accelerator_config": {
+        **_DEFAULTS["accelerator_config"],
+        "gradient_accumulation_kwargs": {"sync_each_batch": True},
+    },
 }
+
+
+@dataclass
+class RecipeArguments(TrainingArguments):
+    """All of TrainingArguments, and what ``striped_hf.trainer.watching`` needs beside."""
+
+    peak_tflops: float | None = field(
+        default=None,
+        metadata={"help": "the device's dense bfloat16 TFLOPS, for MFU where its table has none"},
+    )
+
+    def __post_init__(self) -> None:
+        """Checks the peak."""
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise ValueError(
+                f"--peak_tflops {self.peak_tflops}: must be positive, such as 312 for an A100"
+            )
+        super().__post_init__()
 
 
 def parse_arguments(
     options_class: type[OptionsT],
     defaults: dict[str, Any],
     presets: dict[str, dict[str, Any]] | None = None,
-) -> tuple[OptionsT, TrainingArguments]:
+) -> tuple[OptionsT, RecipeArguments]:
     """Parses a recipe's command line.
 
     Args:
@@ -56,9 +81,10 @@ def parse_arguments(
     Raises:
         SystemExit: A flag is unknown or its value is wrong; the message names it.
     """
-    parser = HfArgumentParser((options_class, TrainingArguments))  # type: ignore[arg-type]
+    parser = HfArgumentParser((options_class, RecipeArguments))  # type: ignore[arg-type]
     fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # the launcher says so
     defaults = {**_DEFAULTS, **(_FSDP_DEFAULTS if fsdp else {}), **defaults}
+    defaults["accelerator_config"] = json.dumps(defaults["accelerator_config"])
     parser.set_defaults(**defaults)
     given = parser.parse_known_args()[0]
     if presets is not None:
@@ -68,7 +94,10 @@ def parse_arguments(
     if given.optim != defaults["optim"]:
         defaults.pop("optim_args", None)
     parser.set_defaults(**defaults)
-    options, args = parser.parse_args_into_dataclasses()
+    try:
+        options, args = parser.parse_args_into_dataclasses()
+    except ValueError as error:  # TrainingArguments' own checks
+        parser.error(str(error))
     if fsdp and args.use_cpu:
         parser.error(
             "FSDP needs GPUs, and there is none or --use_cpu was passed: accelerate would run DDP "

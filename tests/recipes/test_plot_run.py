@@ -1,0 +1,102 @@
+"""The plot of runs: from their folders, finished or not, with or without their being watched."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from matplotlib import pyplot as plt
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY / "recipes"))
+
+import plot_run  # noqa: E402
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def write_state(folder: Path, log: list[dict]) -> Path:
+    folder.mkdir(parents=True)
+    state = json.dumps({"log_history": log})
+    (folder / "trainer_state.json").write_text(state, encoding="utf-8")
+    return folder
+
+
+def watched(scale: float) -> list[dict]:
+    log: list[dict] = [
+        {
+            "step": step, "loss": scale / step, "learning_rate": 1e-3, "grad_norm": 1.0,
+            "grad_norm_mean": scale, "grad_norm_max": 2 * scale, "peak_memory_mib": 100 + step,
+        }
+        for step in range(10, 60, 10)
+    ]  # fmt: skip
+    log[0] |= {"state_mib_exp_avg": 3.0, "state_mib_exp_avg_sq_row": 1.5}
+    return [*log, {"step": 50, "eval_loss": scale}, {"step": 50, "train_runtime": 1.0}]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The axes of the plot, as they are when it is written."""
+    kept = []
+    monkeypatch.setattr(plt, "close", kept.append)
+    yield lambda: kept[-1].axes
+    monkeypatch.undo()
+    plt.close("all")
+
+
+def test_runs_are_drawn_together(monkeypatch, tmp_path, drawn, capsys):
+    unwatched = [
+        {k: v for k, v in entry.items() if k in ("step", "loss", "learning_rate", "grad_norm")}
+        for entry in watched(3.0)
+    ]
+    folders = [
+        write_state(tmp_path / "a" / "run", watched(1.0)),
+        write_state(tmp_path / "b" / "run", watched(2.0)),
+        write_state(tmp_path / "c" / "checkpoint-50", unwatched).parent,
+    ]
+    out = tmp_path / "plots" / "runs.png"
+    monkeypatch.setattr(sys, "argv", ["plot_run.py", *map(str, folders), "--output", str(out)])
+    plot_run.main()
+    assert out.read_bytes().startswith(PNG)
+    assert [path.name for path in out.parent.iterdir()] == ["runs.png"]
+    loss, rate, norm, memory = drawn()
+    shown = [text.get_text() for text in loss.get_legend().get_texts()]
+    assert shown[:2] == ["a/run", "b/run"]  # their last parts are the same
+
+    def curves(axis):
+        lines = [list(line.get_ydata()) for line in axis.lines]
+        return [line for line in lines if line]
+
+    assert curves(loss)[0] == pytest.approx([1 / 10, 1 / 20, 1 / 30, 1 / 40, 1 / 50])
+    assert [1.0] in curves(loss)  # validation
+    assert len(curves(rate)) == 3
+    assert [2.0] * 5 in curves(norm)  # b's mean, and a's largest
+    assert curves(norm)[-1] == [1.0] * 5  # c's own, for want of a mean
+    assert curves(memory)[0] == [110, 120, 130, 140, 150]
+    assert [4.5, 4.5] in curves(memory)  # the state, of both kinds
+    assert len(curves(memory)) == 4
+    assert len({line.get_color() for line in rate.lines}) == 3
+
+
+@pytest.mark.slow
+def test_a_real_run_finished_and_not(tiny_run, run_script, tmp_path):
+    shutil.copytree(tiny_run / "checkpoint-10", tmp_path / "half" / "checkpoint-10")
+    run_script("recipes/plot_run.py", tiny_run, tmp_path / "half", cwd=tmp_path)
+    assert (tmp_path / "out" / "runs.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "has no trainer_state.json, nor a checkpoint"),
+        ("{", "is not what Trainer writes"),
+        ('{"log_history": []}', "has logged no step yet"),
+    ],
+)
+def test_what_is_no_run_is_one_line(monkeypatch, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "trainer_state.json").write_text(content, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["plot_run.py", str(tmp_path)])
+    with pytest.raises(plot_run.UserError, match=message):
+        plot_run.main()
