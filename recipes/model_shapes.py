@@ -23,16 +23,24 @@ GPT2_SIZES = {  # the configurations that the hub has under these names
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
-LLAMA_1B = {  # Llama 3.2 1B's, as published
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
+LLAMA_SIZES = {  # Llama 3.2 1B's, and Llama 3.1 8B's, 70B's and 405B's, as published
+    name: {
+        "vocab_size": 128256,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": name == "llama-1b",
+    }
+    for name, hidden, intermediate, layers, heads in (
+        ("llama-1b", 2048, 8192, 16, 32),
+        ("llama-8b", 4096, 14336, 32, 32),
+        ("llama-70b", 8192, 28672, 80, 64),
+        ("llama-405b", 16384, 53248, 126, 128),
+    )
 }
 WEIGHT_DECAY = 0.1
 
@@ -56,15 +64,15 @@ def load_config(name: str) -> PretrainedConfig:
     """Returns the configuration of a model.
 
     Args:
-        name: One of GPT-2's sizes, ``llama-1b``, a local folder, or a name on the hub.
+        name: One of GPT-2's or Llama's sizes, a local folder, or a name on the hub.
 
     Raises:
         UserError: It is none of them.
     """
     if name in GPT2_SIZES:
         return GPT2Config(**GPT2_SIZES[name])
-    if name == "llama-1b":
-        return LlamaConfig(**LLAMA_1B)
+    if name in LLAMA_SIZES:
+        return LlamaConfig(**LLAMA_SIZES[name])
     return load_pretrained(AutoConfig, name)
 
 

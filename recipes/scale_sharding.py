@@ -1,0 +1,173 @@
+"""Compute what StripedAdamW keeps and sends on many devices, beside AdamW.
+
+    python recipes/scale_sharding.py     # arithmetic, and GPT-2 on 2 and 3 processes; 3 minutes
+
+Parameters are float32 and sharded by rows over all N devices, as FSDP2 shards them. The device with
+the most then keeps, of a matrix of R rows and C columns in br x bc blocks,
+
+    momentum      ceil(R / N) rows of it, in 4, 2, 1.03 or 0.53 bytes an element
+    row stripe    4 ceil(R / N) bc bytes
+    col stripe    4 br C bytes: the same on every device
+
+and 8 ceil(n / N) bytes of a vector of n. A step's all-reduce adds up, over all matrices,
+
+    S = sum of (br C + br bc) numbers of 4 bytes
+
+of which a ring sends 2 (N - 1) / N x 4 S bytes from each device. The gradients' own reduce-scatter
+sends (N - 1) / N x 4 P bytes for P parameters. AdamW keeps 8 bytes an element and sends nothing.
+
+The formula is held against what gloo's processes really write to their sockets.
+"""
+
+import math
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from model_shapes import Weight, allocate, meta_model, meta_weights
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from striped_hf.optim import StripedAdamW
+from striped_hf.optim.momentum import MOMENTUM_DTYPES
+from striped_hf.optim.state import init_state
+from striped_hf.results import environment, markdown_table, write_json
+
+RESULTS = "recipes/results/scale_sharding.json"
+MODELS = ("gpt2-xl", "llama-8b", "llama-70b", "llama-405b")
+DEVICES = (8, 64, 512, 4096)
+MEASURED, STEPS = "gpt2", 5
+
+
+def main() -> None:
+    models = []
+    for name in MODELS:
+        weights = meta_weights(meta_model(name))
+        parameters = sum(weight.param.numel() for weight in weights)
+        scales = [
+            {
+                "devices": devices,
+                "adamw": sum(8 * local_elements(weight, devices) for weight in weights),
+                **{d: sum(local_state(w, d, devices) for w in weights) for d in MOMENTUM_DTYPES},
+                "stripes_sent": ring(2 * 4 * exchanged(weights), devices),
+                "gradients_sent": ring(4 * parameters, devices),
+            }
+            for devices in DEVICES
+        ]
+        models.append({"name": name, "parameters": parameters, "scales": scales})
+    formula = {n: ring(2 * 4 * exchanged(meta_weights(meta_model(MEASURED))), n) for n in (2, 3)}
+    measured = [
+        {"processes": n, "formula": expected, "sent": measure(n)} for n, expected in formula.items()
+    ]
+    results = {"environment": environment("cpu"), "models": models, "measured": measured}
+    write_json(RESULTS, results)
+    print(render(results))
+
+
+def local_elements(weight: Weight, devices: int) -> int:
+    """Returns how many elements the device with the most has of a parameter."""
+    rows, *rest = weight.param.shape or (1,)
+    return -(-rows // devices) * math.prod(rest)
+
+
+def local_state(weight: Weight, momentum_dtype: str, devices: int) -> int:
+    """Returns the bytes of state that the device with the most has of a parameter."""
+    rows, *rest = weight.param.shape or (1,)
+    part = torch.empty(-(-rows // devices), *rest, device="meta")
+    row_blocks, col_blocks = weight.blocks
+    state = init_state(part, momentum_dtype, (1, col_blocks))
+    size = sum(value.nbytes for value in state.values())
+    return size + (row_blocks - 1) * state["exp_avg_sq_col"].nbytes if rest else size
+
+
+def exchanged(weights: list[Weight]) -> int:
+    """Returns how many numbers a step's all-reduce adds up."""
+    return sum(
+        weight.blocks[0] * (weight.param.shape[-1] + weight.blocks[1])
+        for weight in weights
+        if weight.param.dim() >= 2
+    )
+
+
+def ring(size: int, devices: int) -> float:
+    """Returns the bytes that a ring sends from each device for each pass over ``size`` bytes."""
+    return size * (devices - 1) / devices
+
+
+def measure(processes: int) -> float:
+    """Returns the mean bytes that a process writes to its sockets in a step on ``MEASURED``."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(work, (processes, folder), nprocs=processes)
+        written = [int(path.read_text()) for path in Path(folder).glob("written-*")]
+    return sum(written) / len(written) / STEPS
+
+
+def work(rank: int, processes: int, folder: str) -> None:
+    """What each process does: steps on its shards, and counts what it writes meanwhile."""
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=processes)
+    mesh = init_device_mesh("cpu", (processes,))
+    params, blocks = [], []
+    weights = meta_weights(meta_model(MEASURED))
+    for weight in allocate(weights, torch.device("cpu"), torch.float32):
+        tensors = (weight.param.detach(), weight.param.grad)
+        # every process drew the same: none need be sent
+        param, grad = (
+            distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None) for tensor in tensors
+        )
+        params.append(nn.Parameter(param))
+        params[-1].grad = grad
+        blocks.append(weight.blocks)
+    optimizer = StripedAdamW([{"params": params, "blocks": blocks}], momentum_dtype="int8")
+    optimizer.step()
+    before = written_bytes()
+    for _ in range(STEPS):
+        optimizer.step()
+    written = written_bytes() - before
+    dist.barrier()
+    Path(folder, f"written-{rank}").write_text(str(written))
+    dist.destroy_process_group()
+
+
+def written_bytes() -> int:
+    """Returns the bytes that this process has written so far, to sockets among others."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(dict(line.split(": ") for line in lines)["wchar"])
+
+
+def render(results: dict) -> str:
+    """Makes the Markdown tables of a results file."""
+    header = (
+        *("model", "devices", "AdamW", *(f"striped, {d}" for d in MOMENTUM_DTYPES)),
+        *("stripes sent", "gradients sent"),
+    )
+    rows = [
+        (
+            f"`{model['name']}`",
+            f"{scale['devices']:,}",
+            *(mebibytes(scale[key]) for key in ("adamw", *MOMENTUM_DTYPES)),
+            *(mebibytes(scale[key]) for key in ("stripes_sent", "gradients_sent")),
+        )
+        for model in results["models"]
+        for scale in model["scales"]
+    ]
+    sent = [
+        f"{row['sent'] / 1e6:.3f} MB from each of {row['processes']} ({row['formula'] / 1e6:.3f})"
+        for row in results["measured"]
+    ]
+    return (
+        f"{markdown_table(header, rows)}\n\n"
+        f"MiB on each device, and in each step from each device. Measured on `{MEASURED}`, and by "
+        f"the formula: {'; '.join(sent)}."
+    )
+
+
+def mebibytes(size: float) -> str:
+    return f"{size / 2**20:,.1f}" if size < 100 * 2**20 else f"{size / 2**20:,.0f}"
+
+
+if __name__ == "__main__":
+    main()
