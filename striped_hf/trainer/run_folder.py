@@ -85,7 +85,9 @@ def finish_run(
         "seed": args.seed,
         "processes": args.world_size,
         "steps": trainer.state.global_step,
-        "tokens": trainer.state.global_step * windows_per_step(args) * blocks.block_size,
+        # counted where steps differ in their tokens
+        "tokens": trainer.state.num_input_tokens_seen
+        or trainer.state.global_step * windows_per_step(args) * blocks.block_size,
         "parameters": parameters,
         **measured,
         "state_bytes_per_param": None if state_bytes is None else state_bytes / parameters,

@@ -1,0 +1,163 @@
+"""Pretraining: the run that it leaves, on one process and on two, and what it is told wrongly."""
+
+import itertools
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import QUIET, read_run
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RECIPE = "pretrain_openwebtext.py"
+# 8 windows of 32 a full step, 12 full steps; the batch grows over the first 4 of them
+FEW = ("--block_size", 32, "--per_device_train_batch_size", 2, "--max_steps", 12)
+FEW += ("--warmup_steps", 2, "--logging_steps", 1, "--eval_steps", 6, "--save_steps", 6)
+FEW += ("--batch_size_warmup", 1024, "--optim", "striped_adamw", "--save_total_limit", 5)
+FEW += ("--per_device_eval_batch_size", 256, *QUIET)
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def beside_the_recipe(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "recipes")
+
+
+@pytest.fixture(scope="module")
+def flags(docs_data, tmp_path_factory):
+    # no dropout: its numbers are another process's too
+    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2}
+    config |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
+    path = tmp_path_factory.mktemp("config") / "tiny.json"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return (*FEW, "--config_name", path, "--data_dir", docs_data)
+
+
+@pytest.fixture(scope="module")
+def one_process(flags, run_script, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    accumulation = ("--gradient_accumulation_steps", 4)
+    done = run_script(
+        f"recipes/{RECIPE}", *flags, *accumulation, "--output_dir", folder, cwd=folder
+    )
+    return folder, done.stdout
+
+
+def history(folder):
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    return [entry for entry in state["log_history"] if "loss" in entry]
+
+
+def test_run_is_counted_in_tokens(one_process):
+    folder, out = one_process
+    run, log = read_run(folder), history(folder)
+    assert "256 tokens a full step" in out
+    assert "3,072 tokens in all" in out
+    assert run["tokens"] == log[-1]["num_input_tokens_seen"] == 12 * 256
+    assert run["steps"] == len(log) > 12
+    tokens = [0, *(entry["num_input_tokens_seen"] for entry in log)]
+    sizes = [(after - before) // 64 for before, after in itertools.pairwise(tokens)]
+    assert sizes[0] == 1
+    assert sorted(sizes[:-1]) == sizes[:-1]
+    assert set(sizes) == {1, 2, 3, 4}
+    assert run["eval_loss"] < log[0]["loss"] - 0.1
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.vocab_size == 128  # characters, to a multiple of 64
+    assert model.config.n_positions == 32
+    assert model.dtype == torch.float32
+    AutoTokenizer.from_pretrained(folder)
+
+
+def test_two_processes_have_the_losses_of_one(one_process, flags, tmp_path):
+    """With half of its window batch on each, batches grow alike."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [
+        REPOSITORY / "recipes" / "accelerate" / "ddp.yaml",
+        REPOSITORY / "recipes" / RECIPE,
+        *flags,
+    ]
+    command += ["--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4]
+    finished = subprocess.run(
+        list(map(str, [*command, "--output_dir", "two"])),
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr
+    one, two = (history(folder) for folder in (one_process[0], tmp_path / "two"))
+    assert read_run(tmp_path / "two")["processes"] == 2
+    for key in ("step", "learning_rate", "num_input_tokens_seen"):
+        assert [entry[key] for entry in one] == [entry[key] for entry in two]
+    losses = [[entry["loss"] for entry in log] for log in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_resumed_run_equals_the_uninterrupted_one(one_process, flags, tmp_path, run_here):
+    whole, folder = one_process[0], tmp_path / "run"
+    shutil.copytree(whole / "checkpoint-12", folder / "checkpoint-12")
+    resume = ("--resume_from_checkpoint", "last", "--gradient_accumulation_steps", 4)
+    run_here(RECIPE, *flags, *resume, "--output_dir", folder)
+    resumed, expected = (load_file(f / "model.safetensors") for f in (folder, whole))
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    assert read_run(folder)["tokens"] == read_run(whole)["tokens"]
+    keys = ("step", "loss", "learning_rate", "num_input_tokens_seen")
+    resumed, expected = ([[e[k] for k in keys] for e in history(f)] for f in (folder, whole))
+    assert resumed == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_other_architectures(docs_data, tmp_path, run_here, name):
+    """The configurations beside the recipe have GPT-2's size, and, made small, they train."""
+    path = REPOSITORY / "recipes" / "configs" / f"{name}_124m.json"
+    config = AutoConfig.from_pretrained(path, vocab_size=50304)
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    assert 123e6 < parameters < 125e6
+    small = json.loads(path.read_text()) | {"num_hidden_layers": 1, "hidden_size": 24}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32}
+    small |= {"head_dim": 12, "dtype": "bfloat16", "pad_token_id": 1000}
+    (tmp_path / "small.json").write_text(json.dumps(small))
+    own = ("--config_name", tmp_path / "small.json", "--data_dir", docs_data)
+    flags = (*FEW, *own, "--gradient_accumulation_steps", 4, "--learning_rate", 5e-3)
+    run_here(RECIPE, *flags, "--output_dir", tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert model.config.model_type == name
+    assert (model.config.vocab_size, model.config.max_position_embeddings) == (128, 32)
+    assert model.dtype == torch.float32  # whatever the configuration's
+    log = history(tmp_path / "run")
+    assert log[-1]["loss"] < log[0]["loss"] - 0.3
+
+
+def test_defaults_are_nanogpts(monkeypatch):
+    """Without a flag, on one process and on 8: what nanoGPT's arithmetic says."""
+    for processes in (1, 8):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        defaults = runpy.run_path(str(REPOSITORY / "recipes" / RECIPE))["DEFAULTS"]
+        batch = defaults["per_device_train_batch_size"] * defaults["gradient_accumulation_steps"]
+        assert batch * processes * 1024 == 491_520
+    assert defaults["max_steps"] * 491_520 == 294_912_000_000
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (("--model", "gpt3"), "--model gpt3: choose one of gpt2, gpt2-medium"),
+        (("--config_name", "no/such/folder"), "cannot load no/such/folder"),
+        (("--batch_size_warmup", 10**12), "batch_size_warmup=1000000000000: pass"),
+        (("--data_dir", "no"), "no does not exist: prepare the data first"),
+    ],
+)
+def test_mistakes_are_one_line(flags, run_here, wrong, message):
+    if wrong[0] == "--model":
+        at = flags.index("--config_name")
+        flags = (*flags[:at], *flags[at + 2 :])
+    run_here(RECIPE, *flags, *wrong, "--output_dir", "run", fails=message)
