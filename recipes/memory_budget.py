@@ -11,12 +11,12 @@ steps on one tensor of each shape that the model has, and again with a second on
 has more than once; temporaries that the second ones add grow with the model, others do not. What
 comes on top is the CUDA context and what the allocator loses between its blocks.
 
-``--devices 2 4 8`` adds what each of several devices holds, by arithmetic alone:
+``--devices 2 4 8`` adds what each of several devices holds beside its activations, which stay whole
+on each, by arithmetic alone:
 
-    DDP      all of that, and the gradients a second time, in the buckets that are sent
-    FSDP2    a share of weights, gradients, state and the step's temporaries; whole activations;
-             and what is gathered meanwhile: the parameters and gradients outside the blocks, two
-             blocks' parameters (one at work, the next on its way) and one block's gradients
+    DDP      all of it, and the gradients a second time, in the buckets that are sent
+    FSDP2    its share, and what is gathered meanwhile: parameters and gradients outside the blocks,
+             two blocks' parameters (one at work, the next on its way) and one block's gradients
 """
 
 import argparse
@@ -196,38 +196,24 @@ def render_memory(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def device_bytes(results: dict[str, Any], row: dict[str, Any], devices: int) -> int:
-    """Returns what each of several devices holds at its peak under FSDP2, in bytes."""
-    shared = results["weights"] + results["gradients"] + row["state"]
-    whole = results["activations"] + results["gathered"]
-    return shared // devices + max(whole, row["step"] // devices)
-
-
 def render_devices(results: dict[str, Any], devices: Sequence[int] = (2, 4, 8)) -> str:
     """Makes the Markdown table of what each of several devices holds, from a budget."""
     header = ("optimizer", "one device", "DDP", *(f"FSDP2 over {n}" for n in devices))
-    rows = [
-        (
-            f"`{row['name']}`",
-            *(
-                f"{size / 2**20:,.0f}"
-                for size in (
-                    row["peak"],
-                    row["peak"] + results["gradients"],
-                    *(device_bytes(results, row, n) for n in devices),
-                )
-            ),
-        )
-        for row in results["optimizers"]
-        if "reason" not in row
-    ]
+    rows = []
+    for row in results["optimizers"]:
+        if "reason" in row:
+            continue
+        whole = results["weights"] + results["gradients"] + row["state"]
+        sizes = [whole + row["step"], whole + results["gradients"] + row["step"]]
+        # nothing is gathered any more when the optimizer steps
+        sizes += [whole // n + max(results["gathered"], row["step"] // n) for n in devices]
+        rows.append((f"`{row['name']}`", *(f"{size / 2**20:,.0f}" for size in sizes)))
     lines = [
         markdown_table(header, rows),
         "",
-        f"MiB on each device, `{results['model']}`, {results['batch_size']} x "
-        f"{results['block_size']} tokens a pass and device: "
-        f"{results['activations'] / 2**20:,.0f} of activations everywhere, and under FSDP2 "
-        f"{results['gathered'] / 2**20:,.0f} of what is gathered at a time.",
+        f"MiB of weights, gradients and state on each device, in float32, of `{results['model']}`, "
+        f"{results['parameters']:,} parameters; under FSDP2 with the "
+        f"{results['gathered'] / 2**20:,.0f} that are gathered at a time. Activations come on top.",
     ]
     return "\n".join(lines)
 

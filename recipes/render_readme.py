@@ -14,6 +14,7 @@ import bench
 import bench_tables
 import count_state_bytes
 import measure_training
+import memory_budget
 
 from striped_hf.comparison import render_plot, render_table
 from striped_hf.results import write_text
@@ -31,6 +32,7 @@ TABLES = {
     "bench_optimizers_gpt2_xl_cuda_float32": bench_tables.render,
     "bench_optimizers_gpt2_xl_cuda_bfloat16": bench_tables.render,
     "finetune_gpt2_xl_cuda": measure_training.render,
+    "memory_gpt2_xl_cpu": memory_budget.render_devices,
 }
 PLOTS = {
     "shakespeare_char_cpu": render_plot,

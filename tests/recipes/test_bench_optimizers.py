@@ -357,26 +357,24 @@ def test_smallest_card_leaves_room_for_the_context():
 
 
 def test_memory_of_each_of_several_devices():
-    """By hand, in MiB: a share of 400 + 400 + 100, all of 50, and what is gathered."""
+    """By hand, in MiB: 400 + 400 + 100 or a share of it, with the step or with what is gathered."""
     mib = 1 << 20
     results = {
         "model": "m",
-        "batch_size": 1,
-        "block_size": 8,
+        "parameters": 100 * mib,
         "weights": 400 * mib,
         "gradients": 400 * mib,
-        "activations": 50 * mib,
         "gathered": 30 * mib,
         "optimizers": [
-            {"name": "a", "state": 100 * mib, "step": 10 * mib, "peak": 950 * mib},
-            {"name": "b", "state": 100 * mib, "step": 400 * mib, "peak": 1300 * mib},
+            {"name": "a", "state": 100 * mib, "step": 10 * mib},
+            {"name": "b", "state": 100 * mib, "step": 400 * mib},
             {"name": "c", "reason": "no"},
         ],
     }
     table = memory_budget.render_devices(results, (2, 9))
     assert "| optimizer | one device | DDP | FSDP2 over 2 | FSDP2 over 9 |" in table
-    assert "| `a` | 950 | 1,350 | 530 | 180 |" in table
-    assert "| `b` | 1,300 | 1,700 | 650 | 180 |" in table
+    assert "| `a` | 910 | 1,310 | 480 | 130 |" in table
+    assert "| `b` | 1,300 | 1,700 | 650 | 144 |" in table
     assert "`c`" not in table
 
 
