@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from torch.utils.data import Subset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from striped_hf.cli import UserError, load_pretrained, run
+from striped_hf.cli import UserError, load_pretrained, model_names, run
 from striped_hf.data import ContiguousBlocks, TokenSplit, open_split
 from striped_hf.evaluation import evaluate_data_set
 from striped_hf.results import begin_results, markdown_table, write_json
@@ -130,6 +130,7 @@ def _loss(row: dict[str, Any]) -> str:
 
 def main() -> None:
     args = parse_arguments()
+    names = model_names(args.models)
     accelerator = Accelerator(
         # without a GPU accelerate would take each of several processes for a run of its own
         cpu=not torch.accelerator.is_available(),
@@ -144,8 +145,7 @@ def main() -> None:
         "losses": [],
     }
     results = begin_results(args.results, settings, args.resume, accelerator.device.type)
-    for path in args.models:
-        name = Path(path).name if Path(path).is_dir() else path
+    for name, path in names.items():
         done = [row["split"] for row in results["losses"] if row["model"] == name]
         if set(done) == set(SPLITS):
             continue  # taken over

@@ -31,7 +31,7 @@ from accelerate.utils import find_executable_batch_size
 from datasets import load_dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from striped_hf.cli import UserError, load_pretrained, one_line, run
+from striped_hf.cli import UserError, load_pretrained, model_names, one_line, run
 from striped_hf.data import StridedWindows
 from striped_hf.evaluation import evaluate_data_set, largest_batch
 from striped_hf.results import begin_results, markdown_table, write_json
@@ -192,6 +192,7 @@ def render(results: dict[str, Any]) -> str:
 
 def main() -> None:
     args = parse_arguments()
+    names = model_names(args.models)
     if "wikitext" in args.tasks:
         args.text = read_wikitext(args.wikitext)
     if "lambada" in args.tasks and args.lambada is not None:
@@ -214,8 +215,7 @@ def main() -> None:
     }
     results = begin_results(args.results, settings, args.resume, accelerator.device.type)
     evaluations = {"wikitext": evaluate_wikitext, "lambada": evaluate_lambada}
-    for path in args.models:
-        name = Path(path).name if Path(path).is_dir() else path
+    for name, path in names.items():
         done = [row["task"] for row in results["scores"] if row["model"] == name]
         tasks = [task for task in args.tasks if task not in done]
         if not tasks:

@@ -3,7 +3,7 @@
 import os
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,21 @@ def load_pretrained(auto_class: Any, name_or_path: str) -> Any:
             f"cannot load {name_or_path}: pass a local folder that holds the model and its "
             f"tokenizer, or a hub's name where there is a network ({one_line(error)})"
         ) from error
+
+
+def model_names(paths: Sequence[str]) -> dict[str, str]:
+    """Maps what results call the models, hub names or names of folders, to where they are.
+
+    Raises:
+        UserError: Two folders have one name.
+    """
+    names = {Path(path).resolve().name if Path(path).is_dir() else path: path for path in paths}
+    if len(names) < len(set(paths)):
+        raise UserError(
+            f"models {' '.join(paths)}: the results call a folder by its name, so no two may have "
+            "the same one; rename one, or evaluate them apart"
+        )
+    return names
 
 
 def one_line(error: Exception) -> str:

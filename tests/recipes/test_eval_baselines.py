@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -142,6 +143,16 @@ def test_data_in_the_tokens_of_another_model(tmp_path, run_here, model):
 )
 def test_wrong_arguments(model, data, run_here, flags, message):
     run_here(RECIPE, model, "--data_dir", data, *SMALL, *flags, fails=message)
+
+
+def test_models_of_one_name(model, data, run_here, tmp_path):
+    shutil.copytree(model, tmp_path / "other" / "model")
+    fails = "no two may have the same one"
+    run_here(RECIPE, model, "other/model", "--data_dir", data, *SMALL, fails=fails)
+    (tmp_path / "other" / "model").rename(tmp_path / "other" / "renamed")
+    run_here(RECIPE, model, "other/renamed", "--data_dir", data, *SMALL)
+    found = [(row["model"], row["split"]) for row in read(tmp_path)[0]["losses"]]
+    assert found == [(name, split) for name in ("model", "renamed") for split in ("train", "val")]
 
 
 def test_table_names_what_was_not_run(monkeypatch):
