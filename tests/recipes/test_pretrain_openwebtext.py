@@ -2,11 +2,8 @@
 
 import itertools
 import json
-import os
 import runpy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -75,30 +72,24 @@ def test_run_is_counted_in_tokens(one_process):
     AutoTokenizer.from_pretrained(folder)
 
 
-def test_two_processes_have_the_losses_of_one(one_process, flags, tmp_path):
-    """With half of its window batch on each, batches grow alike."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    command += [
-        REPOSITORY / "recipes" / "accelerate" / "ddp.yaml",
-        REPOSITORY / "recipes" / RECIPE,
-        *flags,
-    ]
-    command += ["--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4]
-    finished = subprocess.run(
-        list(map(str, [*command, "--output_dir", "two"])),
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert finished.returncode == 0, finished.stderr
-    one, two = (history(folder) for folder in (one_process[0], tmp_path / "two"))
-    assert read_run(tmp_path / "two")["processes"] == 2
-    for key in ("step", "learning_rate", "num_input_tokens_seen"):
-        assert [entry[key] for entry in one] == [entry[key] for entry in two]
-    losses = [[entry["loss"] for entry in log] for log in (one, two)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+def test_two_processes_have_the_losses_of_one(one_process, flags, run_script, tmp_path):
+    """With half of the window batch on each, batches grow alike."""
+    results = tmp_path / "results.json"
+    own = ("--batch_size", 2, "--processes", 2, "--optim", "striped_adamw", "--results", results)
+    own += ("--", *flags, "--gradient_accumulation_steps", 4)
+    recipe = REPOSITORY / "recipes" / RECIPE
+    run_script("recipes/compare_processes.py", recipe, *own, cwd=tmp_path)
+    (two,) = json.loads(results.read_text())["runs"]
+    one = history(one_process[0])
+    assert two["processes"] == 2
+    assert two["losses"] == pytest.approx([entry["loss"] for entry in one], rel=1e-5)
+    assert two["tokens"] == one[-1]["num_input_tokens_seen"]
+    assert two["eval_loss"] == pytest.approx(read_run(one_process[0])["eval_loss"], rel=1e-5)
+
+
+def test_windows_that_cannot_be_shared_are_refused(run_here):
+    own = ("--batch_size", 3, "--processes", 1, 2)
+    run_here("compare_processes.py", RECIPE, *own, fails="shared evenly by 2 processes")
 
 
 def test_resumed_run_equals_the_uninterrupted_one(one_process, flags, tmp_path, run_here):
