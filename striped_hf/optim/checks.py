@@ -95,6 +95,24 @@ def _flattened_message(name: str) -> str:
     )
 
 
+def check_not_flattened(group: Group, matrices: int, group_index: int) -> None:
+    """Raises RuntimeError where a group's parameters were swapped for one flat buffer.
+
+    Args:
+        group: A param group.
+        matrices: How many of its parameters were matrices on construction.
+        group_index: Its position.
+    """
+    params = group["params"]
+    if matrices > 0 and len(params) == 1 and params[0].dim() == 1:
+        raise RuntimeError(
+            f"the parameters of param group {group_index}, {matrices} matrices among them, were "
+            f"flattened into one buffer of {params[0].numel()} elements, as DeepSpeed ZeRO does, "
+            "which leaves no matrix to factor: use FSDP2, torch's fully_shard, or fsdp_version: 2 "
+            "in accelerate's config"
+        )
+
+
 def check_gradient(param: Tensor, group: Group, i: int, group_index: int, capturable: bool) -> None:
     """Raises RuntimeError for what can have changed since construction."""
     grad = param.grad

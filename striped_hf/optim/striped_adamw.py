@@ -9,7 +9,12 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from striped_hf.optim import backends, momentum, sharding
-from striped_hf.optim.checks import check_gradient, check_group, check_hyperparameters
+from striped_hf.optim.checks import (
+    check_gradient,
+    check_group,
+    check_hyperparameters,
+    check_not_flattened,
+)
 from striped_hf.optim.reference import Entry, Settings
 from striped_hf.optim.state import (
     Blocks,
@@ -87,6 +92,7 @@ class StripedAdamW(Optimizer):
         backends.check(backend)
         self.backend = backend
         self.capturable = capturable
+        self._matrices: list[int] = []  # in each group, before anything may flatten them
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -103,8 +109,8 @@ class StripedAdamW(Optimizer):
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"backend": self.backend, "capturable": self.capturable}
-        return {**super().__getstate__(), **own}
+        own = ("backend", "capturable", "_matrices")
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a param group.
@@ -118,6 +124,7 @@ class StripedAdamW(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        self._matrices.append(sum(p.dim() >= 2 for p in self.param_groups[-1]["params"]))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -134,7 +141,8 @@ class StripedAdamW(Optimizer):
 
         Raises:
             RuntimeError: A gradient is sparse or not of a floating dtype that the optimizer takes,
-                only one of a parameter and its gradient is sharded, the backend asked for by name
+                a wrapper flattened the parameters, only one of a parameter and its gradient is
+                sharded, the backend asked for by name
                 cannot run, or a CUDA graph is captured without ``capturable``, or with it and
                 sharded parameters. Nothing has changed then.
         """
@@ -166,6 +174,7 @@ class StripedAdamW(Optimizer):
         self._check_capture()
         with_grad: list[list[int]] = []
         for group_index, group in enumerate(self.param_groups):
+            check_not_flattened(group, self._matrices[group_index], group_index)
             with_grad.append([i for i, p in enumerate(group["params"]) if p.grad is not None])
             for i in with_grad[-1]:
                 check_gradient(group["params"][i], group, i, group_index, self.capturable)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from optim_checks import (
     FORMATS,
     Follower,
@@ -18,6 +20,8 @@ from optim_checks import (
     set_grad,
     snapshot,
 )
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from striped_hf import StripedAdamW
 
@@ -173,6 +177,45 @@ def test_bad_parameters(named: bool, kind: str) -> None:
         optimizer.add_param_group({"params": params[1:]})
     assert_names(caught.value, *(("the.bad.one",) if named else ()), *words)
     assert len(optimizer.param_groups) == 1
+
+
+def test_parameters_that_a_wrapper_flattened() -> None:
+    """As DeepSpeed ZeRO leaves them: each group has one flat buffer in its parameters' place."""
+    optimizer = StripedAdamW([{"params": [parameter(torch.randn(3))]}, {"params": [matrix()]}])
+    flat = parameter(torch.randn(12))
+    flat.grad = torch.ones(12)
+    optimizer.param_groups[1]["params"] = [flat]
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.step()
+    assert_names(caught.value, "param group 1", "ZeRO", "12 elements", "FSDP2")
+    assert not optimizer.state
+
+
+def test_only_one_of_parameter_and_gradient_is_sharded(mesh_of_one: DeviceMesh) -> None:
+    whole = torch.ones(2, 3)
+    sharded = distribute_tensor(whole, mesh_of_one, [Shard(0)])
+    for values, grad in ((sharded, whole), (whole, sharded)):
+        p = torch.nn.Parameter(values)
+        p.grad = grad
+        optimizer = StripedAdamW([("the.bad.one", p)])
+        with pytest.raises(RuntimeError) as caught:
+            optimizer.step()
+        assert_names(caught.value, "the.bad.one", "DTensor", "plain tensor", "distribute")
+
+
+@pytest.fixture
+def mesh_of_one(tmp_path: Path) -> Iterator[DeviceMesh]:
+    """Of one process: its DTensors are DTensors all the same."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_capturable_steps_whole_parameters_only(mesh_of_one: DeviceMesh) -> None:
+    p = torch.nn.Parameter(distribute_tensor(torch.ones(2, 3), mesh_of_one, [Shard(0)]))
+    p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="capturable"):
+        StripedAdamW([p], capturable=True).step()
 
 
 # ---------------------------------------------------------------------------------------------
