@@ -161,7 +161,7 @@ def evaluate_lambada(
 
 
 def _perplexity(value: float) -> str:
-    return f"{value:,.2f}" if value < 1e5 else f"{value:.1e}"
+    return f"{value:,.2f}" if value < 1e4 else f"{value:,.0f}"
 
 
 def render(results: dict[str, Any]) -> str:

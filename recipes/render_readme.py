@@ -13,6 +13,8 @@ from pathlib import Path
 import bench
 import bench_tables
 import count_state_bytes
+import eval_baselines
+import eval_zero_shot
 import measure_training
 import memory_budget
 
@@ -26,6 +28,9 @@ TABLES = {
     "shakespeare_char_cpu_sweep": render_table,
     "shakespeare_char_cpu_quality": render_table,
     "finetune_stories260k": render_table,
+    "eval_baselines_openwebtext": eval_baselines.render,
+    "eval_baselines_shakespeare_stories": eval_baselines.render,
+    "zero_shot_stories260k": eval_zero_shot.render,
     "step_time": bench.render,
     "state_bytes": count_state_bytes.render,
     "bench_optimizers_gpt2_cpu_float32": bench_tables.render,
@@ -33,6 +38,10 @@ TABLES = {
     "bench_optimizers_gpt2_xl_cuda_bfloat16": bench_tables.render,
     "finetune_gpt2_xl_cuda": measure_training.render,
     "memory_gpt2_xl_cpu": memory_budget.render_devices,
+}
+# what stands where there is no results file, if it is more than that
+UNMEASURED = {
+    "eval_baselines_openwebtext": eval_baselines.render({"data": "openwebtext", "losses": []})
 }
 PLOTS = {
     "shakespeare_char_cpu": render_plot,
@@ -70,7 +79,11 @@ def render(readme: str) -> str:
     """Returns the README's text with every table as its results file has it."""
     for name, table in TABLES.items():
         results = read(name)
-        text = "Not measured yet." if results is None else f"{table(results)}\n\n{where(results)}"
+        text = (
+            UNMEASURED.get(name, "Not measured yet.")
+            if results is None
+            else f"{table(results)}\n\n{where(results)}"
+        )
         if results is not None and has_points(name, results):
             text += f"\n\n![State and time of a step](recipes/results/{name}.png)"
         block = f"<!-- begin {name} -->\n{text}\n<!-- end {name} -->"

@@ -1,5 +1,7 @@
 """The README: its tables are those of the results files, and its commands run."""
 
+import importlib.util
+import itertools
 import json
 import os
 import re
@@ -21,6 +23,12 @@ SMALL = {
     "finetune_shakespeare.py": (*FEW, "--gradient_accumulation_steps", "1"),
     "compare_optimizers.py": (*FEW, "--n_layer", "1"),
     "sample.py": ("--max_new_tokens", "5"),
+    "eval_baselines.py": ("--max_blocks", "2", "--results", "baselines.json"),
+    "eval_zero_shot.py": (
+        *("--results", "zero_shot.json", "--tasks", "wikitext"),
+        # the harness is an extra
+        *(["lambada"] if importlib.util.find_spec("lm_eval") else []),
+    ),
     "bench_optimizers.py": (
         *("--optimizers", "striped_int8", "--block_size", "32", "--results", "memory.json"),
     ),
@@ -77,6 +85,10 @@ def test_commands_run(test_data, tmp_path):
     for name in ("recipes", "data_scripts"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     (tmp_path / "stories260K").symlink_to(test_data / "stories260K")
+    for path in ("wikitext-2-raw/wiki.test.raw", "lambada/lambada_test.jsonl"):
+        with (test_data / path).open(encoding="utf-8") as lines:
+            text = "".join(itertools.islice(lines, 20))
+        (tmp_path / Path(path).name).write_text(text, encoding="utf-8")
     ran = set()
     for line in bash_commands():
         command, _, needs = line.partition("#")
