@@ -1,154 +1,386 @@
-"""Measure where the time of one training step goes, at the sizes of the character recipe on a CPU.
+"""Time a training step: with and without what makes it fast, beside a plain loop and nanoGPT.
 
-    python data_scripts/shakespeare_char.py
-    python recipes/bench.py
+    python recipes/bench.py                                     # the CPU command's sizes
+    python recipes/bench.py --preset gpt2                       # 124M, 12 x 1,024 tokens; GPU
+    python recipes/bench.py --against ~/nanoGPT                 # and its train.py, turn by turn
+    python recipes/bench.py --profile out/profile               # where the time goes, for a browser
 
-Times a bare loop over the same model, data and optimizer, part by part, and the whole step inside
-Trainer; what Trainer's step costs more than the bare loop's is Trainer's own bookkeeping. The
-variants take turns, round by round, and every figure is the median over all rounds. Run it on a
-machine that does nothing else.
+Each variant trains in a process of its own, from random weights on random tokens. The processes
+are stopped, and in every round each has its turn, so that what else the machine does falls on all
+alike. A variant's time is the median of its turns, from one log to another (when the device has
+done all that was asked of it); the first log of a turn is left out. --against takes a checkout of
+nanoGPT and runs its train.py at the same sizes, in the same turns. Memory is measured in a run of
+its own: what three steps take above what the process had before it made the model (on a GPU, what
+torch's allocator gave out). Run it on a machine that does nothing else.
 """
 
 import argparse
+import json
+import os
+import pickle
+import queue
+import re
+import signal
 import statistics
+import subprocess
+import sys
+import tempfile
+import threading
 import time
-from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from train_shakespeare_char import PRESETS
-from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
-from transformers.utils import logging
 
-from striped_hf.data import RandomWindows, collate, open_split
+from striped_hf.cli import UserError, run
+from striped_hf.losses import is_worthwhile
 from striped_hf.results import environment, markdown_table, write_json
-from striped_hf.trainer.callbacks import RunMeasurements
-from striped_hf.trainer.causal_lm import CausalLMTrainer
 
-SIZE = PRESETS["cpu"]
-OPTIMIZERS = ("adamw_torch_fused", "striped_adamw", "striped_adamw_8bit")
-PARTS = ("batch", "forward and backward", "clipping", "optimizer", "whole step")
-
-
-def make_model(activation: str) -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=65,
-        n_positions=SIZE["block_size"],
-        n_layer=SIZE["n_layer"],
-        n_head=SIZE["n_head"],
-        n_embd=SIZE["n_embd"],
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        resid_pdrop=0.0,
-        activation_function=activation,
-        loss_type="ForCausalLM",
-        use_cache=False,
-    )
-    return GPT2LMHeadModel(config).train()
+WORKER = Path(__file__).with_name("bench_worker.py")
+KEYS = ("n_layer", "n_head", "n_embd", "block_size", "dropout", "per_device_train_batch_size")
+SIZES = {
+    **{name: {key: PRESETS[name][key] for key in KEYS} | {"vocab_size": 65} for name in PRESETS},
+    # GPT-2 124M, 12 windows x 1,024 tokens
+    "gpt2": dict(zip(KEYS, (12, 12, 768, 1024, 0.0, 12), strict=True)) | {"vocab_size": 50257},
+}
+FEATURES = {  # what each is called in the table
+    "gelu": "`gelu_pytorch_tanh` (with `gelu_new`)",
+    "sdpa": "SDPA (with eager attention)",
+    "chunked_loss": "the loss in chunks",
+    "watching": "watching",
+    "bf16": "bf16",
+    "compile": "`torch_compile`",
+}
+WARMUP_LINES = 2
+STEADY = 0.15  # a baseline whose quartiles are further apart, relative to its median, is not quoted
+DEADLINE_S = 600  # for a line; compilation takes minutes
 
 
-def make_trainer(model, optim: str, steps: int, train) -> tuple[CausalLMTrainer, RunMeasurements]:
-    args = TrainingArguments(
-        output_dir="out/bench",
-        optim=optim,
-        learning_rate=1e-3,
-        max_steps=steps,
-        per_device_train_batch_size=SIZE["per_device_train_batch_size"],
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        save_strategy="no",
-        logging_steps=10,
-        disable_tqdm=True,
-    )
-    measurements = RunMeasurements()
-    trainer = CausalLMTrainer(
-        model=model,
-        args=args,
-        train_dataset=train,
-        data_collator=collate,
-        callbacks=[measurements],
-    )
-    return trainer, measurements
+@dataclass
+class Variant:
+    """One process to time.
+
+    Args:
+        name: What the table calls it.
+        command: What to run; it prints a line that ``line`` matches every few steps.
+        line: A pattern of such a line.
+        settings: The worker's, None for nanoGPT.
+    """
+
+    name: str
+    command: list[str]
+    line: str = r"\{.*\}"
+    cwd: Path | None = None
+    settings: dict[str, Any] | None = None
+    ms: list[float] = field(default_factory=list)
+    printed: list[dict[str, Any]] = field(default_factory=list)
 
 
-def bare_loop(model, optimizer, train, steps: int, times: dict[str, list[float]]) -> None:
-    """Trains without Trainer, and adds the milliseconds of each part of each step to ``times``."""
-    size = SIZE["per_device_train_batch_size"]
-    for step in range(steps):
-        marks = [time.perf_counter()]
-        batch = train.__getitems__(range(step * size, (step + 1) * size))
-        marks.append(time.perf_counter())
-        model(**batch).loss.backward()
-        marks.append(time.perf_counter())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        marks.append(time.perf_counter())
-        optimizer.step()
-        optimizer.zero_grad()
-        marks.append(time.perf_counter())
-        for part, begin, end in zip(PARTS, marks, marks[1:], strict=False):
-            times[part].append(1e3 * (end - begin))
-        times["whole step"].append(1e3 * (marks[-1] - marks[0]))
+class Racer:
+    """A variant's process, which runs only while it has its turn."""
 
-
-def render(results: dict) -> str:
-    """Makes the Markdown table of a results file."""
-    header = ("", *(f"`{name}`" for name in results["optimizers"]))
-    columns = results["optimizers"].values()
-    rows = [(f"bare loop: {part}", *(f"{c[part]:.2f}" for c in columns)) for part in PARTS]
-    slower = f"{results['gelu_new_forward_and_backward']:.2f}"
-    rows.append(("forward and backward with `gelu_new`", slower, "", ""))
-    rows.append(("Trainer: whole step", *(f"{c['trainer']:.2f}" for c in columns)))
-    rows.append(
-        (
-            "Trainer's own share",
-            *(f"{c['trainer'] - c['whole step']:.2f}" for c in columns),
+    def __init__(self, variant: Variant) -> None:
+        self.variant = variant
+        self._lines: queue.Queue[tuple[float, str | None]] = queue.Queue()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115, as long as the process
+        self._process = subprocess.Popen(
+            variant.command,
+            cwd=variant.cwd,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env={"CUDA_VISIBLE_DEVICES": "0", **os.environ, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,  # so that all of its processes are stopped with it
         )
-    )
-    return markdown_table(header, rows)
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put((time.perf_counter(), line))
+        self._lines.put((0.0, None))
+
+    def wait(self, lines: int) -> float:
+        """Waits for so many lines, and returns when the last one came."""
+        deadline = time.monotonic() + DEADLINE_S
+        while lines:
+            try:
+                when, line = self._lines.get(timeout=deadline - time.monotonic())
+            except (queue.Empty, ValueError):
+                raise UserError(
+                    f"{self.variant.name}: no step in {DEADLINE_S} s; its output ends with: "
+                    f"{self._last_words()}"
+                ) from None
+            if line is None:
+                raise UserError(f"{self.variant.name} ended: {self._last_words()}")
+            if re.match(self.variant.line, line):
+                lines -= 1
+                if line.startswith("{"):
+                    self.variant.printed.append(json.loads(line))
+        return when
+
+    def turn(self, lines: int) -> float:
+        """Lets it run for so many lines after a first one; returns the seconds of one line."""
+        while not self._lines.empty():  # printed while it was being stopped
+            self._lines.get()
+        self.signal(signal.SIGCONT)
+        begin = self.wait(1)
+        self.variant.printed = self.variant.printed[:-1]  # it counted the time of the others
+        seconds = (self.wait(lines) - begin) / lines
+        self.signal(signal.SIGSTOP)
+        return seconds
+
+    def signal(self, which: signal.Signals) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, which)
+
+    def end(self) -> None:
+        self.signal(signal.SIGKILL)
+        self._process.wait()
+
+    def _last_words(self) -> str:
+        self._errors.seek(0)
+        text = self._errors.read().decode(errors="replace").strip().splitlines()
+        return " / ".join(text[-2:])[-300:] or "it said nothing"
+
+
+def variants(args: argparse.Namespace) -> list[Variant]:
+    """Lists what is to be timed: the recipe first, with which the others are compared."""
+    sizes = SIZES[args.preset]
+    features = ["gelu", "sdpa", "watching"]
+    if is_worthwhile(sizes["block_size"] * sizes[KEYS[-1]], sizes["vocab_size"]):
+        features.insert(2, "chunked_loss")
+    if args.device == "cuda":
+        features += ["bf16", "compile"]
+
+    def ours(name: str, optim: str = "striped_adamw_8bit", **changes: Any) -> Variant:
+        settings = {
+            "sizes": sizes,
+            "device": args.device,
+            "features": features,
+            "optim": optim,
+            "optim_args": "nesterov=true" if optim == "striped_adamw_8bit" else None,
+            "loop": "trainer",
+            "steps_per_line": args.steps_per_line,
+            "memory": False,
+            "profile": None,
+            **changes,
+        }
+        return Variant(name, worker(settings), settings=settings)
+
+    listed = [
+        ours("recipe"),
+        ours("bare loop", loop="bare"),
+        *(
+            ours(f"without {FEATURES[name]}", features=[x for x in features if x != name])
+            for name in features
+        ),
+        ours("with `adamw_torch_fused`", "adamw_torch_fused"),
+        ours("Trainer, timed part by part", loop="timed"),
+    ]
+    return [v for v in listed if not args.variants or any(x in v.name for x in args.variants)]
+
+
+def worker(settings: dict[str, Any]) -> list[str]:
+    return [sys.executable, str(WORKER), json.dumps(settings)]
+
+
+def nanogpt(checkout: Path, args: argparse.Namespace, folder: Path) -> Variant:
+    """Makes the command of nanoGPT's train.py at the same sizes, on random tokens in ``folder``."""
+    if not (checkout / "train.py").is_file():
+        raise UserError(f"--against {checkout}: has no train.py; pass a checkout of nanoGPT")
+    sizes = SIZES[args.preset]
+    tokens = np.random.default_rng(0).integers(sizes["vocab_size"], size=1 << 20, dtype=np.uint16)
+    for split in ("train", "val"):
+        tokens.tofile(folder / f"{split}.bin")
+    if sizes["vocab_size"] != SIZES["gpt2"]["vocab_size"]:  # GPT-2's is its default
+        (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": sizes["vocab_size"]}))
+    on_gpu = args.device == "cuda"
+    settings = {
+        "dataset": folder,  # an absolute path, which replaces the one that it would be joined to
+        "out_dir": folder / "out",
+        "device": args.device,
+        "compile": on_gpu,
+        "dtype": "bfloat16" if on_gpu else "float32",
+        "batch_size": sizes[KEYS[-1]],
+        **{key: sizes[key] for key in KEYS[:-1]},
+        "gradient_accumulation_steps": 1,
+        "max_iters": 10**8,
+        "eval_interval": 10**8,
+        "eval_iters": 1,
+        "log_interval": args.steps_per_line,
+    }
+    flags = [f"--{key}={value}" for key, value in settings.items()]
+    # its configurator opens files in the folder where it runs
+    command = [sys.executable, "train.py", *flags]
+    return Variant("nanoGPT's `train.py`", command, r"iter \d+: loss", cwd=checkout)
+
+
+def race(racing: list[Variant], args: argparse.Namespace) -> None:
+    """Gives each variant its turn in every round, and notes the milliseconds of a step."""
+    racers: list[Racer] = []
+    try:
+        for variant in racing:
+            print(f"== starting: {variant.name}", flush=True)
+            racers.append(Racer(variant))
+            racers[-1].wait(WARMUP_LINES)
+            racers[-1].signal(signal.SIGSTOP)
+            del variant.printed[1:]
+        lines = args.steps // args.steps_per_line
+        for round_ in range(args.rounds):
+            print(f"== round {round_ + 1} of {args.rounds}", flush=True)
+            for racer in racers:
+                racer.variant.ms.append(1e3 * racer.turn(lines) / args.steps_per_line)
+    finally:
+        for racer in racers:
+            racer.end()
+
+
+def memory_mib(variant: Variant) -> float | None:
+    """Runs a few steps of a variant by themselves; None where its memory cannot be measured."""
+    if variant.settings is None or variant.settings["loop"] != "trainer":
+        return None
+    command = worker(variant.settings | {"memory": True})
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise UserError(f"{variant.name} failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])["peak_mib"]
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Times all variants, then measures their memory; returns what the results file holds."""
+    with tempfile.TemporaryDirectory() as folder:
+        racing = variants(args)
+        if args.against:
+            racing.append(nanogpt(args.against.expanduser().resolve(), args, Path(folder)))
+        race(racing, args)
+    sizes, first = SIZES[args.preset], racing[0]
+    constants = first.printed[0]
+    tokens = sizes["block_size"] * sizes[KEYS[-1]]
+    peak = args.peak_tflops or constants["peak_tflops"]
+    rows = []
+    for variant in racing:
+        ms = statistics.median(variant.ms)
+        mfu = None
+        if peak:
+            mfu = constants["flops_per_token"] * tokens / ms / 1e9 / peak
+        row = {"variant": variant.name, "step_ms": ms, "rounds_ms": variant.ms}
+        row["ratio"] = statistics.median(
+            mine / other for mine, other in zip(variant.ms, first.ms, strict=True)
+        )
+        row |= {"tokens_per_s": 1e3 * tokens / ms, "mfu": mfu, "peak_mib": memory_mib(variant)}
+        rows.append(row | {"parts_ms": parts_ms(variant)})
+    return {
+        "environment": environment(args.device),
+        "preset": args.preset,
+        "sizes": sizes,
+        "rounds": args.rounds,
+        "steps_per_turn": args.steps,
+        "peak_tflops": peak,
+        "usable": is_steady(first.ms),
+        "variants": rows,
+    }
+
+
+def parts_ms(variant: Variant) -> dict[str, float] | None:
+    """Returns the median of each part's milliseconds in a step, over all that was printed."""
+    printed = [line["parts_ms"] for line in variant.printed[1:] if "parts_ms" in line]
+    if not printed:
+        return None
+    names = dict.fromkeys(name for parts in printed for name in parts)
+    return {name: statistics.median(p.get(name, 0.0) for p in printed) for name in names}
+
+
+def is_steady(ms: list[float]) -> bool:
+    """Tells whether a baseline's turns are near enough to each other for its time to be quoted."""
+    if len(ms) < 2:
+        return True
+    low, middle, high = statistics.quantiles(ms, n=4, method="inclusive")
+    return (high - low) / middle <= STEADY
+
+
+def render(results: dict[str, Any]) -> str:
+    """Makes the Markdown tables of a results file, and the lines that belong under them."""
+    rows, usable = results["variants"], results["usable"]
+
+    def time_cell(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form) if usable else "unusable"
+
+    header = ("", "step, ms", "ratio to the recipe's", "tokens per second", "MFU", "memory, MiB")
+    table = [
+        (
+            row["variant"],
+            time_cell(row["step_ms"], ".2f"),
+            time_cell(row["ratio"], ".2f"),
+            time_cell(row["tokens_per_s"], ",.0f"),
+            time_cell(row["mfu"], ".1%"),
+            "" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}",
+        )
+        for row in rows
+    ]
+    sizes = results["sizes"]
+    lines = [
+        markdown_table(header, table),
+        "",
+        f"{sizes[KEYS[-1]]} windows x {sizes['block_size']} tokens, {sizes['n_layer']} layers of "
+        f"{sizes['n_embd']}, {sizes['vocab_size']:,} tokens in the vocabulary; medians of "
+        f"{results['rounds']} turns of {results['steps_per_turn']} steps.",
+    ]
+    if not usable:
+        lines.append(
+            f"Unusable: the recipe's own time varied by more than {STEADY:.0%} between its "
+            "quartiles."
+        )
+    timed = [row for row in rows if row["parts_ms"] and usable]
+    if timed:
+        parts = list(dict.fromkeys(part for row in timed for part in row["parts_ms"]))
+        parts.sort(key=lambda part: (part.startswith("Trainer"), part.startswith("the rest")))
+        body = [
+            (part, *(f"{row['parts_ms'].get(part, 0.0):.2f}" for row in timed)) for part in parts
+        ]
+        heads = ("milliseconds of a step", *(row["variant"] for row in timed))
+        lines += ["", markdown_table(heads, body)]
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data_dir", default="data/shakespeare_char")
+    parser.add_argument("--preset", choices=SIZES, default="cpu", help="the sizes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU, if there")
+    parser.add_argument("--variants", nargs="+", metavar="WORD", help="only those with such names")
+    parser.add_argument("--against", type=Path, metavar="PATH", help="a checkout of nanoGPT")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=40, help="steps in each round")
-    parser.add_argument("--results", default="recipes/results/step_time.json")
+    parser.add_argument("--steps", type=int, default=40, help="steps in each turn")
+    parser.add_argument("--peak_tflops", type=float, help="the device's, where its table has none")
+    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="profile the recipe instead")
+    parser.add_argument("--results", help="default: recipes/results/, named after the run")
     args = parser.parse_args()
-    logging.set_verbosity_error()
-    windows = args.steps * SIZE["per_device_train_batch_size"]
-    split = open_split(args.data_dir, "train")
-    train = RandomWindows(split, SIZE["block_size"], windows, seed=0)
-
-    times: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in OPTIMIZERS}
-    gelu_new: dict[str, list[float]] = defaultdict(list)
-    for round_ in range(args.rounds + 1):  # the first warms up
-        if round_ == 1:
-            times = {name: defaultdict(list) for name in OPTIMIZERS}
-            gelu_new.clear()
-        for name in OPTIMIZERS:
-            model = make_model("gelu_pytorch_tanh")
-            trainer, measurements = make_trainer(model, name, args.steps, train)
-            trainer.train()
-            times[name]["trainer"].append(measurements.results()["median_step_ms"])
-            bare_loop(model, trainer.create_optimizer(), train, args.steps, times[name])
-        model = make_model("gelu_new")
-        bare_loop(model, torch.optim.AdamW(model.parameters()), train, args.steps, gelu_new)
-
-    results = {
-        "environment": environment(),
-        "rounds": args.rounds,
-        "steps_per_round": args.steps,
-        "gelu_new_forward_and_backward": statistics.median(gelu_new["forward and backward"]),
-        "optimizers": {
-            name: {part: statistics.median(values) for part, values in parts.items()}
-            for name, parts in times.items()
-        },
-    }
-    write_json(args.results, results)
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device here: pass --device cpu")
+    if args.rounds < 1 or args.steps < 1:
+        raise UserError(f"--rounds {args.rounds} --steps {args.steps}: each must be at least 1")
+    args.steps_per_line = min(10, args.steps)
+    args.steps -= args.steps % args.steps_per_line
+    if not variants(args):
+        raise UserError(f"--variants {' '.join(args.variants)}: no variant has that in its name")
+    if args.profile:
+        settings = variants(args)[0].settings
+        assert settings is not None
+        subprocess.run(worker(settings | {"profile": str(args.profile)}), check=True)
+        print(f"profile.txt and trace.json (for ui.perfetto.dev) are in {args.profile}")
+        return
+    results = measure(args)
+    name = f"training_step_{args.preset}_{args.device}.json"
+    write_json(args.results or f"recipes/results/{name}", results)
     print(render(results))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

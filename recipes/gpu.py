@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bench
 import bench_tables
 import measure_training
 import torch
@@ -68,6 +69,8 @@ def parts(out: Path, device: str = "cuda") -> list[Part]:
         command += ("--results", str(results))
         return Part(name, command, limit_s, results, measure_training.render)
 
+    steps = out / f"training_step_gpt2_{device}.json"
+    step_flags = ("--preset", "gpt2", "--device", device, "--rounds", "5", "--steps", "20")
     return [
         Part("tests", ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"), 180),
         # finetune_shakespeare.py's setting: 1 window x 1,024 tokens x 32 accumulation steps
@@ -78,6 +81,11 @@ def parts(out: Path, device: str = "cuda") -> list[Part]:
         training(
             *("throughput_gpt2", "gpt2", 60, "--steps", "30"),
             *("--batch_size", "16", "--accumulation", "1"),
+        ),
+        # 12 windows x 1,024 tokens, and what each thing that makes it fast is worth
+        Part(
+            *("training_step_gpt2", ("recipes/bench.py", *step_flags, "--results", str(steps))),
+            *(240, steps, bench.render),
         ),
         optimizers("gpt2-xl", "float32", 110),
         optimizers("gpt2-xl", "bfloat16", 110),

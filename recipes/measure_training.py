@@ -21,14 +21,13 @@ from finetune_shakespeare import DEFAULTS
 from memory_budget import budget
 from model_shapes import load_config, meta_model, slug
 from optimizer_peers import all_peers
-from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
+from synthetic_run import RandomTokens, make_trainer
+from transformers import AutoModelForCausalLM, set_seed
 
 from striped_hf.cli import UserError, one_line, run
-from striped_hf.data import collate
 from striped_hf.measuring import return_freed_memory
 from striped_hf.results import environment, markdown_table, write_json
 from striped_hf.trainer.callbacks import RunMeasurements, peak_memory_mib
-from striped_hf.trainer.causal_lm import CausalLMTrainer
 
 OPTIMIZERS = {  # by the names that Trainer knows, and what the benchmark calls them
     "adamw_torch_fused": "adamw_fused",
@@ -44,7 +43,17 @@ ORIGIN_SETTING = ("gpt2-xl", 1, 32, 1024)
 def train(optim: str, args: argparse.Namespace) -> dict[str, Any]:
     """Trains for a few steps and returns what was measured; runs in a process of its own."""
     on_gpu = args.device == "cuda"
-    steps_per_update = args.batch_size * args.accumulation
+    windows_per_step = args.batch_size * args.accumulation
+    set_seed(DEFAULTS["seed"])
+    config = load_config(args.model)
+    windows = args.steps * windows_per_step
+    data = RandomTokens(config.vocab_size, args.block_size, windows, windows)
+    if not on_gpu:
+        return_freed_memory()
+    before = 0.0 if on_gpu else peak_memory_mib()
+    with torch.device(args.device):
+        model = AutoModelForCausalLM.from_config(config)
+    measurements = RunMeasurements()
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             **DEFAULTS,
@@ -54,41 +63,18 @@ def train(optim: str, args: argparse.Namespace) -> dict[str, Any]:
             "per_device_train_batch_size": args.batch_size,
             "gradient_accumulation_steps": args.accumulation,
             "eval_on_start": False,
-            "save_strategy": "no",
+            "eval_strategy": "no",
             "logging_steps": args.steps,
-            "remove_unused_columns": False,
-            "dataloader_pin_memory": on_gpu,
             "bf16": on_gpu,
-            "use_cpu": not on_gpu,
-            "disable_tqdm": True,
-            "report_to": "none",
         }
-        training = TrainingArguments(**settings)
-        set_seed(training.seed)
-        config = load_config(args.model)
-        tokens = torch.randint(config.vocab_size, (args.steps * steps_per_update, args.block_size))
-        data = [{"input_ids": x, "labels": x, "shift_labels": x.roll(-1)} for x in tokens]
-        if not on_gpu:
-            return_freed_memory()
-        before = 0.0 if on_gpu else peak_memory_mib()
-        with torch.device(args.device):
-            model = AutoModelForCausalLM.from_config(config)
-        measurements = RunMeasurements()
-        trainer = CausalLMTrainer(
-            model=model,
-            args=training,
-            train_dataset=data,
-            data_collator=collate,
-            callbacks=[measurements],
-        )
-        trainer.train()
+        make_trainer(model, data, args.device, [measurements], **settings).train()
     results = measurements.results()
     step_ms = results["median_step_ms"]
     return {
         "state_bytes": results["state_bytes"],
         "peak_mib": results["peak_memory_mib"] - before,
         "step_ms": step_ms,
-        "tokens_per_s": 1e3 * steps_per_update * args.block_size / step_ms,
+        "tokens_per_s": 1e3 * windows_per_step * args.block_size / step_ms,
     }
 
 

@@ -1,0 +1,74 @@
+"""What the benchmarks of training share: a Trainer that only trains, on random tokens.
+
+Nothing is downloaded, saved, evaluated or reported; the model begins from random weights.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import TrainerCallback, TrainingArguments
+
+from striped_hf.data import collate
+from striped_hf.trainer.causal_lm import CausalLMTrainer
+
+
+class RandomTokens(Dataset[dict[str, torch.Tensor]]):
+    """Windows of random tokens, made once and given again and again.
+
+    Args:
+        vocab_size: The tokens are below it.
+        block_size: The length of a window.
+        windows: How many different ones there are.
+        length: How many the data set has.
+    """
+
+    def __init__(self, vocab_size: int, block_size: int, windows: int, length: int) -> None:
+        self.tokens = torch.randint(vocab_size, (windows, block_size + 1))
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        windows = self.tokens[torch.as_tensor(indices) % len(self.tokens)]
+        labels = windows[:, 1:].contiguous()
+        return {"input_ids": windows[:, :-1], "labels": labels, "shift_labels": labels}
+
+
+def make_trainer(
+    model: nn.Module,
+    train: Dataset[Any],
+    device: str,
+    callbacks: list[TrainerCallback],
+    **settings: Any,
+) -> CausalLMTrainer:
+    """Makes a Trainer for a benchmark.
+
+    Args:
+        model: On the device already.
+        train: What to train on.
+        device: "cuda" or "cpu".
+        callbacks: Further callbacks.
+        settings: Of TrainingArguments; ``output_dir`` and ``max_steps`` among them.
+    """
+    on_gpu = device == "cuda"
+    args = TrainingArguments(
+        **{
+            "eval_strategy": "no",
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+            "logging_nan_inf_filter": False,
+            "dataloader_pin_memory": on_gpu,
+            "accelerator_config": {"non_blocking": on_gpu},
+            "use_cpu": not on_gpu,
+            **settings,
+        }
+    )
+    return CausalLMTrainer(
+        model=model, args=args, train_dataset=train, data_collator=collate, callbacks=callbacks
+    )

@@ -1,0 +1,146 @@
+"""The benchmark of a training step: turns, variants, memory, a profile, and nanoGPT's script."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY / "recipes"))
+
+import bench  # noqa: E402
+
+# What nanoGPT's train.py is for the benchmark: flags that it knows, its data, its lines.
+STAND_IN = """\
+import os, pickle, sys, time
+import numpy as np
+flags = dict(flag.removeprefix("--").split("=", 1) for flag in sys.argv[1:])
+known = "dataset out_dir device compile dtype batch_size n_layer n_head n_embd block_size dropout"
+known += " gradient_accumulation_steps max_iters eval_interval eval_iters log_interval"
+assert set(flags) == set(known.split()), flags
+assert os.path.isfile("train.py")  # it reads its configuration from where it runs
+folder = os.path.join("data", flags["dataset"])
+train = np.memmap(os.path.join(folder, "train.bin"), dtype=np.uint16, mode="r")
+vocabulary = pickle.load(open(os.path.join(folder, "meta.pkl"), "rb"))["vocab_size"]
+assert train.max() < vocabulary == 65
+print("tokens per iteration will be: 768")
+for i in range(int(flags["max_iters"]) + 1):
+    time.sleep(float(os.environ["STAND_IN_S"]))
+    if i % int(flags["log_interval"]) == 0:
+        print(f"iter {i}: loss 4.1742, time 50.00ms, mfu -100.00%")
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    folder = tmp_path / "nanoGPT"
+    folder.mkdir()
+    (folder / "train.py").write_text(STAND_IN, encoding="utf-8")
+    return folder
+
+
+def script(name: str, step_s: float) -> bench.Variant:
+    code = f"import time\nfor i in range(9999):\n  time.sleep({step_s})\n  print('iter 1: loss')"
+    return bench.Variant(name, [sys.executable, "-u", "-c", code], r"iter \d+: loss")
+
+
+def arguments(**changes):
+    defaults = {"rounds": 3, "steps": 4, "steps_per_line": 1}
+    return type("Arguments", (), {**defaults, **changes})()
+
+
+def test_turns_are_timed_without_the_time_of_the_others():
+    fast, slow = script("fast", 0.02), script("slow", 0.08)
+    begin = time.perf_counter()
+    bench.race([fast, slow], arguments())
+    took = time.perf_counter() - begin
+    assert len(fast.ms) == len(slow.ms) == 3
+    # one that had run on while the other one did would have lines waiting, and seem faster
+    assert all(20 <= ms < 60 for ms in fast.ms)
+    assert all(80 <= ms < 160 for ms in slow.ms)
+    assert took > 3 * 5 * (0.02 + 0.08)  # one after another
+
+
+def test_a_process_that_fails_says_why():
+    broken = bench.Variant("broken", [sys.executable, "-c", "raise SystemExit('no such flag')"])
+    with pytest.raises(bench.UserError, match="broken ended: no such flag"):
+        bench.race([broken], arguments())
+
+
+def test_variants_take_one_thing_away_each():
+    every = bench.variants(
+        arguments(preset="gpt2", device="cuda", variants=None, steps_per_line=10)
+    )
+    features = [set(v.settings["features"]) for v in every]
+    whole = {"gelu", "sdpa", "chunked_loss", "watching", "bf16", "compile"}
+    assert features[0] == whole
+    taken = [whole - each for each in features if each != whole]
+    assert sorted(map(sorted, taken)) == sorted([[name] for name in whole])
+    cpu = bench.variants(arguments(preset="cpu", device="cpu", variants=["recipe", "SDPA"]))
+    assert [v.name for v in cpu] == ["recipe", "without SDPA (with eager attention)"]
+
+
+def test_an_unsteady_baseline_is_not_quoted():
+    assert bench.is_steady([10.0, 10.5, 11.0, 10.2])
+    assert not bench.is_steady([10.0, 14.0, 10.0, 15.0])
+    row = {
+        "variant": "recipe", "step_ms": 10.0, "ratio": 1.0, "tokens_per_s": 76800.0, "mfu": 0.5,
+        "peak_mib": 60.0, "parts_ms": {"batch": 1.0},
+    }  # fmt: skip
+    results = {"sizes": bench.SIZES["cpu"], "rounds": 4, "steps_per_turn": 40, "variants": [row]}
+    steady, unsteady = (bench.render({**results, "usable": usable}) for usable in (True, False))
+    assert "| recipe | 10.00 | 1.00 | 76,800 | 50.0% | 60 |" in steady
+    assert "| batch | 1.00 |" in steady
+    assert "| recipe | unusable | unusable | unusable | unusable | 60 |" in unsteady
+    assert "batch" not in unsteady
+
+
+@pytest.mark.slow
+def test_the_recipe_beside_nanogpt(run_script, checkout, tmp_path):
+    results = tmp_path / "results.json"
+    printed = run_script(
+        "recipes/bench.py",
+        *("--device", "cpu", "--rounds", 2, "--steps", 4, "--peak_tflops", 0.1),
+        *("--variants", "recipe", "timed", "--against", checkout, "--results", results),
+        cwd=tmp_path,
+        STAND_IN_S="0.01",
+        OMP_NUM_THREADS="1",
+    ).stdout
+    measured = json.loads(results.read_text(encoding="utf-8"))
+    recipe, timed, nanogpt = measured["variants"]
+    assert nanogpt["variant"] == "nanoGPT's `train.py`"
+    assert [len(row["rounds_ms"]) for row in measured["variants"]] == [2, 2, 2]
+    assert 10 <= nanogpt["step_ms"] < 100
+    assert recipe["tokens_per_s"] == pytest.approx(1e3 * 12 * 64 / recipe["step_ms"])
+    assert 0 < recipe["mfu"] < 1
+    # the weights, gradients and state of 0.8 million parameters, and activations
+    assert 8 < recipe["peak_mib"] < 300
+    parts = timed["parts_ms"]
+    assert parts["forward and backward"] > 10 * parts["Trainer: floating_point_ops"]
+    assert sum(parts.values()) == pytest.approx(timed["step_ms"], rel=0.8)
+    assert "nanoGPT's `train.py`" in printed
+    assert not list(checkout.glob("data*"))  # a checkout is left as it is
+
+
+@pytest.mark.slow
+def test_a_profile(run_script, tmp_path):
+    folder = tmp_path / "profile"
+    run_script("recipes/bench.py", "--device", "cpu", "--profile", folder, cwd=tmp_path)
+    assert "aten::addmm" in (folder / "profile.txt").read_text(encoding="utf-8")
+    assert (folder / "trace.json").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--against", "nowhere"], "has no train.py; pass a checkout of nanoGPT"),
+        (["--variants", "faster"], "no variant has that in its name"),
+        (["--rounds", "0"], "each must be at least 1"),
+    ],
+)
+def test_wrong_flags_are_one_line(monkeypatch, flags, message):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--device", "cpu", *flags])
+    with pytest.raises(bench.UserError, match=message):
+        bench.main()
