@@ -12,6 +12,8 @@ from pathlib import Path
 
 import bench
 import bench_tables
+import bench_tokenization
+import compare_processes
 import count_state_bytes
 import eval_baselines
 import eval_zero_shot
@@ -31,8 +33,9 @@ TABLES = {
     "eval_baselines_openwebtext": eval_baselines.render,
     "eval_baselines_shakespeare_stories": eval_baselines.render,
     "zero_shot_stories260k": eval_zero_shot.render,
-    "training_step_cpu_cpu": bench.render,
-    "training_step_gpt2_cuda": bench.render,
+    "pretrain_novels": compare_processes.render,
+    "openwebtext_novels": bench_tokenization.render,
+    "step_time": bench.render,
     "state_bytes": count_state_bytes.render,
     "bench_optimizers_gpt2_cpu_float32": bench_tables.render,
     "bench_optimizers_gpt2_xl_cuda_float32": bench_tables.render,

@@ -21,6 +21,7 @@ FEW = ("--max_steps", "2", "--eval_steps", "1", "--save_steps", "1", *QUIET)
 SMALL = {
     "train_shakespeare_char.py": (*FEW, "--n_layer", "1", "--n_head", "2", "--n_embd", "32"),
     "finetune_shakespeare.py": (*FEW, "--gradient_accumulation_steps", "1"),
+    "openwebtext.py": ("--data_files", "novels.parquet", "--num_proc", "1"),
     "compare_optimizers.py": (*FEW, "--n_layer", "1"),
     "sample.py": ("--max_new_tokens", "5"),
     "eval_baselines.py": ("--max_blocks", "2", "--results", "baselines.json"),
@@ -32,9 +33,7 @@ SMALL = {
     "bench_optimizers.py": (
         *("--optimizers", "striped_int8", "--block_size", "32", "--results", "memory.json"),
     ),
-    "bench.py": (
-        *("--rounds", "1", "--steps", "2", "--variants", "recipe", "--results", "step.json"),
-    ),
+    "bench.py": ("--rounds", "1", "--steps", "2", "--results", "step_time.json"),
 }
 
 
@@ -63,8 +62,8 @@ def test_finetune_prose_is_that_of_the_results_file():
 
 
 def test_python_examples_run(tiny_run, tmp_path, docs_data):
-    """The snippets, one after another, with a model and data that the reader would have."""
-    model, using_names, public_way, plain, watching = (
+    """The three snippets, one after another, with a model and data that the reader would have."""
+    model, using_names, public_way, plain = (
         "from transformers import AutoModelForCausalLM\n"
         "from striped_hf.data import ContiguousBlocks, open_split\n"
         f"model = AutoModelForCausalLM.from_pretrained({str(tiny_run)!r})\n"
@@ -72,7 +71,7 @@ def test_python_examples_run(tiny_run, tmp_path, docs_data):
         "dataset = [{k: v for k, v in blocks[i].items() if k != 'shift_labels'} for i in (0, 1)]\n",
         *re.findall(r"```python\n(.*?)```", README, flags=re.S),
     )
-    script = "\n".join((model, using_names, public_way, watching, "trainer.train()", plain))
+    script = "\n".join((model, using_names, public_way, "trainer.train()", plain))
     script += "\nassert len(optimizer.param_groups) == 2\n"
     run = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300
@@ -87,6 +86,7 @@ def test_commands_run(test_data, tmp_path):
     for name in ("recipes", "data_scripts"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     (tmp_path / "stories260K").symlink_to(test_data / "stories260K")
+    (tmp_path / "novels.parquet").symlink_to(test_data / "novels" / "val.parquet")
     for path in ("wikitext-2-raw/wiki.test.raw", "lambada/lambada_test.jsonl"):
         with (test_data / path).open(encoding="utf-8") as lines:
             text = "".join(itertools.islice(lines, 20))
