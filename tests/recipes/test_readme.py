@@ -33,7 +33,9 @@ SMALL = {
     "bench_optimizers.py": (
         *("--optimizers", "striped_int8", "--block_size", "32", "--results", "memory.json"),
     ),
-    "bench.py": ("--rounds", "1", "--steps", "2", "--results", "step_time.json"),
+    "bench.py": (
+        *("--rounds", "1", "--steps", "2", "--variants", "recipe", "--results", "step.json"),
+    ),
 }
 
 
@@ -62,8 +64,8 @@ def test_finetune_prose_is_that_of_the_results_file():
 
 
 def test_python_examples_run(tiny_run, tmp_path, docs_data):
-    """The three snippets, one after another, with a model and data that the reader would have."""
-    model, using_names, public_way, plain = (
+    """The snippets, one after another, with a model and data that the reader would have."""
+    model, using_names, public_way, plain, watching = (
         "from transformers import AutoModelForCausalLM\n"
         "from striped_hf.data import ContiguousBlocks, open_split\n"
         f"model = AutoModelForCausalLM.from_pretrained({str(tiny_run)!r})\n"
@@ -71,7 +73,7 @@ def test_python_examples_run(tiny_run, tmp_path, docs_data):
         "dataset = [{k: v for k, v in blocks[i].items() if k != 'shift_labels'} for i in (0, 1)]\n",
         *re.findall(r"```python\n(.*?)```", README, flags=re.S),
     )
-    script = "\n".join((model, using_names, public_way, "trainer.train()", plain))
+    script = "\n".join((model, using_names, public_way, watching, "trainer.train()", plain))
     script += "\nassert len(optimizer.param_groups) == 2\n"
     run = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300
