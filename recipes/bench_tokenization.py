@@ -36,6 +36,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "data_scripts" / "openwebtext.py"
 RESULTS = "recipes/results/openwebtext_novels.json"
 VARIANTS = {"the plain loop": 0, "one process encodes": 1, "two processes encode": 2}
 REPEATS = (1, 4)  # how often the memory's data has the file
+ROW_GROUP = 1000  # rows, as `datasets` writes parquet; a group is read at once
 SAMPLE_S = 0.05
 
 
@@ -91,7 +92,7 @@ def measure_memory(file: str, repeat: int) -> dict[str, Any]:
         path = Path(folder, "documents.parquet")
         with pq.ParquetWriter(path, table.schema) as writer:
             for _ in range(repeat):
-                writer.write_table(table)
+                writer.write_table(table, ROW_GROUP)
         text_bytes = repeat * table.column("text").nbytes
         command = [sys.executable, str(SCRIPT), "--data_files", str(path), "--num_proc", "2"]
         process = subprocess.Popen(

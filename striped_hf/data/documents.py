@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import tiktoken
 from numpy.typing import NDArray
+from pyarrow.dataset import ParquetFragmentScanOptions
 from tqdm import tqdm
 
 from striped_hf.cli import UserError, one_line
@@ -57,11 +58,15 @@ def load_documents(
     """
     try:
         if data_files:
-            builder, options = _builder(data_files)
-            files = list(data_files)
-            documents = datasets.load_dataset(builder, data_files=files, split="train", **options)
+            kind, options = _builder(data_files)
+            builder = datasets.load_dataset_builder(kind, data_files=list(data_files), **options)
         else:
-            documents = datasets.load_dataset(name, config, split="train")
+            builder = datasets.load_dataset_builder(name, config)
+        if hasattr(builder.config, "fragment_scan_options"):
+            # else Arrow reads all of a parquet file ahead
+            builder.config.fragment_scan_options = ParquetFragmentScanOptions(pre_buffer=False)
+        builder.download_and_prepare()
+        documents = builder.as_dataset(split="train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"cannot load {' '.join(data_files or [name])}: pass the name of a data set on the hub "
