@@ -96,6 +96,7 @@ def work(rank: int, processes: int, steps: int, folder: str) -> None:
             rows.append({**kind, "momentum": momentum_dtype, "backend": backend, **differences})
     if rank == 0:
         torch.save(rows, Path(folder, "rows.pt"))
+    dist.barrier()  # gloo aborts where a process is gone while another still talks to it
     dist.destroy_process_group()
 
 

@@ -14,11 +14,13 @@ import bench
 import bench_tables
 import bench_tokenization
 import compare_processes
+import compare_sharding
 import count_state_bytes
 import eval_baselines
 import eval_zero_shot
 import measure_training
 import memory_budget
+import scale_sharding
 
 from striped_hf.comparison import render_plot, render_table
 from striped_hf.results import write_text
@@ -43,6 +45,8 @@ TABLES = {
     "bench_optimizers_gpt2_xl_cuda_bfloat16": bench_tables.render,
     "finetune_gpt2_xl_cuda": measure_training.render,
     "memory_gpt2_xl_cpu": memory_budget.render_devices,
+    "sharding_cpu": compare_sharding.render,
+    "scale_sharding": scale_sharding.render,
 }
 # what stands where there is no results file, if it is more than that
 UNMEASURED = {

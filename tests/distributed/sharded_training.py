@@ -17,7 +17,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -62,7 +61,9 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
-        self.qkv = nn.Linear(WIDTH, 3 * 30)  # packed; 30 rows are not whole on 2 or 4 processes
+        # packed, in parts of 30 rows, which 4 processes cut; a bias of keys would have no gradient
+        # but noise, which AdamW blows up
+        self.qkv = nn.Linear(WIDTH, 3 * 30, bias=False)
         self.out = nn.Linear(30, WIDTH)
         self.up = nn.Linear(WIDTH, 4 * WIDTH)
         self.down = nn.Linear(4 * WIDTH, WIDTH)
@@ -297,7 +298,7 @@ def tensor_parallel(mesh: DeviceMesh, folder: Path) -> None:
             parallelize_module(block, mesh["tensor"], plan)
         shard(model, mesh["data"])
         placements = {p.placements for p in model.blocks[0].parameters()}
-        assert len(placements) == 3, placements
+        assert len(placements) == 4, placements  # with and without a tensor dimension
         follower = Follower(model, new_optimizer(model, momentum_dtype))
         train(model, follower.step, range(6), mesh["data"].get_local_rank(), clip=None)
 
@@ -453,8 +454,14 @@ def bad_checkpoints(mesh: DeviceMesh, folder: Path) -> None:
         before = copy.deepcopy(optimizer.state_dict())
         states = get_state_dict(model, optimizer)
         loaded = copy.deepcopy(dict(zip(("model", "optimizer"), states, strict=True)))
-        with pytest.raises(Exception, match=expected):  # which one is torch's to choose
+        try:
             load_into(optimizer, model, loaded, damaged)
+        except BaseException as error:  # CheckpointException is no Exception
+            message = str(error)
+        else:
+            message = "no error"
+        assert message != "no error", f"{damaged.name} was loaded with {momentum_dtype}"
+        assert expected in message, message
         after = optimizer.state_dict()
         for key, state in before["state"].items():
             for name, value in state.items():
@@ -512,7 +519,8 @@ def work(rank: int, case: Callable, processes: int, shared: Path, folder: Path) 
     )
     try:
         case(init_device_mesh("cpu", (processes,)), folder)
-    except Exception:
+    except BaseException:
         (shared / f"error-{rank}").write_text(traceback.format_exc())
         raise
+    dist.barrier()  # gloo aborts where a process is gone while another still talks to it
     dist.destroy_process_group()
