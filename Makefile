@@ -7,6 +7,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# each has a thread, and starts up to four more
+TEST_PROCESSES ?= 2
 # real data for the tests that can use it; they are skipped, with the reason, where it is not there
 export STRIPED_HF_TEST_DATA ?= $(wildcard $(abspath ../shared/data))
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -33,7 +35,7 @@ demo: .venv/.installed
 
 test: .venv/.installed
 	@echo "== running the tests"
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check .
