@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 
 import datasets
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiktoken
 import torch
+from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from striped_hf.cli import UserError
@@ -98,10 +100,16 @@ def work(folder, documents, num_proc):
     write_documents(folder, documents, SOURCE, num_proc)
 
 
+def work_apart(*arguments):
+    # tqdm's own is shared with forks: one that is killed would leave it locked for this process
+    tqdm.set_lock(threading.RLock())
+    work(*arguments)
+
+
 def begin(folder, documents, num_proc=2):
     """Starts a run in a process of its own; returns it once it has committed something."""
     process = multiprocessing.get_context("fork").Process(
-        target=work, args=(folder, documents, num_proc)
+        target=work_apart, args=(folder, documents, num_proc)
     )
     process.start()
     progress = folder / ".unfinished" / "progress.json"
