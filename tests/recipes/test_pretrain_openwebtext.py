@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from tiny import QUIET, read_run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from striped_hf.data import prepare
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = "pretrain_openwebtext.py"
 # 8 windows of 32 a full step, 12 full steps; the batch grows over the first 4 of them
@@ -28,13 +30,22 @@ def beside_the_recipe(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def flags(docs_data, tmp_path_factory):
+def letters(tmp_path_factory):
+    """A small data set of characters: evaluating it takes a moment."""
+    folder = tmp_path_factory.mktemp("letters")
+    text = "".join(f"{i} times {i} is {i * i}.\n" for i in range(1000))
+    prepare.write_characters(folder, text, {"name": "squares", "url": None, "sha256": None})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flags(letters, tmp_path_factory):
     # no dropout: its numbers are another process's too
     config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2}
     config |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
     path = tmp_path_factory.mktemp("config") / "tiny.json"
     path.write_text(json.dumps(config), encoding="utf-8")
-    return (*FEW, "--config_name", path, "--data_dir", docs_data)
+    return (*FEW, "--config_name", path, "--data_dir", letters)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +77,7 @@ def test_run_is_counted_in_tokens(one_process):
     assert set(sizes) == {1, 2, 3, 4}
     assert run["eval_loss"] < log[0]["loss"] - 0.1
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert model.config.vocab_size == 128  # characters, to a multiple of 64
+    assert model.config.vocab_size == 64  # characters, to a multiple of 64
     assert model.config.n_positions == 32
     assert model.dtype == torch.float32
     AutoTokenizer.from_pretrained(folder)
@@ -106,7 +117,7 @@ def test_resumed_run_equals_the_uninterrupted_one(one_process, flags, tmp_path, 
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_other_architectures(docs_data, tmp_path, run_here, name):
+def test_other_architectures(letters, tmp_path, run_here, name):
     """The configurations beside the recipe have GPT-2's size, and, made small, they train."""
     path = REPOSITORY / "recipes" / "configs" / f"{name}_124m.json"
     config = AutoConfig.from_pretrained(path, vocab_size=50304)
@@ -117,12 +128,12 @@ def test_other_architectures(docs_data, tmp_path, run_here, name):
     small |= {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32}
     small |= {"head_dim": 12, "dtype": "bfloat16", "pad_token_id": 1000}
     (tmp_path / "small.json").write_text(json.dumps(small))
-    own = ("--config_name", tmp_path / "small.json", "--data_dir", docs_data)
+    own = ("--config_name", tmp_path / "small.json", "--data_dir", letters)
     flags = (*FEW, *own, "--gradient_accumulation_steps", 4, "--learning_rate", 5e-3)
     run_here(RECIPE, *flags, "--output_dir", tmp_path / "run")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert model.config.model_type == name
-    assert (model.config.vocab_size, model.config.max_position_embeddings) == (128, 32)
+    assert (model.config.vocab_size, model.config.max_position_embeddings) == (64, 32)
     assert model.dtype == torch.float32  # whatever the configuration's
     log = history(tmp_path / "run")
     assert log[-1]["loss"] < log[0]["loss"] - 0.3
