@@ -487,7 +487,7 @@ def run(case: Callable[[DeviceMesh, Path], None], processes: int, folder: Path) 
         join=False,
         start_method="forkserver",
     )
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     try:
         while not context.join(timeout=1):
             if time.monotonic() > deadline:
@@ -515,7 +515,7 @@ def work(rank: int, case: Callable, processes: int, shared: Path, folder: Path) 
         init_method=f"file://{shared}/store",
         rank=rank,
         world_size=processes,
-        timeout=timedelta(seconds=100),
+        timeout=timedelta(seconds=300),
     )
     try:
         case(init_device_mesh("cpu", (processes,)), folder)

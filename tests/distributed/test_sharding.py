@@ -75,8 +75,13 @@ def test_bad_checkpoints_change_nothing(checkpoints: Path) -> None:
 def comparisons(tmp_path_factory: pytest.TempPathFactory, run_script: Any) -> list[dict]:
     """What the README's table is made of: every format, backend and way of sharding."""
     folder = tmp_path_factory.mktemp("comparisons")
-    run_script("recipes/compare_sharding.py", "--output", folder / "sharding.json", cwd=REPOSITORY)
-    return json.loads((folder / "sharding.json").read_text())["comparisons"]
+    rows = []
+    for processes in (2, 3, 4):
+        output = folder / f"{processes}.json"
+        arguments = ("--processes", processes, "--output", output)
+        run_script("recipes/compare_sharding.py", *arguments, cwd=REPOSITORY)
+        rows += json.loads(output.read_text())["comparisons"]
+    return rows
 
 
 def test_fifty_steps_of_every_format_agree(comparisons: list[dict]) -> None:
