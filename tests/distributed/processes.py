@@ -73,7 +73,7 @@ class Launch:
         kill(tree(self.process))
         self.process.wait()
 
-    def wait(self, status: int | None = 0, timeout: float = 120) -> tuple[str, str]:
+    def wait(self, status: int | None = 0, timeout: float = 300) -> tuple[str, str]:
         """Waits for the end and returns what was printed to stdout and to stderr."""
         seen = tree(self.process)
         try:
