@@ -205,7 +205,7 @@ def fsdp2(mesh: DeviceMesh, folder: Path) -> None:
             assert all(isinstance(p, DTensor) for p in model.parameters())
             optimizer = new_optimizer(model, momentum_dtype, backend=backend)
             train(
-                model, Follower(model, optimizer, backend=backend).step, range(8), mesh.get_rank()
+                model, Follower(model, optimizer, backend=backend).step, range(4), mesh.get_rank()
             )
 
 
@@ -269,14 +269,14 @@ def by_columns(mesh: DeviceMesh, folder: Path) -> None:
     for momentum_dtype in ("float32", "int4"):
         model = shard(new_model(), mesh, shard_placement_fn=place)
         follower = Follower(model, new_optimizer(model, momentum_dtype))
-        train(model, follower.step, range(6), mesh.get_rank())
+        train(model, follower.step, range(4), mesh.get_rank())
 
 
 def lagged(mesh: DeviceMesh, folder: Path) -> None:
     """The stripes of the step before."""
     model = shard(new_model(), mesh)
     optimizer = new_optimizer(model, "int8", lagged=True)
-    train(model, Follower(model, optimizer, lagged=True).step, range(6), mesh.get_rank())
+    train(model, Follower(model, optimizer, lagged=True).step, range(4), mesh.get_rank())
 
 
 def hybrid(mesh: DeviceMesh, folder: Path) -> None:
@@ -285,7 +285,7 @@ def hybrid(mesh: DeviceMesh, folder: Path) -> None:
     for momentum_dtype in ("float32", "int8"):
         model = shard(new_model(), mesh)
         follower = Follower(model, new_optimizer(model, momentum_dtype))
-        train(model, follower.step, range(6), mesh.get_rank())
+        train(model, follower.step, range(4), mesh.get_rank())
 
 
 def tensor_parallel(mesh: DeviceMesh, folder: Path) -> None:
@@ -300,7 +300,7 @@ def tensor_parallel(mesh: DeviceMesh, folder: Path) -> None:
         placements = {p.placements for p in model.blocks[0].parameters()}
         assert len(placements) == 4, placements  # with and without a tensor dimension
         follower = Follower(model, new_optimizer(model, momentum_dtype))
-        train(model, follower.step, range(6), mesh["data"].get_local_rank(), clip=None)
+        train(model, follower.step, range(4), mesh["data"].get_local_rank(), clip=None)
 
 
 def tensor_parallel_alone(mesh: DeviceMesh, folder: Path) -> None:
@@ -310,7 +310,7 @@ def tensor_parallel_alone(mesh: DeviceMesh, folder: Path) -> None:
         parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
     assert {isinstance(p, DTensor) for p in model.parameters()} == {True, False}
     follower = Follower(model, new_optimizer(model, "int8"))
-    train(model, follower.step, range(6), clip=None)
+    train(model, follower.step, range(4), clip=None)
 
 
 def one_exchange(mesh: DeviceMesh, folder: Path) -> None:
