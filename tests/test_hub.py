@@ -88,6 +88,7 @@ def test_refused_push_says_so_before_the_training(tmp_path, monkeypatch):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=5, n_positions=4, n_layer=1, n_head=1, n_embd=4))
     with serve_hub() as hub:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)  # where it is made
         with pytest.raises(UserError, match="cannot make someone/mine on the hub") as caught:
             CausalLMTrainer(model, args)
     message = str(caught.value)

@@ -16,7 +16,7 @@ from tiny import QUIET
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
-FEW = ("--max_steps", "2", "--eval_steps", "1", "--save_steps", "1", *QUIET)
+FEW = ("--max_steps", "2", "--eval_steps", "1", "--save_steps", "1", "--logging_steps", "1", *QUIET)
 # what makes each script's command small; the shape of the command stays the README's
 SMALL = {
     "train_shakespeare_char.py": (*FEW, "--n_layer", "1", "--n_head", "2", "--n_embd", "32"),
