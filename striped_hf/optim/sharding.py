@@ -85,6 +85,19 @@ class Matrix(NamedTuple):
     col: Tensor
     entries: list[Entry]
 
+    @property
+    def cells(self) -> torch.Size:
+        """[..., br, bc], one for each block of each matrix."""
+        return torch.Size((*self.row.shape[:-2], *self.blocks))
+
+    def views(self, row: Tensor) -> list[Tensor]:
+        """Cuts a row stripe: for each piece and each of its blocks of columns, its rows."""
+        return [view for piece in self.layout.pieces for view in row[piece.index].unbind(-1)]
+
+    def along(self, dims: tuple[int, ...]) -> list[MeshDimension]:
+        """Names dimensions of its mesh as ``_add_up`` takes them."""
+        return [(self.param.device_mesh, dim) for dim in dims]
+
 
 Table = tuple[ModuleType, Settings, list[Matrix]]
 
@@ -360,19 +373,13 @@ def _stripes(
     heights = [matrix.param.shape[-2] // matrix.blocks[0] for matrix in matrices]
     widths = [matrix.param.shape[-1] // matrix.blocks[1] for matrix in matrices]
 
-    meshes = [matrix.param.device_mesh for matrix in matrices]
-    along_rows, along_columns = (
-        [[(mesh, dim) for dim in dims] for mesh, dims in zip(meshes, of_all, strict=True)]
-        for of_all in (
-            [matrix.layout.col_dims for matrix in matrices],
-            [matrix.layout.row_dims for matrix in matrices],
-        )
-    )
-    row_sums = _add_up([pair[0] for pair in sums], along_rows)
+    along_columns = [matrix.along(matrix.layout.col_dims) for matrix in matrices]
+    row_sums = _add_up([pair[0] for pair in sums], along_columns)
     _average(row, row_sums, widths, settings)
     divided = [before[0] for before in old]  # the stripes that this step divides by
-    cells = _cells(matrices, divided)
-    added = _add_up([pair[1] for pair in sums] + cells, 2 * along_columns)
+    views = [view for matrix, r in zip(matrices, divided, strict=True) for view in matrix.views(r)]
+    along_rows = [matrix.along(matrix.layout.row_dims) for matrix in matrices]
+    added = _add_up([pair[1] for pair in sums] + _cells(matrices, views), 2 * along_rows)
     _average(col, added[: len(matrices)], heights, settings)
 
     means = torch._foreach_div(added[len(matrices) :], heights)
@@ -382,7 +389,7 @@ def _stripes(
         for matrix, s, late in zip(matrices, settings, lagged, strict=True)
     ]
     c = torch._foreach_div([before[1] for before in old], corrections)
-    return _roots_of_entries(matrices, divided, divisors, _sqrt(list(c)))
+    return _roots_of_entries(matrices, views, divisors, _sqrt(list(c)))
 
 
 def _average(
@@ -393,29 +400,24 @@ def _average(
     torch._foreach_add_(stripes, torch._foreach_mul(sums, weights))
 
 
-def _cells(matrices: list[Matrix], rows: list[Tensor]) -> list[Tensor]:
-    """Returns for each matrix the sum of its rows' part in each block, [..., br, bc]."""
-    views: list[Tensor] = []
-    for matrix, row in zip(matrices, rows, strict=True):
-        for piece in matrix.layout.pieces:
-            views += row[piece.index].unbind(-1)
+def _cells(matrices: list[Matrix], views: list[Tensor]) -> list[Tensor]:
+    """Returns for each matrix the sums of its row stripe's views in each block, [..., br, bc]."""
     device = matrices[0].local.device
     if device.type == "cpu":  # where a norm's sum has one float32, off by 1e-5 for long rows
         found = iter([view.sum() for view in views])
     else:  # second moments are not negative, and an Inf or a NaN stays one
         found = iter(torch._foreach_norm(views, 1) if views else ())
     cells = []
+    zero = torch.zeros((), dtype=torch.float32, device=device)
     for matrix in matrices:
-        row_blocks, col_blocks = matrix.blocks
-        shape = (*matrix.row.shape[:-2], row_blocks, col_blocks)
         own = {
             (*_matrix_index(piece), block): next(found)
             for piece in matrix.layout.pieces
-            for block in range(col_blocks)
+            for block in range(matrix.blocks[1])
         }
-        zero = torch.zeros((), dtype=torch.float32, device=device)
-        every = [own.get(cell, zero) for cell in product(*map(range, shape))]
-        cells.append(torch.stack(every).view(shape) if every else zero.new_zeros(shape))
+        every = [own.get(cell, zero) for cell in product(*map(range, matrix.cells))]
+        of_matrix = torch.stack(every) if every else zero.new_zeros(0)
+        cells.append(of_matrix.view(matrix.cells))
     return cells
 
 
@@ -427,20 +429,13 @@ def _matrix_index(piece: _Piece) -> tuple[int, ...]:
 
 
 def _roots_of_entries(
-    matrices: list[Matrix], rows: list[Tensor], divisors: Tensor, c: list[Tensor]
+    matrices: list[Matrix], views: list[Tensor], divisors: Tensor, c: list[Tensor]
 ) -> list[Roots | None]:
-    views: list[Tensor] = []
     of_views: list[Tensor] = []
-    first = 0
-    for matrix, row in zip(matrices, rows, strict=True):
-        row_blocks, col_blocks = matrix.blocks
-        shape = (*matrix.row.shape[:-2], row_blocks, col_blocks)
-        count = torch.Size(shape).numel()
-        of_matrix = divisors[first : first + count].view(shape)
-        first += count
+    of_matrices = divisors.split([matrix.cells.numel() for matrix in matrices])
+    for matrix, of_matrix in zip(matrices, of_matrices, strict=True):
         for piece in matrix.layout.pieces:
-            views += row[piece.index].unbind(-1)
-            of_views += of_matrix[_matrix_index(piece)].unbind(-1)
+            of_views += of_matrix.view(matrix.cells)[_matrix_index(piece)].unbind(-1)
     a = iter(_sqrt(list(torch._foreach_div(views, of_views))) if views else ())
     roots: list[Roots | None] = []
     for matrix, of_columns in zip(matrices, c, strict=True):
