@@ -780,14 +780,11 @@ int striped_update(Tensor *table, int64_t tensors, const Settings *settings, int
     Plan plan;
     if (make_plan(&plan, table, tensors, settings, 0))
         return 1;
-#pragma omp parallel num_threads(threads)
-    for (int64_t b = 0; b < plan.bundle_count; b++) {
-        const Task *tasks = plan.tasks + plan.bundles[b].first;
-        int64_t count = plan.bundles[b].count;
-#pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t i = 0; i < count; i++)
-            update_task(table + tasks[i].tensor, tasks + i, settings);
-    }
+    int64_t count = 0;
+    for (int64_t b = 0; b < plan.bundle_count; b++) count += plan.bundles[b].count;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t i = 0; i < count; i++)
+        update_task(table + plan.tasks[i].tensor, plan.tasks + i, settings);
     free_plan(&plan);
     return 0;
 }

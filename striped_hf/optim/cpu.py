@@ -132,17 +132,14 @@ def _call(
 def _fields(entry: Entry, grad: Tensor, sums: Sums | None, roots: Roots | None) -> tuple[int, ...]:
     """Returns cpu.c's Tensor, field by field."""
     param, state = entry.param, entry.state
-    scale = state.get("exp_avg_scale")
     is_matrix = param.dim() >= 2
-    keys = ("exp_avg_sq_row", "exp_avg_sq_col") if is_matrix else ("exp_avg_sq",)
-    # a part of a sharded matrix has no stripes of its own, and a vector no second one
-    second_moment = [state[key].data_ptr() if key in state else 0 for key in (*keys, "")[:2]]
+    keys = ("exp_avg_scale", "exp_avg_sq_row" if is_matrix else "exp_avg_sq", "exp_avg_sq_col")
     return (
         param.data_ptr(),
         grad.data_ptr(),
         state["exp_avg"].data_ptr(),
-        0 if scale is None else scale.data_ptr(),
-        *second_moment,
+        # a part of a sharded matrix has no stripes of its own
+        *(state[key].data_ptr() if key in state else 0 for key in keys),
         *((0, 0) if sums is None else (sums[0].data_ptr(), sums[1].data_ptr())),
         *((0, 0) if roots is None else (roots[0].data_ptr(), roots[1].data_ptr())),
         *_layout(param.shape, entry.blocks),

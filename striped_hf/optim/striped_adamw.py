@@ -142,9 +142,8 @@ class StripedAdamW(Optimizer):
         Raises:
             RuntimeError: A gradient is sparse or not of a floating dtype that the optimizer takes,
                 a wrapper flattened the parameters, only one of a parameter and its gradient is
-                sharded, the backend asked for by name
-                cannot run, or a CUDA graph is captured without ``capturable``, or with it and
-                sharded parameters. Nothing has changed then.
+                sharded, the backend asked for by name cannot run, or a CUDA graph is captured
+                without ``capturable``, or with it and sharded parameters. Nothing has changed then.
         """
         loss = None
         if closure is not None:
