@@ -7,31 +7,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
 from striped_hf.data import write_data_set
 from striped_hf.data.prepare import character_tokenizer, write_characters
 
 RECIPE = "eval_baselines.py"
 SMALL = ("--block_size", 8, "--results", "results.json")
-
-
-@pytest.fixture
-def model(tmp_path):
-    """The folder of a model with 11 tokens and a context of 16, and random weights."""
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=11,
-        n_positions=16,
-        n_layer=1,
-        n_head=2,
-        n_embd=8,
-        initializer_range=0.5,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from striped_hf.data.prepare import character_tokenizer
 
@@ -27,24 +27,11 @@ WIKITEXT = ("--tasks", "wikitext", "--wikitext", "wiki.raw", "--results", "resul
 
 
 @pytest.fixture
-def model(tmp_path):
-    """The folder of a model of characters with a context of 16, and random weights."""
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=11,
-        n_positions=16,
-        n_layer=1,
-        n_head=2,
-        n_embd=8,
-        initializer_range=0.5,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    folder = tmp_path / "model"
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    character_tokenizer("\n ,.=Aabcde").save_pretrained(folder)
+def model(model, tmp_path):
+    """The same of characters, and a text of them."""
+    character_tokenizer("\n ,.=Aabcde").save_pretrained(model)
     (tmp_path / "wiki.raw").write_text("".join(LINES), encoding="utf-8")
-    return folder
+    return model
 
 
 def read(folder):
