@@ -1,14 +1,10 @@
 """The hub: pushing a run, and loading it by name, against a local server of the hub's protocol."""
 
-import huggingface_hub
 import pytest
 from hub_endpoint import serve_hub
 from huggingface_hub import ModelCard
-from tiny import QUIET, read_run
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, TrainingArguments
-
-from striped_hf.cli import UserError
-from striped_hf.trainer.causal_lm import CausalLMTrainer
+from tiny import QUIET, STEPS, TINY, read_run
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 FEW = ("--max_steps", 2, "--eval_steps", 1, "--save_steps", 1, "--gradient_accumulation_steps", 1)
 
@@ -81,18 +77,21 @@ def test_samples_by_name_though_the_connection_drops(hub, tiny_run, run_script, 
     assert downloads == [0, 10 * 2**20]
 
 
-def test_refused_push_says_so_before_the_training(tmp_path, monkeypatch):
-    args = TrainingArguments(
-        str(tmp_path), push_to_hub=True, hub_model_id="someone/mine", hub_token="hf_of_no_one"
+@pytest.mark.slow
+def test_refused_push_says_so_before_the_training(hub, docs_data, run_script, tmp_path):
+    begun = len(hub.requests)
+    refused = run_script(
+        *("recipes/train_shakespeare_char.py", *TINY, *STEPS, *QUIET, "--data_dir", docs_data),
+        *("--output_dir", tmp_path / "run", "--push_to_hub", "--hub_model_id", "someone/mine"),
+        cwd=tmp_path,
+        status=1,
+        **hub.environment(tmp_path / "home") | {"HF_TOKEN": "hf_of_no_one"},
     )
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=5, n_positions=4, n_layer=1, n_head=1, n_embd=4))
-    with serve_hub() as hub:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)  # where it is made
-        with pytest.raises(UserError, match="cannot make someone/mine on the hub") as caught:
-            CausalLMTrainer(model, args)
-    message = str(caught.value)
-    assert "hf auth login" in message
-    assert "401" in message
-    assert "\n" not in message
-    assert ("POST", "/api/repos/create", 0) in hub.requests
+    assert "Traceback" not in refused.stderr
+    line = refused.stderr.splitlines()[-1]
+    assert "cannot make someone/mine on the hub" in line
+    assert "hf auth login" in line
+    assert "401" in line
+    assert ("POST", "/api/repos/create", 0) in hub.requests[begun:]
+    assert "someone/mine" not in hub.repositories
+    assert not list(tmp_path.rglob("checkpoint-*"))
