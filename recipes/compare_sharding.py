@@ -2,15 +2,16 @@
 
     python recipes/compare_sharding.py     # 2, 3 and 4 processes on this machine, two minutes
 
-Every process holds its shards of some parameters and, beside them, all of the same parameters
-whole. Both get the same gradients for 50 steps; then the largest differences are noted, for each
-momentum format, backend and way of sharding. The results go to
+Every process holds its shards of some parameters, and the first one, beside them, all of the same
+parameters whole. Both get the same gradients for 50 steps; then the largest differences are noted,
+for each momentum format, backend and way of sharding. The results go to
 recipes/results/sharding_cpu.json, which the README's table is rendered from.
 """
 
 import argparse
 import math
 import tempfile
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -68,7 +69,12 @@ def main() -> None:
     for processes in args.processes:
         print(f"== {processes} processes")
         with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(work, (processes, args.steps, folder), nprocs=processes)
+            torch.multiprocessing.start_processes(
+                work,
+                (processes, args.steps, folder),
+                nprocs=processes,
+                start_method="fork",  # which need not import everything again
+            )
             rows += torch.load(Path(folder, "rows.pt"), weights_only=True)
     results = {"environment": environment("cpu"), "steps": args.steps, "comparisons": rows}
     write_json(args.output, results)
@@ -103,18 +109,19 @@ def work(rank: int, processes: int, steps: int, folder: str) -> None:
 def compare(
     case: Case, mesh: DeviceMesh, momentum_dtype: str, backend: str, steps: int
 ) -> dict[str, float]:
-    """Steps a case's parameters whole and sharded; returns the largest differences.
+    """Steps a case's parameters sharded, and whole in the first process.
 
     Returns:
-        ``parameters``: of any two elements, relative to the parameter's largest; ``stripes``:
-        relative to each other; ``codes``: the share of momentum codes that differ.
+        The largest differences, which only the first process knows. ``parameters``: of any
+        two elements, relative to the parameter's largest; ``stripes``: relative to each other;
+        ``codes``: the share of momentum codes that differ.
     """
     generator = torch.Generator().manual_seed(1)
     whole = [nn.Parameter(torch.randn(shape, generator=generator)) for shape, _ in case.parameters]
     sharded = []
     for p in whole:
         placements = [Replicate() if too_flat(p, each) else each for each in case.placements]
-        sharded.append(nn.Parameter(distribute_tensor(p.detach().clone(), mesh, placements)))
+        sharded.append(nn.Parameter(shard(p.detach().clone(), mesh, placements)))
     optimizers = [
         StripedAdamW(
             [{"params": ps, "blocks": [blocks for _, blocks in case.parameters]}],
@@ -132,26 +139,35 @@ def compare(
                 p.grad = q.grad = None
                 continue
             p.grad = gradient(p.shape, generator, case.exact)
-            q.grad = distribute_tensor(p.grad, mesh, q.placements)
-        for optimizer in optimizers:
+            q.grad = shard(p.grad, mesh, q.placements)
+        for optimizer in optimizers if dist.get_rank() == 0 else optimizers[1:]:
             optimizer.step()
-    return largest_differences(optimizers)
+    return largest_differences(*optimizers)
 
 
-def largest_differences(optimizers: list[StripedAdamW]) -> dict[str, float]:
+def largest_differences(whole: StripedAdamW, sharded: StripedAdamW) -> dict[str, float]:
     """Compares the parameters and the states of two optimizers; see ``compare``."""
-    whole, sharded = (optimizer.param_groups[0]["params"] for optimizer in optimizers)
     differences = {"parameters": 0.0, "stripes": 0.0, "codes": 0.0}
-    for p, q in zip(whole, sharded, strict=True):
-        off = (gathered(q.detach()) - p.detach()).abs().max()
-        note(differences, "parameters", off / p.detach().abs().max())
-        for key, value in optimizers[0].state[p].items():
-            other = gathered(optimizers[1].state[q][key])
+    pairs = zip(*(each.param_groups[0]["params"] for each in (whole, sharded)), strict=True)
+    for p, q in pairs:
+        stepped = gathered(q.detach())
+        state = {key: gathered(value) for key, value in sharded.state[q].items()}
+        if dist.get_rank() > 0:
+            continue
+        note(differences, "parameters", (stepped - p.detach()).abs().max() / p.detach().abs().max())
+        assert state.keys() == whole.state[p].keys()
+        for key, value in whole.state[p].items():
             if key.startswith("exp_avg_sq"):
-                note(differences, "stripes", ((other - value).abs() / value).nan_to_num().max())
+                off = (state[key] - value).abs() / value
+                note(differences, "stripes", off.nan_to_num().max())
             elif value.dtype in (torch.int8, torch.uint8):
-                note(differences, "codes", (other != value).float().mean())
+                note(differences, "codes", (state[key] != value).float().mean())
     return differences
+
+
+def shard(x: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
+    """Cuts this process's part out of what every process has whole; nothing is exchanged."""
+    return distribute_tensor(x, mesh, placements, src_data_rank=None)
 
 
 def too_flat(p: Tensor, placement: Placement) -> bool:

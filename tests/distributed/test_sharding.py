@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fsdp2_trainer
 import pytest
 import sharded_training as cases
 
@@ -43,45 +41,12 @@ def test_sharded(case: Any, processes: int, tmp_path: Path) -> None:
     assert error is None, error
 
 
-@pytest.mark.parametrize("state_dict_type", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
-@pytest.mark.parametrize("way", [fsdp2_trainer.through_trainer, fsdp2_trainer.through_accelerate])
-def test_trainer_and_accelerate_resume(way: Any, state_dict_type: str, tmp_path: Path) -> None:
-    error = cases.run(partial(way, state_dict_type), 2, tmp_path)
-    assert error is None, error
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the checkpoints of 1, 2 and 3 processes, in every format."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    for processes in (1, 2, 3):
-        error = cases.run(cases.save_checkpoints, processes, folder)
-        assert error is None, error
-    return folder
-
-
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_a_checkpoint_goes_on_on_any_number_of_processes(checkpoints: Path, processes: int) -> None:
-    error = cases.run(cases.load_checkpoints, processes, checkpoints)
-    assert error is None, error
-
-
-def test_bad_checkpoints_change_nothing(checkpoints: Path) -> None:
-    error = cases.run(cases.bad_checkpoints, 2, checkpoints)
-    assert error is None, error
-
-
 @pytest.fixture(scope="module")
 def comparisons(tmp_path_factory: pytest.TempPathFactory, run_script: Any) -> list[dict]:
     """What the README's table is made of: every format, backend and way of sharding."""
-    folder = tmp_path_factory.mktemp("comparisons")
-    rows = []
-    for processes in (2, 3, 4):
-        output = folder / f"{processes}.json"
-        arguments = ("--processes", processes, "--output", output)
-        run_script("recipes/compare_sharding.py", *arguments, cwd=REPOSITORY)
-        rows += json.loads(output.read_text())["comparisons"]
-    return rows
+    output = tmp_path_factory.mktemp("comparisons") / "comparisons.json"
+    run_script("recipes/compare_sharding.py", "--output", output, cwd=REPOSITORY)
+    return json.loads(output.read_text())["comparisons"]
 
 
 def test_fifty_steps_of_every_format_agree(comparisons: list[dict]) -> None:
