@@ -71,12 +71,17 @@ class _Windows(Dataset[Batch]):
         return {name: values[0] for name, values in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Return a batch of windows: int64 tensors of shape [len(indices), block_size]."""
+        """Return a batch of windows: int64 tensors of shape [len(indices), block_size].
+
+        Raises:
+            IndexError: If an index is not in [0, len(self)).
+            ValueError: If a token is outside the data's or the model's vocabulary.
+        """
         if min(indices) < 0 or max(indices) >= len(self):
             raise IndexError(f"{indices}: indices must lie in [0, {len(self)})")
         positions = self._starts(indices)[:, None] + self._span
         # clip: past the end of the split stands its last token, whose target is masked
-        window = self.split.tokens.take(positions, mode="clip")
+        window = self.split.read(positions)
         # two copies, not two views of one: the loss needs its labels contiguous
         targets = torch.from_numpy(window[:, 1:].astype(np.int64))
         return {

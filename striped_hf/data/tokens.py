@@ -4,6 +4,7 @@
 with no header, as nanoGPT writes and reads them. ``meta.json`` says what they hold::
 
     {"dtype": "uint16", "vocab_size": 65, "tokens": {"train": 1003854, "val": 111540},
+     "largest_id": {"train": 64, "val": 63},
      "source": {"name": ..., "url": ..., "sha256": ...}, "tokenizer": "characters"}
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-_SCAN_TOKENS = 1 << 22  # tokens read at a time when a file is checked: 8 or 16 MiB
+_PROBED_TOKENS = 1 << 22  # read when a file is opened: 8 or 16 MiB, all of a small one
+_GPT2_VOCAB_SIZE = 50_257
 _MEND = "prepare the folder again with its script in data_scripts/"
 
 
@@ -70,14 +73,15 @@ def write_data_set(
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=output_dir) as folder:
         partial = Path(folder)
-        counts = {
+        written = {
             split: _write_bin(partial / f"{split}.bin", arrays, dtype, vocab_size)
             for split, arrays in splits.items()
         }
         meta = {
             "dtype": dtype,
             "vocab_size": vocab_size,
-            "tokens": counts,
+            "tokens": {split: count for split, (count, _) in written.items()},
+            "largest_id": {split: largest for split, (_, largest) in written.items()},
             "source": dict(source),
             "tokenizer": tokenizer_name,
         }
@@ -121,6 +125,7 @@ class DataSetWriter:
         self._job = {**job, "vocab_size": vocab_size}
         self.position: Any = None
         self.counts = dict.fromkeys(splits, 0)
+        self._largest_ids = dict.fromkeys(splits, 0)
         if self._progress.exists():
             self._take_up()
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -146,6 +151,7 @@ class DataSetWriter:
             if size < count * _DTYPES[self._dtype].itemsize:
                 raise ValueError(f"{path} is shorter than {count:,} tokens: {mend}")
         self.counts, self.position = progress["tokens"], progress["position"]
+        self._largest_ids = progress["largest_id"]
 
     def __enter__(self) -> DataSetWriter:
         return self
@@ -161,7 +167,9 @@ class DataSetWriter:
     def append(self, split: str, ids: np.ndarray) -> None:
         """Write a split's next tokens, a 1-D integer array; ValueError for any other."""
         file = self._files[split]
-        self.counts[split] += _write_ids(file, ids, self._dtype, self._vocab_size, f"{split}.bin")
+        count, largest = _write_ids(file, ids, self._dtype, self._vocab_size, f"{split}.bin")
+        self.counts[split] += count
+        self._largest_ids[split] = max(self._largest_ids[split], largest)
 
     def commit(self, position: Any) -> None:
         """Make what was written so far survive a kill or a loss of power.
@@ -172,7 +180,12 @@ class DataSetWriter:
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
-        progress = {"job": self._job, "position": position, "tokens": self.counts}
+        progress = {
+            "job": self._job,
+            "position": position,
+            "tokens": self.counts,
+            "largest_id": self._largest_ids,
+        }
         partial = self._folder / "progress.json.partial"
         with partial.open("wb") as file:
             file.write(json.dumps(progress).encode())
@@ -200,6 +213,7 @@ class DataSetWriter:
             "dtype": self._dtype,
             "vocab_size": self._vocab_size,
             "tokens": self.counts,
+            "largest_id": self._largest_ids,
             "source": dict(source),
             "tokenizer": tokenizer_name,
         }
@@ -217,32 +231,35 @@ def _dtype_for(vocab_size: int) -> str:
 
 def _write_bin(
     path: Path, arrays: np.ndarray | Iterable[np.ndarray], dtype: str, vocab_size: int
-) -> int:
-    """Write token arrays one after another; return how many tokens they were."""
+) -> tuple[int, int]:
+    """Write token arrays one after another; return how many tokens, and the largest of them."""
+    count = largest = 0
     with path.open("wb") as file:
-        count = sum(
-            _write_ids(file, ids, dtype, vocab_size, path.name)
-            for ids in ([arrays] if isinstance(arrays, np.ndarray) else arrays)
-        )
+        for ids in [arrays] if isinstance(arrays, np.ndarray) else arrays:
+            more, top = _write_ids(file, ids, dtype, vocab_size, path.name)
+            count, largest = count + more, max(largest, top)
     _refuse_empty(count, path.name)
-    return count
+    return count, largest
 
 
-def _write_ids(file: IO[bytes], array: np.ndarray, dtype: str, vocab_size: int, name: str) -> int:
-    """Check and write one array of tokens; return how many they were."""
+def _write_ids(
+    file: IO[bytes], array: np.ndarray, dtype: str, vocab_size: int, name: str
+) -> tuple[int, int]:
+    """Check and write one array of tokens; return how many, and the largest of them (0 of none)."""
     ids = np.asarray(array)
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise ValueError(
             f"{name}: tokens must be 1-D integer arrays, not {ids.dtype} of shape "
             f"{ids.shape}; pass np.array(ids) or an iterable of such arrays"
         )
-    if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
+    smallest, largest = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
+    if not 0 <= smallest <= largest < vocab_size:
         raise ValueError(
-            f"{name}: token ids run from {ids.min()} to {ids.max()}, outside "
+            f"{name}: token ids run from {smallest} to {largest}, outside "
             f"[0, vocab_size={vocab_size}); pass the tokenizer's whole vocabulary size"
         )
     ids.astype(_DTYPES[dtype], copy=False).tofile(file)
-    return ids.size
+    return ids.size, largest
 
 
 def _refuse_empty(count: int, name: str) -> None:
@@ -269,7 +286,7 @@ def _move_into_place(
 
 @dataclass(frozen=True, eq=False)
 class TokenSplit:
-    """One checked split of a data set, mapped into memory; made by :func:`open_split`.
+    """One split of a data set, mapped into memory; made by :func:`open_split`.
 
     It pickles as its path, not as its tokens, so that spawned data-loader workers map the file
     again instead of copying it.
@@ -279,18 +296,60 @@ class TokenSplit:
         dtype: "uint16" or "uint32".
         vocab_size: The vocabulary of the tokenizer that made the ids.
         meta: What ``meta.json`` holds; empty for a folder prepared by nanoGPT.
+        model_vocab_size: The vocabulary of the model that is to read them, None if not known.
     """
 
     path: Path
     dtype: str
     vocab_size: int
     meta: dict[str, Any]
+    model_vocab_size: int | None = None
 
     @cached_property
     def tokens(self) -> np.ndarray:
-        """The token ids: a read-only 1-D array of ``dtype`` backed by the file."""
+        """The token ids: a read-only 1-D array of ``dtype`` backed by the file, unchecked."""
         # asarray: a plain view, since every operation on a np.memmap pays for its subclass
         return np.asarray(np.memmap(self.path, dtype=_DTYPES[self.dtype], mode="r"))
+
+    def read(self, positions: np.ndarray) -> np.ndarray:
+        """Return the token ids at some positions.
+
+        Args:
+            positions: Integers of any shape; beyond an end of the split stands its last token.
+
+        Returns:
+            ``dtype``, of the shape of ``positions``.
+
+        Raises:
+            ValueError: If one of them lies outside the data's or the model's vocabulary: a gather
+                from an embedding would be wrong or, on a GPU, end the process.
+        """
+        ids = self.tokens.take(positions, mode="clip")
+        self.check_id(int(ids.max()))
+        return ids
+
+    def check_id(self, largest: int) -> None:
+        """Raise ValueError where a token id of this split is outside a vocabulary."""
+        if largest >= self.vocab_size:
+            owner, limit = "meta.json's", self.vocab_size
+            mend = f"the file is damaged or not of this data set; {_MEND}"
+            if not self.meta:
+                owner = "its tokenizer's"
+                mend = (
+                    "without meta.json it is taken for a folder of nanoGPT's, with the vocabulary "
+                    f"of its meta.pkl or else GPT-2's; if it has another one, {_MEND}"
+                )
+        elif self.model_vocab_size is not None and largest >= self.model_vocab_size:
+            owner, limit = "the model's", self.model_vocab_size
+            mend = (
+                "prepare the data with the model's own tokenizer, or pass the model that belongs "
+                "to the data"
+            )
+        else:
+            return
+        raise ValueError(
+            f"{self.path} holds token id {largest}, outside {owner} vocab_size {limit}: {mend}"
+        )
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -302,10 +361,15 @@ class TokenSplit:
 def open_split(
     data_dir: str | os.PathLike[str], split: str, *, vocab_size: int | None = None
 ) -> TokenSplit:
-    """Open one split of a data set and check the whole of it, so that training cannot trip later.
+    """Open one split of a data set, in a time and memory that do not depend on its size.
 
-    A folder prepared by nanoGPT has no ``meta.json``: it is read as uint16, its vocabulary taken
-    to end at the largest id of its splits (its ``meta.pkl`` is never unpickled).
+    Checked at once are the file's length and, against the vocabularies, the largest id that
+    ``meta.json`` records and the file's first 4 million tokens. All others are checked as they are
+    read, by :meth:`TokenSplit.read`, as the data sets of this package do.
+
+    A folder prepared by nanoGPT has no ``meta.json``: it is read as uint16, with the vocabulary of
+    its ``meta.pkl`` or, as nanoGPT takes it, GPT-2's where there is none. Nothing but numbers,
+    strings and their containers is unpickled.
 
     Args:
         data_dir: A folder written by :func:`write_data_set` or by nanoGPT.
@@ -317,9 +381,9 @@ def open_split(
 
     Raises:
         FileNotFoundError: If the folder or the split's file is missing.
-        ValueError: If ``meta.json`` is malformed or names an unknown dtype, the file is empty,
-            odd-sized or of another length than ``meta.json`` says, or holds an id outside the
-            vocabulary.
+        ValueError: If ``meta.json`` or ``meta.pkl`` is malformed or names an unknown dtype, the
+            file is empty, odd-sized or of another length than ``meta.json`` says, or is found to
+            hold an id outside a vocabulary.
     """
     folder = Path(data_dir)
     path = folder / f"{split}.bin"
@@ -331,37 +395,51 @@ def open_split(
         )
     if (folder / "meta.json").exists():
         meta = _read_meta(folder / "meta.json")
-        dtype, own_vocab_size = meta["dtype"], meta["vocab_size"]
+        opened = TokenSplit(path, meta["dtype"], meta["vocab_size"], meta, vocab_size)
         if split not in meta["tokens"]:
             raise ValueError(f"{folder / 'meta.json'}: tokens has no count for {split!r}; {_MEND}")
-        count = _count_tokens(path, dtype)
+        count = _count_tokens(path, opened.dtype)
         if count != meta["tokens"][split]:
             raise ValueError(
                 f"{path} holds {count:,} tokens, meta.json says "
                 f"{meta['tokens'][split]:,}: the file is truncated or not of this data set; {_MEND}"
             )
-        top = _largest_id(path, dtype)
+        opened.check_id(meta.get("largest_id", {}).get(split, 0))
     else:
-        meta, dtype = {}, "uint16"
-        tops = {}
-        for file in sorted(folder.glob("*.bin")):
-            _count_tokens(file, dtype)
-            tops[file] = _largest_id(file, dtype)
-        top, own_vocab_size = tops[path], max(tops.values()) + 1
+        opened = TokenSplit(path, "uint16", _nanogpt_vocab_size(folder), {}, vocab_size)
+        _count_tokens(path, opened.dtype)
         logger.warning(
-            "%s has no meta.json: reading %s as nanoGPT's uint16, with vocab_size %d (its largest "
-            "token id + 1) and no tokenizer",
+            "%s has no meta.json: reading %s as nanoGPT's uint16, with vocab_size %d and no "
+            "tokenizer",
             folder,
             path.name,
-            own_vocab_size,
+            opened.vocab_size,
         )
-    for limit, owner in ((own_vocab_size, "meta.json's"), (vocab_size, "the model's")):
-        if limit is not None and top >= limit:
-            raise ValueError(
-                f"{path} holds token id {top}, outside {owner} vocab_size {limit}: prepare the "
-                "data with the model's own tokenizer, or pass the model that belongs to the data"
-            )
-    return TokenSplit(path=path, dtype=dtype, vocab_size=own_vocab_size, meta=meta)
+    # read, not mapped: what is mapped would count as this process's peak memory
+    opened.check_id(int(np.fromfile(path, _DTYPES[opened.dtype], _PROBED_TOKENS).max()))
+    return opened
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Makes no object of any class, and so runs nothing that a file brings along."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it holds {module}.{name}")
+
+
+def _nanogpt_vocab_size(folder: Path) -> int:
+    """Return the vocabulary size of nanoGPT's ``meta.pkl``, or without one that of GPT-2."""
+    path = folder / "meta.pkl"
+    if not path.exists():
+        return _GPT2_VOCAB_SIZE
+    try:
+        with path.open("rb") as file:
+            size = _PlainUnpickler(file).load()["vocab_size"]
+    except Exception as error:  # a broken pickle raises nearly anything
+        raise ValueError(f"{path} is not what nanoGPT writes ({error!r}); {_MEND}") from None
+    if not _is_count(size):
+        raise ValueError(f"{path}: vocab_size {size!r:.80} is not a positive integer; {_MEND}")
+    return int(size)
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
@@ -383,6 +461,11 @@ def _read_meta(path: Path) -> dict[str, Any]:
     counts = meta.get("tokens")
     if not isinstance(counts, dict) or not all(map(_is_count, counts.values())):
         raise ValueError(f"{path}: tokens {counts!r:.80} is not a count for each split; {_MEND}")
+    largest = meta.get("largest_id", {})  # which a file made by hand need not have
+    if not isinstance(largest, dict) or not all(
+        type(i) is int and i >= 0 for i in largest.values()
+    ):
+        raise ValueError(f"{path}: largest_id {largest!r:.80} is not an id for each split; {_MEND}")
     return meta
 
 
@@ -398,12 +481,3 @@ def _count_tokens(path: Path, dtype: str) -> int:
             f"truncated or of another dtype; {_MEND}"
         )
     return size // width
-
-
-def _largest_id(path: Path, dtype: str) -> int:
-    # read, not mapped: a mapped file of gigabytes would count as this process's peak memory
-    largest = 0
-    with path.open("rb") as file:
-        while len(piece := np.fromfile(file, _DTYPES[dtype], _SCAN_TOKENS)):
-            largest = max(largest, int(piece.max()))
-    return largest

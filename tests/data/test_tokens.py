@@ -2,12 +2,22 @@
 
 import json
 import logging
+import os
 import pickle
+import time
 
 import numpy as np
 import pytest
+import torch
 
-from striped_hf.data import DataSetWriter, open_split, write_data_set
+from striped_hf.data import (
+    ContiguousBlocks,
+    DataSetWriter,
+    RandomWindows,
+    open_split,
+    write_data_set,
+)
+from striped_hf.measuring import temporary_bytes
 
 SOURCE = {"name": "numbers", "url": None, "sha256": "0" * 64}
 
@@ -34,6 +44,7 @@ def test_round_trip_and_nanogpt_reads_it(tmp_path, vocab_size, dtype):
         "dtype": dtype,
         "vocab_size": vocab_size,
         "tokens": {"train": 4, "val": 2},
+        "largest_id": {"train": vocab_size - 1, "val": 1},
         "source": SOURCE,
         "tokenizer": "none",
     }
@@ -112,6 +123,7 @@ def test_piecewise_writer_goes_on_after_its_last_commit(tmp_path):
         assert (tmp_path / "train.bin").read_bytes() == before
         meta = second.finish(source=SOURCE, tokenizer_name="none")
     assert meta["tokens"] == {"train": 3, "val": 1}
+    assert meta["largest_id"] == {"train": 258, "val": 7}  # of what was written before the stop
     assert open_split(tmp_path, "train").tokens.tolist() == [1, 258, 6]
     assert open_split(tmp_path, "val").meta == meta
     assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
@@ -136,21 +148,52 @@ def test_piecewise_writer_rejects(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_nanogpt_folder_without_meta(tmp_path, caplog):
-    np.array([1, 2, 3], dtype=np.uint16).tofile(tmp_path / "train.bin")
-    np.array([64, 5], dtype=np.uint16).tofile(tmp_path / "val.bin")
-    # what would run if it were unpickled
-    (tmp_path / "meta.pkl").write_bytes(b"cbuiltins\nexit\n(I1\ntR.")
+def nanogpt_folder(folder, train, val, meta=None):
+    np.array(train, dtype=np.uint16).tofile(folder / "train.bin")
+    np.array(val, dtype=np.uint16).tofile(folder / "val.bin")
+    if meta is not None:
+        (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    return folder
+
+
+def test_nanogpt_folder_of_characters(tmp_path, caplog):
+    meta = {"vocab_size": 65, "itos": {0: "a"}, "stoi": {"a": 0}}
+    folder = nanogpt_folder(tmp_path, [1, 2, 3], [60, 5], meta)
     with caplog.at_level(logging.INFO):
-        split = open_split(tmp_path, "train")
-    assert split.vocab_size == 65  # the largest id is in the other split
-    assert split.meta == {}
+        split = open_split(folder, "train")
+    assert (split.vocab_size, split.meta) == (65, {})
     np.testing.assert_array_equal(split.tokens, [1, 2, 3])
     (record,) = caplog.records
     assert "no meta.json" in record.message
     assert "vocab_size 65" in record.message
-    with pytest.raises(ValueError, match="outside the model's vocab_size 3"):
-        open_split(tmp_path, "train", vocab_size=3)
+    with pytest.raises(ValueError, match="token id 3, outside the model's vocab_size 3"):
+        open_split(folder, "train", vocab_size=3)
+
+
+def test_nanogpt_folder_of_gpt2s_tokens(tmp_path):
+    """There nanoGPT writes no meta.pkl, and takes the vocabulary to be GPT-2's."""
+    folder = nanogpt_folder(tmp_path, [1, 50_256], [50_257])
+    assert open_split(folder, "train").vocab_size == 50_257
+    with pytest.raises(
+        ValueError, match=r"id 50257, outside its tokenizer's .* 50257: .*meta\.pkl"
+    ):
+        open_split(folder, "val")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"cbuiltins\nexit\n(I1\ntR.", r"meta\.pkl is not what nanoGPT writes .*builtins\.exit"),
+        (pickle.dumps([65]), "is not what nanoGPT writes"),
+        (b"no pickle", "is not what nanoGPT writes"),
+        (pickle.dumps({"vocab_size": "65"}), "vocab_size '65' is not a positive integer"),
+    ],
+    ids=("code", "list", "text", "string"),
+)
+def test_meta_pkl_that_is_not_nanogpts(tmp_path, content, message):
+    (nanogpt_folder(tmp_path, [1], [2]) / "meta.pkl").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        open_split(tmp_path, "train")
 
 
 def test_missing_folder_or_file_names_the_script(make_data, tmp_path):
@@ -191,6 +234,8 @@ def test_truncated_odd_sized_and_empty_files(make_data):
         ({"dtype": "uint32"}, "holds 500 tokens, meta.json says 1,000"),
         ({"vocab_size": "1000"}, "vocab_size '1000' is not a positive integer"),
         ({"vocab_size": 999}, r"train.bin holds token id 999, outside meta.json's vocab_size 999"),
+        ({"largest_id": {"train": "999"}}, "largest_id .* is not an id for each split"),
+        ({"largest_id": 999}, "largest_id 999 is not an id for each split"),
         ({"tokens": {"val": 100}}, "tokens has no count for 'train'"),
         ({"tokens": {"train": 1000.0}}, "is not a count for each split"),
         ({"tokens": 1000}, "is not a count for each split"),
@@ -211,16 +256,51 @@ def test_meta_that_is_no_json_object(make_data, content):
         open_split(folder, "train")
 
 
-def test_id_beyond_the_models_vocabulary_is_found_wherever_it_stands(make_data):
-    tokens = np.zeros((1 << 22) + 5, dtype=np.uint16)  # more than is read at a time
+def beyond_the_start(make_data):
+    """A data set whose only id that is not 0 stands behind what is read when it is opened."""
+    tokens = np.zeros((1 << 22) + 5, dtype=np.uint16)
     tokens[-1] = 99
-    folder = make_data(train=tokens, val=10)
+    return make_data(train=tokens, val=10)
+
+
+def test_id_beyond_the_models_vocabulary_is_known_from_the_meta(make_data):
+    folder = beyond_the_start(make_data)
     assert open_split(folder, "train", vocab_size=100).vocab_size == 100
     with pytest.raises(
-        ValueError, match=r"train\.bin holds token id 99, outside the model's vocab"
+        ValueError, match=r"train\.bin holds token id 99, outside the model's vocab_size 99"
     ):
         open_split(folder, "train", vocab_size=99)
     assert len(open_split(folder, "val", vocab_size=99)) == 10
+
+
+def test_id_that_only_reading_finds_is_refused(make_data):
+    """Where the meta was made by hand, or the file changed since it was written."""
+    folder = beyond_the_start(make_data)
+    edit_meta(folder, largest_id={})
+    blocks = ContiguousBlocks(open_split(folder, "train", vocab_size=99), 1 << 21)
+    blocks[0]
+    with pytest.raises(ValueError, match=r"train\.bin holds token id 99, outside the model's"):
+        blocks[2]
+    edit_meta(folder, vocab_size=99)
+    split = open_split(folder, "train")
+    with pytest.raises(ValueError, match=r"id 99, outside meta\.json's vocab_size 99: .*damaged"):
+        RandomWindows(split, len(split) - 1, 1, 0)[0]
+
+
+def test_opening_and_reading_of_gigabytes_is_cheap(make_data):
+    """OpenWebText's training split, but a hole: 18 GB to read, and none on the disk."""
+    folder, tokens = make_data(train=[50_256]), 9_035_582_198
+    os.truncate(folder / "train.bin", 2 * tokens)
+    edit_meta(folder, tokens={"train": tokens, "val": 100})
+
+    def begin():
+        start = time.process_time()  # which a machine busy with other things does not lengthen
+        windows = RandomWindows(open_split(folder, "train", vocab_size=50_304), 1024, 100, 0)
+        assert windows.__getitems__(range(100))["input_ids"].shape == (100, 1024)
+        assert time.process_time() - start < 0.5
+
+    growth = temporary_bytes(torch.device("cpu"), begin)
+    assert growth is None or growth < 64 << 20, f"{growth >> 20} MiB"
 
 
 def test_split_pickles_as_its_path(make_data):
