@@ -1,7 +1,9 @@
 """Exact loss of a causal language model: a sum over tokens, not a mean of batch means."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -9,11 +11,12 @@ from accelerate.utils import find_executable_batch_size
 from datasets import Features, Value
 from evaluate import Metric, MetricInfo
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import linear
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from striped_hf.data import collate
+from striped_hf.losses import head_in_loss, plain_head, token_losses, whole_weight
 
 _LARGEST_BATCH = 64  # sequences; more of them are no faster on any device
 
@@ -72,6 +75,9 @@ def evaluate_loss(
     (masked labels, a shorter last block), and so perplexity comes out wrong. Works on any number of
     processes, each with its share of the batches.
 
+    Of GPT-2, Llama and other models with a :func:`striped_hf.losses.plain_head` the logits are
+    never whole in memory; those of other models are, in the dtype in which the model gives them.
+
     Args:
         model: A causal language model, prepared by ``accelerator`` where there are several
             processes. Left in the mode, train or eval, that it was in.
@@ -90,19 +96,51 @@ def evaluate_loss(
     metric = TokenLoss(keep_in_memory=True)
     was_training = model.training
     model.eval()
+    losses_of = _losses(model, accelerator)
     sums, counts = [], []
     for batch in batches:
-        logits = model(input_ids=batch["input_ids"]).logits
         labels = batch["shift_labels"]
-        losses = cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
-        )
-        sequences = losses.view(labels.shape).sum(1, dtype=torch.float64)
+        sequences = losses_of(batch["input_ids"], labels).sum(1, dtype=torch.float64)
         sequences, targets = accelerator.gather_for_metrics((sequences, (labels != -100).sum(1)))
         sums += sequences.tolist()
         counts += targets.tolist()
     model.train(was_training)
     return metric.compute(losses=sums, tokens=counts)
+
+
+def _losses(model: nn.Module, accelerator: Accelerator) -> Callable[[Tensor, Tensor], Tensor]:
+    """Makes what computes the losses [B, L] of inputs and targets [B, L]."""
+    unwrapped: Any = accelerator.unwrap_model(model)
+    # DataParallel's copies have output layers of their own
+    head = None if isinstance(model, nn.DataParallel) else plain_head(unwrapped)
+
+    def from_logits(inputs: Tensor, labels: Tensor) -> Tensor:
+        logits = model(input_ids=inputs).logits.flatten(0, 1)
+        losses = token_losses(lambda rows: rows, logits, labels.flatten(), logits.shape[-1])
+        return losses.view(labels.shape)
+
+    if head is None:
+        return from_logits
+    loss_function = partial(_losses_from_hidden, head)
+
+    def from_hidden(inputs: Tensor, labels: Tensor) -> Tensor:
+        with head_in_loss(unwrapped, head, loss_function):
+            losses: Tensor = model(input_ids=inputs, labels=labels).loss
+        return losses
+
+    return from_hidden
+
+
+@torch.compiler.disable  # its loop would become a graph of hundreds of chunks
+def _losses_from_hidden(head: nn.Linear, logits: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
+    """Takes the place of a model's loss function; ``logits`` are hidden states, [B, L, d].
+
+    ``labels`` [B, L] are targets as they are, not to be shifted.
+    """
+    weight = whole_weight(head)
+    to_logits = partial(linear, weight=weight)
+    losses = token_losses(to_logits, logits.flatten(0, 1), labels.flatten(), len(weight))
+    return losses.view(labels.shape)
 
 
 def evaluate_data_set(
@@ -129,8 +167,11 @@ def evaluate_data_set(
     Raises:
         RuntimeError: Not even one sequence fits.
     """
-    vocab_size = accelerator.unwrap_model(model).config.vocab_size
-    largest = largest_batch(block_size, vocab_size, accelerator.device)
+    unwrapped: Any = accelerator.unwrap_model(model)
+    # the widest that there is of a token: its logits, or without whole ones what its MLP computes
+    config = unwrapped.config
+    width = config.vocab_size if plain_head(unwrapped) is None else 4 * config.hidden_size
+    largest = largest_batch(block_size, width, accelerator.device)
 
     @find_executable_batch_size(starting_batch_size=min(largest, len(data_set)))  # type: ignore[arg-type]
     def evaluate(batch_size: int) -> dict[str, float | None]:
@@ -143,17 +184,18 @@ def evaluate_data_set(
     return evaluate()
 
 
-def largest_batch(block_size: int, vocab_size: int, device: torch.device) -> int:
+def largest_batch(block_size: int, width: int, device: torch.device) -> int:
     """Returns how many sequences a batch to evaluate may have at most, at least 1.
 
-    What counts is the logits: as the model gives them, in float32, and as the loss takes them.
+    What counts is the widest thing computed of a token, three times in float32: of logits, as the
+    model gives them, in float32, and as the loss takes them.
 
     Args:
         block_size: Tokens of a sequence.
-        vocab_size: Logits of a token.
+        width: Numbers of a token.
         device: A GPU's free memory is used; of a CPU's a GiB, since it has no more use for it.
     """
     free = 2**30
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
-    return max(1, min(_LARGEST_BATCH, free // (block_size * vocab_size * 3 * 4)))
+    return max(1, min(_LARGEST_BATCH, free // (block_size * width * 3 * 4)))

@@ -9,12 +9,20 @@ the losses in the hidden states' dtype (in bfloat16 to 8.69 where 8.85 is right)
 autocast; Liger's kernels know no GPT-2.
 """
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 _CHUNK_LOGITS = 1 << 25  # at a time: 128 MiB in float32
+
+# Models whose output layer's result goes into the loss as it is (read in transformers 5.23)
+_PLAIN_HEADS = ("gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
 def linear_cross_entropy(
@@ -42,6 +50,74 @@ def linear_cross_entropy(
 def is_worthwhile(tokens: int, vocab_size: int) -> bool:
     """Tells whether so many logits are more than one chunk: below, nothing is saved."""
     return tokens * vocab_size > _CHUNK_LOGITS
+
+
+def token_losses(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, vocab_size: int
+) -> Tensor:
+    """Computes the loss of each token, without gradients and without whole logits in float32.
+
+    Args:
+        head: Makes logits [n, V] of n rows of ``hidden``; they may be of any floating dtype.
+        hidden: [N, d].
+        labels: [N], int64; -100 for no target.
+        vocab_size: V.
+
+    Returns:
+        [N], float32; 0 where there is no target.
+    """
+    with torch.no_grad():
+        return torch.cat(
+            [
+                cross_entropy(head(hidden[rows]).float(), labels[rows], reduction="none")
+                for rows in _chunks(len(hidden), vocab_size)
+            ]
+        )
+
+
+def plain_head(model: nn.Module) -> nn.Linear | None:
+    """Returns the output layer of a model whose loss takes its logits as they are.
+
+    None for all others, among them those of which that is not known; for wrapped models; and for
+    an output layer that has a bias or is no plain ``nn.Linear``.
+    """
+    if not isinstance(model, PreTrainedModel) or model.config.model_type not in _PLAIN_HEADS:
+        return None
+    head = model.get_output_embeddings()
+    # its own "forward": a hook of accelerate's, or this module's
+    plain = type(head) is nn.Linear and head.bias is None and "forward" not in vars(head)
+    return head if plain else None
+
+
+@contextlib.contextmanager
+def head_in_loss(
+    model: Any, head: nn.Linear, loss_function: Callable[..., Tensor]
+) -> Iterator[None]:
+    """Has a model leave its output layer to its loss.
+
+    Args:
+        model: A model that has a :func:`plain_head`.
+        head: That layer.
+        loss_function: Takes the place of the model's own (``transformers.loss``) and is called as
+            that is, but that its ``logits`` are the hidden states, [B, L, d].
+    """
+    before, model.loss_function = model.loss_function, loss_function
+    layer: Any = head
+    layer.forward = _unchanged
+    try:
+        yield
+    finally:
+        del layer.forward
+        model.loss_function = before
+
+
+def whole_weight(head: nn.Linear) -> Tensor:
+    """Returns a layer's weight, gathered where it is sharded."""
+    return head.weight.full_tensor() if isinstance(head.weight, DTensor) else head.weight
+
+
+def _unchanged(hidden: Tensor) -> Tensor:
+    return hidden
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

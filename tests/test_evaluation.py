@@ -2,13 +2,16 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import GPT2Config, GPT2LMHeadModel
+from accelerate.state import AcceleratorState
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from striped_hf.data import ContiguousBlocks, open_split, write_data_set
 from striped_hf.evaluation import TokenLoss, evaluate_data_set, evaluate_loss, largest_batch
@@ -58,6 +61,86 @@ def test_targets_weigh_the_same_in_unequal_batches(model):
     assert result["tokens"] == len(losses) == 7
     assert result["loss"] == pytest.approx(sum(losses) / 7, abs=1e-6)
     assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+
+
+def large_vocabulary(kind):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50_257, "bos_token_id": 0, "eos_token_id": 0}
+    if kind == "gpt2":
+        config = GPT2Config(n_positions=64, n_layer=1, n_head=1, n_embd=8, **sizes)
+        return GPT2LMHeadModel(config)
+    # its logits are capped before the loss, so they have to be the model's own
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
+    sizes |= {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, **heads}
+    return Gemma2ForCausalLM(Gemma2Config(final_logit_softcapping=0.5, **sizes))
+
+
+@pytest.fixture
+def own_accelerator():
+    """A process has one precision for all of its accelerators, and this test's is its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("own_accelerator")
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2"])
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_chunks_of_a_large_vocabulary_have_the_losses_of_the_whole(kind, mixed_precision):
+    """More than one chunk of positions; sequences without a target are among them."""
+    accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
+    model = accelerator.prepare_model(large_vocabulary(kind).eval(), evaluation_mode=True)
+    labels = torch.randint(50_257, (16, 64))
+    labels[3] = labels[5, 40:] = -100
+    inputs = {"input_ids": labels.clamp(min=0), "shift_labels": labels}
+    before = model.loss_function
+    found = evaluate_loss(model, [inputs], accelerator)
+    with torch.no_grad():
+        logits = model(inputs["input_ids"]).logits
+    assert logits.shape == (16, 64, 50_257)  # the output layer is in its place again
+    assert model.loss_function is before
+    losses = torch.nn.functional.cross_entropy(
+        logits.double().flatten(0, 1), labels.flatten(), reduction="none"
+    ).view(labels.shape)
+    whole = TokenLoss(keep_in_memory=True).compute(
+        losses=losses.sum(1).tolist(), tokens=(labels != -100).sum(1).tolist()
+    )
+    assert found.pop("standard_error") == pytest.approx(whole.pop("standard_error"), rel=1e-4)
+    assert found == pytest.approx(whole, rel=1e-6)
+
+
+MEMORY = """
+import torch
+from accelerate import Accelerator
+from test_evaluation import large_vocabulary
+from striped_hf.evaluation import evaluate_loss
+from striped_hf.measuring import return_freed_memory, temporary_bytes
+
+return_freed_memory()
+model = large_vocabulary("gpt2")
+labels = torch.randint(50_257, (64, 64))
+batch = {"input_ids": labels, "shift_labels": labels}
+accelerator = Accelerator(cpu=True)
+evaluate_loss(model, [{name: ids[:1] for name, ids in batch.items()}], accelerator)
+print(temporary_bytes(torch.device("cpu"), lambda: evaluate_loss(model, [batch], accelerator)))
+"""
+
+
+@pytest.mark.slow
+def test_logits_are_never_whole_in_memory():
+    here = Path(__file__).parent
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY],
+        cwd=here,
+        env=os.environ | {"PYTHONPATH": f"{here.parent}:{here}"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    if run.stdout.strip() == "None":
+        pytest.skip("this system does not tell a process's peak memory")
+    whole = 64 * 64 * 50_257 * 4
+    assert int(run.stdout) < 0.5 * whole, f"{int(run.stdout) >> 20} MiB of {whole >> 20}"
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -155,11 +238,11 @@ def test_other_errors_are_no_reason_for_smaller_batches(model, blocks):
 
 
 @pytest.mark.parametrize(
-    ("block_size", "vocab_size", "expected"),
+    ("block_size", "width", "expected"),
     [(64, 65, 64), (1024, 50257, 1), (512, 5000, 34), (8192, 128256, 1)],
 )
-def test_largest_batch_of_a_cpu_has_a_gibibyte_of_logits(block_size, vocab_size, expected):
-    assert largest_batch(block_size, vocab_size, torch.device("cpu")) == expected
+def test_largest_batch_of_a_cpu_has_a_gibibyte_of_logits(block_size, width, expected):
+    assert largest_batch(block_size, width, torch.device("cpu")) == expected
 
 
 @pytest.mark.slow

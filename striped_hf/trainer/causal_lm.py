@@ -2,13 +2,11 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -16,7 +14,13 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from striped_hf.cli import UserError, one_line
 from striped_hf.evaluation import evaluate_loss
-from striped_hf.losses import is_worthwhile, linear_cross_entropy
+from striped_hf.losses import (
+    head_in_loss,
+    is_worthwhile,
+    linear_cross_entropy,
+    plain_head,
+    whole_weight,
+)
 from striped_hf.trainer.checkpoints import WholeCheckpoints
 from striped_hf.trainer.watching import watch
 
@@ -25,9 +29,6 @@ from striped_hf.trainer.watching import watch
 # implementation for which no mask is known gets none: it is causal, as windows need it.
 _CAUSAL_SDPA = "causal_sdpa"
 AttentionInterface.register(_CAUSAL_SDPA, sdpa_attention_forward)
-
-# Models whose output layer's result goes into the loss as it is (read in transformers 5.23)
-_PLAIN_HEADS = ("gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
 class CausalLMTrainer(WholeCheckpoints):
@@ -51,7 +52,7 @@ class CausalLMTrainer(WholeCheckpoints):
         if getattr(getattr(self.model, "config", None), "_attn_implementation", None) == "sdpa":
             self.model.set_attn_implementation(_CAUSAL_SDPA)  # type: ignore[union-attr,operator]
         watch(self, peak_tflops=getattr(self.args, "peak_tflops", None))
-        self._loss_from_hidden: partial[Tensor] | None = None
+        self._head: nn.Linear | None = None
         self._flops_per_token: int | None = None
 
     def compute_loss(
@@ -65,39 +66,24 @@ class CausalLMTrainer(WholeCheckpoints):
         with contextlib.ExitStack() as changes:
             # decided by the first step, so that a compiled model is compiled once
             if model.training and not return_outputs and self._chunks_loss(inputs["input_ids"]):
-                changes.enter_context(self._without_logits())
+                assert self._head is not None
+                changes.enter_context(head_in_loss(self.model, self._head, self._loss_from_hidden))
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _chunks_loss(self, input_ids: Tensor) -> bool:
-        if not self.chunked_loss:
-            return False
-        if self._loss_from_hidden is None:
-            model: Any = self.model
-            head = model.get_output_embeddings()
+        if self.chunked_loss and self._head is None:
+            assert self.model is not None
+            head = plain_head(self.model)
             self.chunked_loss = (
-                model.config.model_type in _PLAIN_HEADS
-                and type(head) is nn.Linear
-                and head.bias is None
+                head is not None
                 and is_worthwhile(input_ids.numel(), len(head.weight))
                 and self.compute_loss_func is None
                 and self.label_smoother is None
                 and self.args.n_gpu <= 1
             )
-            self._loss_from_hidden = partial(_loss_from_hidden, head)
+            if head is not None:
+                self._head, self._loss_from_hidden = head, partial(_loss_from_hidden, head)
         return self.chunked_loss
-
-    @contextlib.contextmanager
-    def _without_logits(self) -> Iterator[None]:
-        """Has the model leave its output layer to its loss."""
-        model: Any = self.model
-        head = model.get_output_embeddings()
-        before, model.loss_function = model.loss_function, self._loss_from_hidden
-        head.forward = _unchanged
-        try:
-            yield
-        finally:
-            del head.forward
-            model.loss_function = before
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Returns Trainer's count, from which it goes through all parameters only once."""
@@ -159,10 +145,6 @@ class CausalLMTrainer(WholeCheckpoints):
         return EvalLoopOutput(None, None, metrics, samples)  # type: ignore[arg-type]
 
 
-def _unchanged(hidden: Tensor) -> Tensor:
-    return hidden
-
-
 def _loss_from_hidden(
     head: nn.Linear,
     logits: Tensor,
@@ -176,6 +158,5 @@ def _loss_from_hidden(
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
     targets = shift_labels.flatten()
-    weight = head.weight.full_tensor() if isinstance(head.weight, DTensor) else head.weight
-    loss = linear_cross_entropy(logits.flatten(0, -2), weight, targets)
+    loss = linear_cross_entropy(logits.flatten(0, -2), whole_weight(head), targets)
     return loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
