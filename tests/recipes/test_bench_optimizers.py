@@ -205,13 +205,13 @@ def test_slow_optimizers_take_fewer_turns_evenly_and_the_baseline_all():
     assert muon.optimizer.calls == 3
 
 
-def test_render_reads_a_results_file(tmp_path, run_script):
+def test_render_reads_a_results_file(tmp_path, run_here):
     results = finished(contender("adamw_fused", [0.01] * 4), contender("striped_int8", [0.02] * 4))
     results["optimizers"].append(
         {"name": "flashoptim_adamw", "package": "flashoptim", "version": None, "reason": "no GPU"}
     )
     (tmp_path / "r.json").write_text(json.dumps(results), encoding="utf-8")
-    printed = run_script(SCRIPT, "--render", "r.json", cwd=tmp_path).stdout
+    printed = run_here("bench_optimizers.py", "--render", "r.json")
     assert printed.strip() == bench_tables.render(results)
     assert "Not run: `flashoptim_adamw` (no GPU)." in printed
     assert "a plain copy moves 20.0 GB/s" in printed
