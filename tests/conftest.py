@@ -20,8 +20,16 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 Script = Callable[..., subprocess.CompletedProcess[str]]
 
 
+# with the longest files; the other files come after them
+LONGEST = ("distributed", "recipes", "trainer")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips the tests that install packages, unless they are asked for."""
+    """Orders files, and skips the tests that install packages, unless they are asked for.
+
+    A worker takes file after file: long ones at the end would leave the others without work.
+    """
+    items.sort(key=lambda item: [item.path.parent.name != name for name in LONGEST])
     if "compat" in config.getoption("markexpr"):
         return
     skip = pytest.mark.skip(reason="installs another transformers: ask for it by pytest -m compat")
@@ -56,7 +64,7 @@ def run_script() -> Script:
             env=os.environ | environment,
             capture_output=True,
             text=True,
-            timeout=1200,  # it hangs: a busy machine takes minutes for what takes seconds
+            timeout=1200,  # only what hangs: a busy machine takes minutes for seconds
         )
         assert finished.returncode == status, finished.stdout + finished.stderr
         return finished
