@@ -264,7 +264,7 @@ def test_two_processes_agree_with_one(tiny_run, docs_data, tmp_path):
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=1200,
         )
         assert run.returncode == 0, run.stderr
         results.append(json.loads(run.stdout.splitlines()[-1]))

@@ -35,7 +35,7 @@ assert (weight < 1).all()
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1200,
     )
     assert run.returncode == 0, run.stderr
 

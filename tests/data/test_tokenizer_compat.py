@@ -71,6 +71,6 @@ def test_tokenizers_in_another_transformers(version, companions, tmp_path):
         env={**os.environ, "PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr

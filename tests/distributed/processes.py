@@ -73,7 +73,7 @@ class Launch:
         kill(tree(self.process))
         self.process.wait()
 
-    def wait(self, status: int | None = 0, timeout: float = 300) -> tuple[str, str]:
+    def wait(self, status: int | None = 0, timeout: float = 1200) -> tuple[str, str]:
         """Waits for the end and returns what was printed to stdout and to stderr."""
         seen = tree(self.process)
         try:
@@ -126,7 +126,7 @@ class ForkServer:
         self.process.wait()
 
 
-def gone(processes: list[psutil.Process], timeout: float = 30) -> bool:
+def gone(processes: list[psutil.Process], timeout: float = 120) -> bool:
     """Waits until none of the processes runs any more."""
     deadline = time.monotonic() + timeout
     while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes):

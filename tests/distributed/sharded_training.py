@@ -502,7 +502,7 @@ def run(case: Callable[[DeviceMesh, Path], None], processes: int, folder: Path) 
         join=False,
         start_method="forkserver",
     )
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + 1200
     try:
         while not context.join(timeout=1):
             if time.monotonic() > deadline:
@@ -542,7 +542,7 @@ def work(rank: int, case: Callable, processes: int, shared: Path, folder: Path) 
         init_method=f"file://{shared}/store",
         rank=rank,
         world_size=processes,
-        timeout=timedelta(seconds=300),
+        timeout=timedelta(minutes=20),
     )
     try:
         case(init_device_mesh("cpu", (processes,)), folder)

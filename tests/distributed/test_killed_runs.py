@@ -47,7 +47,7 @@ def saving(folder: Path) -> dict[int, int]:
 
 def wait_until(happened: Callable[[], bool], processes: list[psutil.Process]) -> None:
     """Waits for something that a run does, looking every millisecond."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 1200
     while not happened():
         assert time.monotonic() < deadline
         assert not gone(processes, timeout=0), "the run ended by itself"

@@ -221,7 +221,7 @@ def test_fsdp2_trains_and_resumes_on_gpus(small_data, tmp_path):
         command = [*launch, *map(str, (*flags, *more))]
         environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
         finished = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200
         )
         assert finished.returncode == 0, finished.stdout + finished.stderr
     result = read_run(tmp_path / "run")

@@ -39,7 +39,7 @@ def install(folder: Path, compiler: str) -> Path:
         env=os.environ | {"CC": compiler},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     return folder
@@ -56,7 +56,7 @@ def python(folder: Path, script: str) -> str:
         env=os.environ | {"PYTHONPATH": str(folder)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
     assert run.returncode == 0, run.stderr
     return run.stderr

@@ -175,7 +175,7 @@ def test_the_cpu_backend_grows_by_a_megabyte(momentum_dtype: str) -> None:
         env=os.environ | {"PYTHONPATH": f"{Path(__file__).parents[2]}:{Path(__file__).parents[1]}"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
     if "backend='cpu'" in run.stderr:
         pytest.skip(run.stderr.splitlines()[-1])

@@ -60,7 +60,7 @@ def test_turns_are_timed_without_the_time_of_the_others(tmp_path):
     bench.race([fast, slow], arguments())
     took = time.perf_counter() - begin
     assert len(fast.ms) == len(slow.ms) == 3
-    assert 20 <= min(fast.ms) < 60  # on a busy machine some are longer
+    assert 20 <= min(fast.ms) < 90  # on a busy machine some are longer; with the slow one's 100
     assert 80 <= min(slow.ms) < 160
     assert (
         took > 1.3

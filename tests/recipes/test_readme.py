@@ -76,7 +76,7 @@ def test_python_examples_run(tiny_run, tmp_path, docs_data):
     script = "\n".join((model, using_names, public_way, watching, "trainer.train()", plain))
     script += "\nassert len(optimizer.param_groups) == 2\n"
     run = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=1200
     )
     assert run.returncode == 0, run.stderr
 
@@ -116,7 +116,7 @@ def test_commands_run(test_data, tmp_path):
             env={**os.environ, "TIKTOKEN_CACHE_DIR": str(test_data / "tiktoken_cache")},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=1200,
         )
         assert finished.returncode == 0, line + finished.stdout + finished.stderr
         ran.add(script)

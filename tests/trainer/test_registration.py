@@ -37,7 +37,7 @@ def python(script: str, *args: object) -> str:
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1200,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return finished.stdout + finished.stderr
