@@ -71,15 +71,14 @@ def test_table_and_plot(compared):
         assert min(image.size) > 400
 
 
-def test_sweep_goes_on_where_it_was_stopped(tmp_path, run_script, docs_data):
+def test_sweep_goes_on_where_it_was_stopped(tmp_path, run_here, docs_data):
     def sweep(*seeds):
         flags = (*TINY, *QUIET, *FEW, "--eval_strategy", "no", "--save_strategy", "no")
         flags += ("--load_best_model_at_end", "false", "--data_dir", docs_data)
         arguments = ("--optim", "striped_adamw", "--learning_rate", "1e-3", "2e-3", "--seed")
-        run_script(
-            *(SCRIPT, RECIPE, *arguments, *seeds, "--output_dir", tmp_path, "--resume", "--"),
-            *flags,
-            cwd=tmp_path,
+        run_here(
+            *("compare_optimizers.py", RECIPE, *arguments, *seeds),
+            *("--output_dir", tmp_path, "--resume", "--", *flags),
         )
 
     sweep(1)
@@ -96,13 +95,13 @@ def test_sweep_goes_on_where_it_was_stopped(tmp_path, run_script, docs_data):
     assert len((tmp_path / "comparison.md").read_text(encoding="utf-8").splitlines()) == 2 + 2
 
 
-def test_failing_recipe_ends_the_comparison(tmp_path, run_script):
-    arguments = ("--optim", "striped_adamw", "--output_dir", tmp_path, "--")
-    failed = run_script(SCRIPT, RECIPE, *arguments, "--data_dir", "no", cwd=tmp_path, status=1)
-    assert "ended with status 1" in failed.stderr
+def test_failing_recipe_ends_the_comparison(tmp_path, run_here):
+    arguments = (RECIPE, "--optim", "striped_adamw", "--output_dir", tmp_path, "--")
+    fails = "ended with status 1"
+    run_here("compare_optimizers.py", *arguments, "--data_dir", "no", fails=fails)
     assert not (tmp_path / "comparison.json").exists()
 
 
-def test_unknown_recipe_is_named(tmp_path, run_script):
-    failed = run_script(SCRIPT, "no.py", "--optim", "striped_adamw", cwd=tmp_path, status=2)
-    assert "no.py does not exist" in failed.stderr
+def test_unknown_recipe_is_named(run_here):
+    arguments = ("no.py", "--optim", "striped_adamw")
+    run_here("compare_optimizers.py", *arguments, fails="no.py does not exist")
