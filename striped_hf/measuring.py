@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 # glibc's mallopt: from how many bytes on an allocation is a mapping of its own, which goes back to
 # the system when it is freed, and how much free memory at the heap's end is kept
@@ -87,31 +88,37 @@ def _status(key: str) -> int:
     raise OSError(f"/proc/self/status has no {key}")
 
 
-def tensor_bytes(value: Any) -> int:
+def tensor_bytes(value: Any, whole: bool = False) -> int:
     """Counts the bytes of all tensors in a value: what they store, not what they stand for.
 
     Looks into dicts, lists and tuples, and into tensor subclasses that wrap others, as the coded
-    states of torchao do, whose own ``nbytes`` are those of the decoded tensor, and shards do, of
-    which only this process's part counts. A tensor that is there more than once counts once.
+    states of torchao do, whose own ``nbytes`` are those of the decoded tensor. A tensor that is
+    there more than once counts once.
+
+    Args:
+        value: What holds the tensors.
+        whole: Of a ``DTensor``, counts all of the tensor, as one process without shards would have
+            it; otherwise this process's part.
     """
-    return sum(
-        tensor.nbytes for tensor in {id(tensor): tensor for tensor in _tensors(value)}.values()
-    )
+    tensors = {id(tensor): tensor for tensor in _tensors(value, whole)}
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if hasattr(value, "__tensor_flatten__"):
+def _tensors(value: Any, whole: bool) -> Iterator[torch.Tensor]:
+    if whole and isinstance(value, DTensor):
+        yield value  # whose nbytes are of its whole shape
+    elif hasattr(value, "__tensor_flatten__"):
         names, _ = value.__tensor_flatten__()
         for name in names:
-            yield from _tensors(getattr(value, name))
+            yield from _tensors(getattr(value, name), whole)
     elif isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from _tensors(item, whole)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
+            yield from _tensors(item, whole)
 
 
 class _Counter:

@@ -47,8 +47,10 @@ class RunMeasurements(TrainerCallback):
         """Returns what was measured.
 
         Returns:
-            ``state_bytes``: of all tensors in the optimizer's state, on this process.
-            ``peak_memory_mib``: of the device's allocator on a GPU, else of the process.
+            ``state_bytes``: of all tensors in the optimizer's state; of sharded ones, of the
+            shards of all processes together, so that they compare with the number of parameters.
+            ``peak_memory_mib``: of this process: its device's allocator, or without a GPU all of
+            its memory.
             ``median_step_ms``: None where fewer than two steps were made.
         """
         times = [end - begin for begin, end in zip(self._begins, self._begins[1:], strict=False)]
@@ -87,8 +89,8 @@ class LoggedFigures(TrainerCallback):
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Counts the bytes of all tensors in an optimizer's state."""
-    return tensor_bytes(dict(optimizer.state))
+    """Counts the bytes of all tensors in an optimizer's state, of sharded ones all shards'."""
+    return tensor_bytes(dict(optimizer.state), whole=True)
 
 
 def peak_memory_mib() -> float:

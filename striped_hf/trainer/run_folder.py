@@ -56,7 +56,8 @@ def finish_run(
 
     Returns:
         What ``run.json`` holds: ``optim``, ``learning_rate``, ``seed``, ``processes``, ``steps``,
-        ``tokens`` trained on, ``state_bytes``, ``state_bytes_per_param``, ``peak_memory_mib``,
+        ``tokens`` trained on, ``parameters``, the optimizer's ``state_bytes`` and
+        ``state_bytes_per_param``, both over all processes, this process's ``peak_memory_mib``,
         ``median_step_ms``, ``train_loss``, ``eval_loss``, ``eval_tokens`` and more.
     """
     args, model, blocks = trainer.args, trainer.model, trainer.eval_dataset

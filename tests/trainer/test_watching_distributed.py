@@ -20,6 +20,7 @@ from trainer_runs import Counting, arguments, tiny_model
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from striped_hf.optim import StripedAdamW
+from striped_hf.trainer.callbacks import state_bytes
 from striped_hf.trainer.gradient_health import GradientHealth
 from striped_hf.trainer.watching import state_bytes_by_kind, watch
 
@@ -69,6 +70,7 @@ def stepped(args: TrainingArguments, sharded: bool) -> dict[str, Any]:
         "first": first_figures,
         "second": health.figures(args, state, **events),
         "state": state_bytes_by_kind(optimizer),
+        "state_bytes": state_bytes(optimizer),
     }
 
 
@@ -136,3 +138,10 @@ def test_a_process_has_the_bytes_of_its_own_shards(results):
     assert max(first["exp_avg"], second["exp_avg"]) < 0.6 * whole["exp_avg"]
     assert first["exp_avg_sq_row"] + second["exp_avg_sq_row"] == whole["exp_avg_sq_row"]
     assert first["exp_avg_sq_col"] == whole["exp_avg_sq_col"]
+
+
+@pytest.mark.slow
+def test_a_runs_state_is_that_of_all_shards(results):
+    """What bytes per parameter are made of: the parameters are counted over all processes, too."""
+    whole = results[0]["whole"]["state_bytes"]
+    assert [result["sharded"]["state_bytes"] for result in results] == [whole, whole]
