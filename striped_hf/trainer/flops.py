@@ -10,40 +10,43 @@ from typing import Any
 import torch
 from torch import nn
 
-# Dense bfloat16 matrix products that add up in float32, in TFLOPS (float16 where a GPU has no
-# bfloat16). Data sheets that name the figure with sparsity are halved.
+# Dense bfloat16 matrix products that add up in float32, in TFLOPS; float16 where a GPU has no
+# bfloat16. Each figure is that of the document named; where it has the rate with sparsity only,
+# that is halved.
 _PEAK_TFLOPS = {  # by the name that torch.cuda.get_device_name gives, without the maker's
-    # HGX B200 data sheet: 36 PFLOPS with sparsity, 8 GPUs
+    # NVIDIA Blackwell data sheet, HGX B200, for each GPU: FP16/BF16 4.5 PFLOPS with sparsity
     r"B200": 2250.0,
-    # H200 data sheet: 1,979 (SXM) and 1,671 (NVL) with sparsity
+    # NVIDIA H200 data sheet, BFLOAT16: 1,979 (SXM) and 1,671 (NVL) with sparsity
     r"H200": 989.5,
     r"H200 NVL": 835.5,
-    # GH200 data sheet: 1,979 with sparsity
+    # NVIDIA GH200 Grace Hopper Superchip data sheet, BFLOAT16: 1,979 with sparsity
     r"GH200 \d+GB": 989.5,
-    # H100 data sheet: 1,979 (SXM), 1,513 (PCIe, first edition) and 1,671 (NVL) with sparsity
+    # NVIDIA H100 data sheet, BFLOAT16 with sparsity: 1,979 (SXM), 1,513 (PCIe), 1,671 (NVL)
     r"H100 80GB HBM3": 989.5,
     r"H100 PCIe": 756.5,
     r"H100 NVL": 835.5,
-    # A100 data sheet: 312, all forms
+    # NVIDIA A100 data sheet, BFLOAT16: 312 dense, in all forms
     r"A100-(SXM4|PCIE)-\d+GB|A100 80GB PCIe": 312.0,
-    # A30, A40 and A10 data sheets: 165, 149.7 and 125
+    # NVIDIA A30, A40 and A10 data sheets, BFLOAT16: 165, 149.7 and 125 dense
     r"A30": 165.0,
     r"A40": 149.7,
     r"A10": 125.0,
-    # L4, L40 and L40S data sheets: 242 with sparsity, 181.05 and 362.05
+    # NVIDIA L4 data sheet, BFLOAT16: 242 with sparsity
     r"L4": 121.0,
+    # NVIDIA L40 and L40S data sheets, BFLOAT16: 181.05 and 362.05 dense
     r"L40": 181.05,
     r"L40S": 362.05,
-    # NVIDIA's white papers of GA102, AD102 and RTX Blackwell: RTX 3090, A6000, 4090, 5090
-    r"GeForce RTX 3090": 71.0,
+    # NVIDIA's architecture white papers of Ampere GA102, Ada and RTX Blackwell, peak BF16 with
+    # FP32 accumulate: 154.8, 165.2 and 209.5 dense
     r"RTX A6000": 154.8,
     r"GeForce RTX 4090": 165.2,
     r"GeForce RTX 5090": 209.5,
-    # V100 and T4 data sheets, float16: 125 (SXM2), 112 (PCIe) and 65
+    # NVIDIA V100 data sheet, tensor performance (float16): 125 (SXM2) and 112 (PCIe)
     r"V100-SXM2-\d+GB": 125.0,
     r"V100-PCIE-\d+GB": 112.0,
+    # NVIDIA T4 data sheet, mixed precision (FP16/FP32): 65
     r"T4": 65.0,
-    # MI300X data sheet: 1,307.4
+    # AMD Instinct MI300X data sheet, peak bfloat16: 1,307.4 dense
     r"Instinct MI300X": 1307.4,
 }
 
