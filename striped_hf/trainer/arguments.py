@@ -27,6 +27,7 @@ _DEFAULTS: dict[str, Any] = {
     "logging_nan_inf_filter": False,  # or each step waits for the GPU to rule out a NaN
     # without a GPU accelerate would take each of several processes for a run of its own
     "use_cpu": not torch.accelerator.is_available(),
+    "report_to": "none",  # transformers 4 reports to all trackers that are installed
     "log_level_replica": "error",  # the main process says it already
     "log_on_each_node": False,
     # a search for them in every step, which these models have not; DDP says so where one has

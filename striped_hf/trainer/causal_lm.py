@@ -1,7 +1,6 @@
 """A Trainer for the recipes: exact losses, and checkpoints that survive a kill."""
 
 import contextlib
-import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,15 +91,17 @@ class CausalLMTrainer(WholeCheckpoints):
             self._flops_per_token = super().floating_point_ops({"input_ids": tokens[:1, :1]})
         return self._flops_per_token * tokens.numel()
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs, and begins the sum of losses anew after one that is not finite.
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Begins the sum of losses anew after each log, also after one that is not finite.
 
-        Trainer's own way to keep it finite, ``logging_nan_inf_filter``, waits for the GPU in every
-        step, and logs a mean of earlier losses in its place.
+        Trainer subtracts the sum from itself. Its own way to keep it finite,
+        ``logging_nan_inf_filter``, waits for the GPU in every step, and logs a mean of earlier
+        losses in its place.
         """
-        if not math.isfinite(logs.get("loss", 0.0)) and hasattr(self, "_tr_loss"):
-            self._tr_loss.zero_()
-        super().log(logs, start_time)
+        last_logged = self._globalstep_last_logged
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+        if self._globalstep_last_logged != last_logged:
+            tr_loss.zero_()
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Makes the repository on the hub, or says how its refusal is mended."""

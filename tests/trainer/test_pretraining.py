@@ -53,6 +53,7 @@ def make_trainer(windows, folder, growth=GROWTH, model=None, **settings):
         "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
         "warmup_steps": WARMUP_STEPS,
         "weight_decay": 0.0,
+        "adam_epsilon": 1e-4,  # or steps on gradients that are nearly 0 are of full size
         "max_grad_norm": 0.5,
         "max_steps": STEPS,
         "per_device_train_batch_size": BATCH,
@@ -108,7 +109,7 @@ def test_equals_a_plain_loop(windows, tmp_path):
     trainer.train()
 
     model = make_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.0, eps=1e-4)
     start, losses, rates, tokens = 0, [], [], []
     total = STEPS * FULL * BATCH
     while start < total:
@@ -132,6 +133,7 @@ def test_equals_a_plain_loop(windows, tmp_path):
     entries = logged(trainer)
     assert [entry["num_input_tokens_seen"] for entry in entries] == tokens
     assert [entry["learning_rate"] for entry in entries] == pytest.approx(rates, rel=1e-12)
+    # transformers 4.57 rounds what it logs to 4 digits
     assert [entry["loss"] for entry in entries] == pytest.approx(losses, rel=2e-5)
     for ours, theirs in zip(trainer.model.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
