@@ -13,7 +13,8 @@ that the file names.
 
 --learning_rate and --seed take several values: every combination is run, and the table has each
 optimizer's mean over the seeds at each learning rate. --resume takes over the runs that an earlier,
-stopped comparison finished with the same command.
+stopped comparison finished with the same command and the same --accelerate_config. Where runs come
+from several commits, versions or devices, the line under the table says which is whose.
 """
 
 import argparse
@@ -27,13 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from striped_hf.comparison import is_sweep, render_plot, render_table
-from striped_hf.results import write_json, write_text
+from striped_hf.results import common_environment, measured_on, write_json, write_text
 
 
 def main() -> None:
     args = parse_arguments()
     settings = list(itertools.product(args.optim, args.learning_rate, args.seed))
-    runs = []
+    names, runs = [], []
     for i, (optim, learning_rate, seed) in enumerate(settings, start=1):
         optim, _, own_rate = optim.partition("@")
         optim, _, optim_args = optim.partition(":")
@@ -44,19 +45,20 @@ def main() -> None:
         flags += ["--learning_rate", learning_rate] if learning_rate else []
         flags += ["--seed", seed] if seed else []
         flags += [*args.recipe_flags, "--output_dir", str(args.output_dir / name)]
+        names.append(name)
         runs.append(run_recipe(args, flags, args.output_dir / name))
 
-    environment = runs[0].pop("environment")
-    comparison: dict[str, Any] = {"environment": environment, "runs": runs}
+    environments = {name: run.pop("environment") for name, run in zip(names, runs, strict=True)}
+    comparison: dict[str, Any] = {"environment": common_environment(environments), "runs": runs}
     comparison["command"] = shlex.join(["python", *sys.argv])
     for run in runs:
-        run.pop("environment", None)
         if is_sweep(comparison):
             run.pop("history")
     write_json(args.output_dir / "comparison.json", comparison)
-    write_text(args.output_dir / "comparison.md", render_table(comparison) + "\n")
+    table = f"{render_table(comparison)}\n\n{measured_on(comparison['environment'])}"
+    write_text(args.output_dir / "comparison.md", f"{table}\n")
     render_plot(comparison, args.output_dir / "comparison.png")
-    print(f"\n{render_table(comparison)}\n")
+    print(f"\n{table}\n")
     print(f"written to {args.output_dir}/comparison.json, comparison.md and comparison.png")
 
 
@@ -79,6 +81,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("start it by python, and pass --accelerate_config to have its runs launched")
     if not Path(args.recipe).is_file():
         parser.error(f"{args.recipe} does not exist: pass a script of recipes/")
+    if args.accelerate_config and not Path(args.accelerate_config).is_file():
+        parser.error(f"--accelerate_config {args.accelerate_config} does not exist")
     return args
 
 
@@ -90,8 +94,18 @@ def run_recipe(args: argparse.Namespace, flags: list[str], folder: Path) -> dict
     if args.accelerate_config:
         launcher = ["-m", "accelerate.commands.launch", "--config_file", args.accelerate_config]
     done = args.resume and result.exists()
-    if not done or json.loads(result.read_text(encoding="utf-8"))["command"] != printed:
+    done = done and json.loads(result.read_text(encoding="utf-8"))["command"] == printed
+    # the launch is no part of the command that a run knows of itself
+    launch = folder / "accelerate_config.yaml"
+    config = Path(args.accelerate_config).read_text("utf-8") if args.accelerate_config else None
+    if done and config != (launch.read_text("utf-8") if launch.exists() else None):
+        print(f"{folder} was run under another --accelerate_config: it is run again", flush=True)
+        done = False
+    if not done:
         result.unlink(missing_ok=True)
+        launch.unlink(missing_ok=True)
+        if config is not None:
+            write_text(launch, config)
         command = [sys.executable, *launcher, args.recipe, *flags]
         status = subprocess.run(command).returncode
         if status != 0:

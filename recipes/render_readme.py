@@ -23,7 +23,7 @@ import memory_budget
 import scale_sharding
 
 from striped_hf.comparison import render_plot, render_table
-from striped_hf.results import write_text
+from striped_hf.results import measured_on, write_text
 
 RECIPES = Path(__file__).resolve().parent
 README = RECIPES.parent / "README.md"
@@ -68,16 +68,6 @@ def read(name: str) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def where(results: dict) -> str:
-    """Says where a table was measured, in the line under it."""
-    environment = results["environment"]
-    return (
-        f"Measured on {environment['device']}, {environment['threads']} threads, "
-        f"torch {environment['torch']}, transformers {environment['transformers']}, "
-        f"at {environment['commit']}."
-    )
-
-
 def has_points(name: str, results: dict) -> bool:
     """Tells whether a table is a benchmark's, with times to plot."""
     rows = results["optimizers"] if PLOTS.get(name) is bench_tables.draw else []
@@ -91,7 +81,7 @@ def render(readme: str) -> str:
         text = (
             UNMEASURED.get(name, "Not measured yet.")
             if results is None
-            else f"{table(results)}\n\n{where(results)}"
+            else f"{table(results)}\n\n{measured_on(results['environment'])}"
         )
         if results is not None and has_points(name, results):
             text += f"\n\n![State and time of a step](recipes/results/{name}.png)"

@@ -1,7 +1,7 @@
 """Runs of one recipe with several optimizers: their table and their plot.
 
 A comparison is what ``recipes/compare_optimizers.py`` writes as ``comparison.json``: the
-``environment`` (see ``results.environment``), the ``command``, and the ``runs``, each what
+``environment`` (see ``results.common_environment``), the ``command``, and the ``runs``, each what
 ``finish_run`` measured and, where every optimizer ran once, its ``history``: ``steps`` and
 ``losses`` as logged in training, ``eval_steps`` and ``eval_losses``.
 """

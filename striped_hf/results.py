@@ -30,6 +30,38 @@ def environment(device_type: str | None = None) -> dict[str, Any]:
     }
 
 
+def common_environment(environments: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Makes one environment of several runs': what they share as it is, and else whose each is.
+
+    Args:
+        environments: What ``environment`` returned in each run, by the run's name.
+
+    Returns:
+        The same keys. A value that is not the same in all is a string such as
+        "a6b9169 (adamw), c230fb3 (striped_adamw, striped_adamw_8bit)".
+    """
+    first, *others = environments.values()
+    common: dict[str, Any] = {}
+    for key, value in first.items():
+        if all(other.get(key) == value for other in others):
+            common[key] = value
+            continue
+        names: dict[str, list[str]] = {}
+        for name, own in environments.items():
+            names.setdefault(str(own.get(key)), []).append(name)
+        common[key] = ", ".join(f"{each} ({', '.join(runs)})" for each, runs in names.items())
+    return common
+
+
+def measured_on(environment: dict[str, Any]) -> str:
+    """Says in a line where a result was measured, of what ``environment`` returned."""
+    return (
+        f"Measured on {environment['device']}, {environment['threads']} threads, "
+        f"torch {environment['torch']}, transformers {environment['transformers']}, "
+        f"at {environment['commit']}."
+    )
+
+
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

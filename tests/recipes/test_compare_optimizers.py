@@ -62,7 +62,8 @@ def test_table_and_plot(compared):
     folder, printed = compared
     table = (folder / "comparison.md").read_text(encoding="utf-8")
     assert table.strip() in printed
-    assert len(table.splitlines()) == 2 + 3
+    assert len(table.splitlines()) == 2 + 3 + 2
+    assert table.splitlines()[-1].endswith(f"at {read(folder)['environment']['commit']}.")
     assert "`striped_adamw (nesterov=true)`" in table
     for run in read(folder)["runs"]:
         assert f"{run['eval_loss']:.4f}" in table
@@ -92,7 +93,47 @@ def test_sweep_goes_on_where_it_was_stopped(tmp_path, run_here, docs_data):
         (2e-3, 1),
         (2e-3, 2),
     ]
-    assert len((tmp_path / "comparison.md").read_text(encoding="utf-8").splitlines()) == 2 + 2
+    assert len((tmp_path / "comparison.md").read_text(encoding="utf-8").splitlines()) == 2 + 2 + 2
+
+    for path in tmp_path.glob("*/run.json"):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        run["environment"]["commit"] = (
+            "0a1b2c3" if path.parent.name.endswith("1e-3-2") else "4d5e6f7"
+        )
+        path.write_text(json.dumps(run), encoding="utf-8")
+    sweep(1, 2)
+    others = "striped_adamw-1e-3-1, striped_adamw-2e-3-1, striped_adamw-2e-3-2"
+    commits = f"4d5e6f7 ({others}), 0a1b2c3 (striped_adamw-1e-3-2)"
+    assert read(tmp_path)["environment"] == {**run["environment"], "commit": commits}
+    assert f"at {commits}." in (tmp_path / "comparison.md").read_text(encoding="utf-8")
+
+
+def test_a_run_launched_otherwise_is_not_taken_over(tmp_path, run_here, docs_data):
+    flags = (*TINY, *QUIET, *FEW, "--eval_strategy", "no", "--save_strategy", "no")
+    flags += ("--load_best_model_at_end", "false", "--data_dir", docs_data)
+
+    def compare(*arguments):
+        printed = run_here(
+            *("compare_optimizers.py", RECIPE, "--optim", "striped_adamw"),
+            *("--output_dir", tmp_path, "--resume", *arguments, "--", *flags),
+        )
+        (written,) = tmp_path.glob("*/run.json")
+        return "another --accelerate_config: it is run again" in printed, written.stat().st_mtime_ns
+
+    first = compare()
+    assert not first[0]
+    config = tmp_path / "launch.yaml"
+    shipped = RECIPE.parent / "accelerate" / "single.yaml"
+    config.write_text(shipped.read_text(encoding="utf-8"), encoding="utf-8")
+    noted, launched = compare("--accelerate_config", config)
+    assert noted
+    assert launched != first[1]
+    assert compare("--accelerate_config", config) == (False, launched)
+    # as it would be if the file had another content now than it had then
+    (tmp_path / "striped_adamw" / "accelerate_config.yaml").write_text("num_processes: 2\n")
+    noted, again = compare("--accelerate_config", config)
+    assert noted
+    assert again != launched
 
 
 def test_failing_recipe_ends_the_comparison(tmp_path, run_here):
