@@ -13,7 +13,8 @@ weigh the same. The standard error comes from the scatter between blocks. Of a s
 --max_blocks takes so many, evenly spaced: OpenWebText's train split has 8.8 million, and nanoGPT's
 own figures are of some 4,000 random ones. Batches are as large as the device holds.
 
-The results file is written after each split; --resume goes on where an evaluation was stopped.
+The results file is written after each split; --resume goes on where an evaluation was stopped. The
+README's tables are rendered from those in recipes/results/, which --results names.
 """
 
 import argparse
@@ -49,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--block_size", type=int, default=1024, help="context, in tokens")
     parser.add_argument("--max_blocks", type=int, help="of each split (default: all of them)")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast instead of float32")
-    parser.add_argument("--results", type=Path, help="default: eval_baselines_*.json in results/")
+    parser.add_argument("--results", type=Path, help="default: out/eval_baselines_DATA.json")
     parser.add_argument("--resume", action="store_true", help="go on with a stopped evaluation")
     args = parser.parse_args()
     for name in ("block_size", "max_blocks"):
@@ -57,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name} {getattr(args, name)}: pass a number above 0")
     args.data = args.data_dir.resolve().name
     if args.results is None:
-        args.results = Path(f"recipes/results/eval_baselines_{args.data}.json")
+        args.results = Path(f"out/eval_baselines_{args.data}.json")
     return args
 
 

@@ -14,7 +14,8 @@ with other tokenizers do not compare.
 LAMBADA: lm-evaluation-harness's task lambada_openai, the last word of each of 5,153 passages. It
 needs `pip install --constraint constraints.txt --editable '.[eval]'`; --tasks wikitext does not.
 
-The results file is written after each task; --resume goes on where an evaluation was stopped.
+The results file is written after each task; --resume goes on where an evaluation was stopped. The
+README's table is rendered from one in recipes/results/, which --results names.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=1024, help="WikiText, in tokens")
     parser.add_argument("--stride", type=int, help="WikiText (default: half of the window)")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast instead of float32")
-    parser.add_argument("--results", type=Path, default="recipes/results/zero_shot.json")
+    parser.add_argument("--results", type=Path, default="out/zero_shot.json")
     parser.add_argument("--resume", action="store_true", help="go on with a stopped evaluation")
     args = parser.parse_args()
     if args.window < 2:
