@@ -49,7 +49,7 @@
 #define STRETCH 1024       /* elements of a row that the statistics sum in float32 */
 #define ROWS 4             /* read together by the statistics */
 #define PARTS 32           /* of a sum: two of the widest vectors, to add to in turn */
-#define BUNDLE_ELEMENTS (1 << 20) /* of tensors stepped together: their gradients stay in a cache */
+#define BUNDLE_ELEMENTS (1 << 19) /* of tensors stepped together: their gradients stay in a cache */
 #define SMALLEST_NORMAL 1.17549435e-38f
 #define SEED 0x571219EDu   /* rounding.py's */
 
@@ -284,11 +284,10 @@ INLINE void encode(const Tensor *t, int64_t row, int64_t column, int64_t n, floa
  * rows
  * --------------------------------------------------------------------------------------------- */
 
-/* Adds the squares of n elements of each of `rows` rows to their columns' sums, and their own sums
- * to row_sums. A row's sum has PARTS parts, which vectors can hold: compilers may not reorder it.
- * rows, at most ROWS, is a constant where this is inlined.
+/* Adds the squares of n elements of each of ROWS rows to their columns' sums, and their own sums to
+ * row_sums. A row's sum has PARTS parts, which vectors can hold: compilers may not reorder it.
  */
-INLINE void sum_stretch(const float *const *g, int64_t rows, float *restrict col_sums, int64_t n,
+INLINE void sum_stretch(const float *const *g, float *restrict col_sums, int64_t n,
                         double *restrict row_sums)
 {
     float parts[ROWS][PARTS] = {{0}};
@@ -296,14 +295,14 @@ INLINE void sum_stretch(const float *const *g, int64_t rows, float *restrict col
     for (; i + PARTS <= n; i += PARTS)
         for (int64_t k = 0; k < PARTS; k++) {
             float square[ROWS], sum = 0;
-            for (int64_t r = 0; r < rows; r++) {
+            for (int64_t r = 0; r < ROWS; r++) {
                 square[r] = g[r][i + k] * g[r][i + k];
                 parts[r][k] += square[r];
                 sum += square[r];
             }
             col_sums[i + k] += sum;
         }
-    for (int64_t r = 0; r < rows; r++) {
+    for (int64_t r = 0; r < ROWS; r++) {
         for (int64_t k = 0; k < n - i; k++) {
             float square = g[r][i + k] * g[r][i + k];
             parts[r][k] += square;
@@ -339,7 +338,7 @@ static void sum_rows(const Tensor *t, int64_t first, int64_t rows, float *restri
                                ? load(t->grad, t->grad_dtype, offset, n, buffers[r])
                                : zeros;
                 }
-                sum_stretch(g, ROWS, col_sums + j, n, row_sums);
+                sum_stretch(g, col_sums + j, n, row_sums);
             }
             for (int64_t r = 0; r < ROWS && r * apart + i < rows; r++)
                 t->row_sums[(first + r * apart + i) * t->col_blocks + block] = (float)row_sums[r];
@@ -401,12 +400,10 @@ INLINE const float *load_ascent(const Tensor *t, int64_t offset, int64_t n,
     return buffer;
 }
 
-/* Updates n <= CODE_BLOCK elements of a row from `column` on. Where there are col_sums, the band's,
- * the elements' squares are added to them and to the row's sums.
- */
+/* Updates n <= CODE_BLOCK elements of a row from `column` on. */
 INLINE void update_stretch(const Tensor *t, int64_t row, int64_t column, int64_t n,
-                           const float *restrict c, float *restrict col_sums, int lagged,
-                           const Settings *settings, const Step *step)
+                           const float *restrict c, int lagged, const Settings *settings,
+                           const Step *step)
 {
     int64_t width = t->columns / t->col_blocks, offset = row * t->columns + column;
     float g_buffer[CODE_BLOCK], p_buffer[CODE_BLOCK], m_buffer[CODE_BLOCK + 1];
@@ -417,12 +414,6 @@ INLINE void update_stretch(const Tensor *t, int64_t row, int64_t column, int64_t
     for (int64_t i = 0; i < n; block++) { /* once, but where it crosses blocks of columns */
         int64_t end = (block + 1) * width - column, count = (end < n ? end : n) - i;
         int64_t cell = row * t->col_blocks + block, j = column + i;
-        if (col_sums) {
-            const float *stretch = g + i;
-            double sum = t->row_sums[cell];
-            sum_stretch(&stretch, 1, col_sums + j, count, &sum);
-            t->row_sums[cell] = (float)sum;
-        }
         float a = t->row_roots[cell];
         if (count == CODE_BLOCK && !step->nesterov) /* most of all work, at a known length */
             move_striped(p, m, g, a, c + j, CODE_BLOCK, 0, lagged, step);
@@ -437,20 +428,18 @@ INLINE void update_stretch(const Tensor *t, int64_t row, int64_t column, int64_t
     encode(t, row, column, n, m);
 }
 
-INLINE void walk_rows(const Tensor *t, int64_t band, int64_t first, int64_t rows,
-                      float *restrict col_sums, int lagged, const Settings *settings)
+INLINE void walk_rows(const Tensor *t, int64_t band, int64_t first, int64_t rows, int lagged,
+                      const Settings *settings)
 {
     Step step = step_of(t, settings);
     const float *c = t->col_roots + band * t->columns;
     first += band * t->height;
     for (int64_t row = first; row < first + rows; row++) {
-        if (col_sums)
-            memset(t->row_sums + row * t->col_blocks, 0, sizeof(float) * (size_t)t->col_blocks);
         int64_t column = 0, rest = t->columns % CODE_BLOCK;
         for (; column + CODE_BLOCK <= t->columns; column += CODE_BLOCK)
-            update_stretch(t, row, column, CODE_BLOCK, c, col_sums, lagged, settings, &step);
+            update_stretch(t, row, column, CODE_BLOCK, c, lagged, settings, &step);
         if (rest)
-            update_stretch(t, row, column, rest, c, col_sums, lagged, settings, &step);
+            update_stretch(t, row, column, rest, c, lagged, settings, &step);
     }
 }
 
@@ -460,17 +449,9 @@ static void update_rows(const Tensor *t, int64_t band, int64_t first, int64_t ro
                         int lagged, const Settings *settings)
 {
     if (lagged)
-        walk_rows(t, band, first, rows, NULL, 1, settings);
+        walk_rows(t, band, first, rows, 1, settings);
     else
-        walk_rows(t, band, first, rows, NULL, 0, settings);
-}
-
-/* The same for a lagged step, which sums the squares as it goes: into row_sums, and col_sums. */
-MULTIVERSIONED
-static void update_and_sum_rows(const Tensor *t, int64_t band, int64_t first, int64_t rows,
-                                float *restrict col_sums, const Settings *settings)
-{
-    walk_rows(t, band, first, rows, col_sums, 1, settings);
+        walk_rows(t, band, first, rows, 0, settings);
 }
 
 /* AdamW's step with the exact second moment, on elements [first, first + count). */
@@ -652,16 +633,6 @@ static void update_task(const Tensor *t, const Task *task, const Settings *setti
         update_rows(t, band, task->row, task->rows, is_lagged(t, settings), settings);
 }
 
-/* What a lagged step does to a task once its bands' roots are taken: its sums and its update. */
-static void lagged_task(const Tensor *t, const Task *task, const Settings *settings)
-{
-    for (int64_t band = task->band; band < task->band + task->bands; band++) {
-        float *col_sums = task->partial ? task->partial : t->col_sums + band * t->columns;
-        memset(col_sums, 0, sizeof(float) * (size_t)t->columns);
-        update_and_sum_rows(t, band, task->row, task->rows, col_sums, settings);
-    }
-}
-
 /* Consecutive tensors, whose gradients a cache holds together, and their tasks. */
 typedef struct {
     int64_t tensor, tensors, first, count;
@@ -821,9 +792,8 @@ int striped_step(Tensor *table, int64_t tensors, const Settings *settings, int64
         for (int64_t i = count - 1; i >= 0; i--) {
             const Tensor *t = table + tasks[i].tensor;
             if (is_lagged(t, settings))
-                lagged_task(t, tasks + i, settings);
-            else
-                update_task(t, tasks + i, settings);
+                sum_task(t, tasks + i); /* only now, for the update to find its gradient near */
+            update_task(t, tasks + i, settings);
         }
         if (!settings->lagged)
             continue;
