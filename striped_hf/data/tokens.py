@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import pickle
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -336,8 +335,8 @@ class TokenSplit:
             if not self.meta:
                 owner = "its tokenizer's"
                 mend = (
-                    "without meta.json it is taken for a folder of nanoGPT's, with the vocabulary "
-                    f"of its meta.pkl or else GPT-2's; if it has another one, {_MEND}"
+                    "without meta.json and meta.pkl it is taken for a folder of nanoGPT's with "
+                    f"GPT-2's vocabulary; if it has another one, {_MEND}"
                 )
         elif self.model_vocab_size is not None and largest >= self.model_vocab_size:
             owner, limit = "the model's", self.model_vocab_size
@@ -367,9 +366,9 @@ def open_split(
     ``meta.json`` records and the file's first 4 million tokens. All others are checked as they are
     read, by :meth:`TokenSplit.read`, as the data sets of this package do.
 
-    A folder prepared by nanoGPT has no ``meta.json``: it is read as uint16, with the vocabulary of
-    its ``meta.pkl`` or, as nanoGPT takes it, GPT-2's where there is none. Nothing but numbers,
-    strings and their containers is unpickled.
+    A folder prepared by nanoGPT has no ``meta.json``: it is read as uint16, with GPT-2's
+    vocabulary. A ``meta.pkl`` says that it has one of its own, as small character data does: it is
+    never unpickled, but all splits are read, and the vocabulary taken to end at the largest id.
 
     Args:
         data_dir: A folder written by :func:`write_data_set` or by nanoGPT.
@@ -381,9 +380,9 @@ def open_split(
 
     Raises:
         FileNotFoundError: If the folder or the split's file is missing.
-        ValueError: If ``meta.json`` or ``meta.pkl`` is malformed or names an unknown dtype, the
-            file is empty, odd-sized or of another length than ``meta.json`` says, or is found to
-            hold an id outside a vocabulary.
+        ValueError: If ``meta.json`` is malformed or names an unknown dtype, the file is empty,
+            odd-sized or of another length than ``meta.json`` says, or is found to hold an id
+            outside a vocabulary.
     """
     folder = Path(data_dir)
     path = folder / f"{split}.bin"
@@ -420,26 +419,16 @@ def open_split(
     return opened
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Makes no object of any class, and so runs nothing that a file brings along."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it holds {module}.{name}")
-
-
 def _nanogpt_vocab_size(folder: Path) -> int:
-    """Return the vocabulary size of nanoGPT's ``meta.pkl``, or without one that of GPT-2."""
-    path = folder / "meta.pkl"
-    if not path.exists():
+    if not (folder / "meta.pkl").exists():
         return _GPT2_VOCAB_SIZE
-    try:
+    largest = 0
+    for path in folder.glob("*.bin"):
+        _count_tokens(path, "uint16")
         with path.open("rb") as file:
-            size = _PlainUnpickler(file).load()["vocab_size"]
-    except Exception as error:  # a broken pickle raises nearly anything
-        raise ValueError(f"{path} is not what nanoGPT writes ({error!r}); {_MEND}") from None
-    if not _is_count(size):
-        raise ValueError(f"{path}: vocab_size {size!r:.80} is not a positive integer; {_MEND}")
-    return int(size)
+            while len(piece := np.fromfile(file, _DTYPES["uint16"], _PROBED_TOKENS)):
+                largest = max(largest, int(piece.max()))
+    return largest + 1
 
 
 def _read_meta(path: Path) -> dict[str, Any]:

@@ -148,17 +148,16 @@ def test_piecewise_writer_rejects(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def nanogpt_folder(folder, train, val, meta=None):
+def nanogpt_folder(folder, train, val):
     np.array(train, dtype=np.uint16).tofile(folder / "train.bin")
     np.array(val, dtype=np.uint16).tofile(folder / "val.bin")
-    if meta is not None:
-        (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
     return folder
 
 
 def test_nanogpt_folder_of_characters(tmp_path, caplog):
-    meta = {"vocab_size": 65, "itos": {0: "a"}, "stoi": {"a": 0}}
-    folder = nanogpt_folder(tmp_path, [1, 2, 3], [60, 5], meta)
+    """Its meta.pkl, here one that would end the process, says no more than that it is there."""
+    folder = nanogpt_folder(tmp_path, [1, 2, 3], [64, 5])
+    (folder / "meta.pkl").write_bytes(b"cbuiltins\nexit\n(I1\ntR.")
     with caplog.at_level(logging.INFO):
         split = open_split(folder, "train")
     assert (split.vocab_size, split.meta) == (65, {})
@@ -178,22 +177,6 @@ def test_nanogpt_folder_of_gpt2s_tokens(tmp_path):
         ValueError, match=r"id 50257, outside its tokenizer's .* 50257: .*meta\.pkl"
     ):
         open_split(folder, "val")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"cbuiltins\nexit\n(I1\ntR.", r"meta\.pkl is not what nanoGPT writes .*builtins\.exit"),
-        (pickle.dumps([65]), "is not what nanoGPT writes"),
-        (b"no pickle", "is not what nanoGPT writes"),
-        (pickle.dumps({"vocab_size": "65"}), "vocab_size '65' is not a positive integer"),
-    ],
-    ids=("code", "list", "text", "string"),
-)
-def test_meta_pkl_that_is_not_nanogpts(tmp_path, content, message):
-    (nanogpt_folder(tmp_path, [1], [2]) / "meta.pkl").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        open_split(tmp_path, "train")
 
 
 def test_missing_folder_or_file_names_the_script(make_data, tmp_path):
