@@ -222,6 +222,7 @@ def nanogpt(checkout: Path, args: argparse.Namespace, folder: Path) -> Variant:
 def race(racing: list[Variant], args: argparse.Namespace) -> None:
     """Gives each variant its turn in every round, and notes the milliseconds of a step."""
     racers: list[Racer] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # stopped processes would outlive it
     try:
         for variant in racing:
             print(f"== starting: {variant.name}", flush=True)

@@ -1,7 +1,10 @@
 """The benchmark of a training step: turns, variants, memory, a profile, and nanoGPT's script."""
 
 import json
+import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -62,11 +65,23 @@ def test_turns_are_timed_without_the_time_of_the_others(tmp_path):
     assert len(fast.ms) == len(slow.ms) == 3
     assert 20 <= min(fast.ms) < 90  # on a busy machine some are longer; with the slow one's 100
     assert 80 <= min(slow.ms) < 160
-    assert (
-        took > 1.3
-    )  # one after another: 3 x 5 x (0.02 + 0.08) s, and 1.2 s for the slow one alone
+    assert took > 1.3  # in turns, 3 x 5 x (0.02 + 0.08) s; the slow one alone takes 1.2 s
     # two to warm up and five a turn: it has stood still in the slow one's turns, which take 1.2 s
     assert len((tmp_path / "fast").read_text()) < 17 + 15
+
+
+def test_a_benchmark_that_is_ended_leaves_no_process_behind(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    alive = tmp_path / "alive"
+    threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    try:
+        with pytest.raises(SystemExit):
+            bench.race([script("endless", 0.02, alive)], arguments(rounds=9999))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    size = alive.stat().st_size
+    time.sleep(0.5)
+    assert alive.stat().st_size == size > 0
 
 
 def test_a_process_that_fails_says_why():
