@@ -62,7 +62,7 @@ class StripedAdamW(Optimizer):
         stochastic_rounding: Round updates of bfloat16 and float16 parameters stochastically instead
             of to nearest. None means True. Without meaning for float32 parameters.
         nesterov: Let the update look ahead: b1 m + (1 - b1) g in m's place.
-        lagged: Divide by the stripes of the step before, which is faster.
+        lagged: Divide by the stripes of the step before, so that each gradient is read only once.
         capturable: Keep ``step`` on the parameters' device, and take ``lr`` from there where it is
             a tensor, so that a step can be captured in a CUDA graph. Needs the triton backend, and
             a step before the capture.
