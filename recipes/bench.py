@@ -8,10 +8,11 @@
 Each variant trains in a process of its own, from random weights on random tokens. The processes
 are stopped, and in every round each has its turn, so that what else the machine does falls on all
 alike. A variant's time is the median of its turns, from one log to another (when the device has
-done all that was asked of it); the first log of a turn is left out. --against takes a checkout of
-nanoGPT and runs its train.py at the same sizes, in the same turns. Memory is measured in a run of
-its own: what three steps take above what the process had before it made the model (on a GPU, what
-torch's allocator gave out). Run it on a machine that does nothing else.
+done all that was asked of it); the first log of a turn is left out. Turns are short: where a
+machine's speed changes from minute to minute, those of one round can still be compared. --against
+takes a checkout of nanoGPT and runs its train.py at the same sizes, in the same turns. Memory is
+measured in a run of its own: what three steps take above what the process had before it made the
+model (on a GPU, what torch's allocator gave out). Run it on a machine that does nothing else.
 """
 
 import argparse
@@ -269,9 +270,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if peak:
             mfu = constants["flops_per_token"] * tokens / ms / 1e9 / peak
         row = {"variant": variant.name, "step_ms": ms, "rounds_ms": variant.ms}
-        row["ratio"] = statistics.median(
-            mine / other for mine, other in zip(variant.ms, first.ms, strict=True)
-        )
+        ratios = [mine / other for mine, other in zip(variant.ms, first.ms, strict=True)]
+        row |= {"ratio": statistics.median(ratios), "ratio_quartiles": quartiles(ratios)}
         row |= {"tokens_per_s": 1e3 * tokens / ms, "mfu": mfu, "peak_mib": memory_mib(variant)}
         rows.append(row | {"parts_ms": parts_ms(variant)})
     return {
@@ -296,11 +296,17 @@ def parts_ms(variant: Variant) -> dict[str, float] | None:
 
 
 def is_steady(ms: list[float]) -> bool:
-    """Tells whether a baseline's turns are near enough to each other for its time to be quoted."""
-    if len(ms) < 2:
-        return True
-    low, middle, high = statistics.quantiles(ms, n=4, method="inclusive")
-    return (high - low) / middle <= STEADY
+    """Tells whether a baseline's turns are near enough to each other for times to be quoted."""
+    low, high = quartiles(ms)
+    return (high - low) / statistics.median(ms) <= STEADY
+
+
+def quartiles(values: list[float]) -> tuple[float, float]:
+    """Returns the lower and the upper one, of a single value itself."""
+    if len(values) < 2:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
 
 
 def render(results: dict[str, Any]) -> str:
@@ -310,12 +316,17 @@ def render(results: dict[str, Any]) -> str:
     def time_cell(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form) if usable else "unusable"
 
-    header = ("", "step, ms", "ratio to the recipe's", "tokens per second", "MFU", "memory, MiB")
+    def ratio_cell(row: dict[str, Any]) -> str:
+        low, high = row["ratio_quartiles"]
+        return f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
+
+    ratio = "ratio to the recipe's (quartiles)"
+    header = ("", "step, ms", ratio, "tokens per second", "MFU", "memory, MiB")
     table = [
         (
             row["variant"],
             time_cell(row["step_ms"], ".2f"),
-            time_cell(row["ratio"], ".2f"),
+            ratio_cell(row),
             time_cell(row["tokens_per_s"], ",.0f"),
             time_cell(row["mfu"], ".1%"),
             "" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}",
@@ -333,7 +344,7 @@ def render(results: dict[str, Any]) -> str:
     if not usable:
         lines.append(
             f"Unusable: the recipe's own time varied by more than {STEADY:.0%} between its "
-            "quartiles."
+            "quartiles. A ratio is to the turn that the recipe had seconds before."
         )
     timed = [row for row in rows if row["parts_ms"] and usable]
     if timed:
@@ -355,8 +366,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU, if there")
     parser.add_argument("--variants", nargs="+", metavar="WORD", help="only those with such names")
     parser.add_argument("--against", type=Path, metavar="PATH", help="a checkout of nanoGPT")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=40, help="steps in each turn")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=10, help="steps in each turn")
     parser.add_argument("--peak_tflops", type=float, help="the device's, where its table has none")
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="profile the recipe instead")
     parser.add_argument("--results", help="default: recipes/results/, named after the run")

@@ -107,14 +107,14 @@ def test_an_unsteady_baseline_is_not_quoted():
     assert bench.is_steady([10.0, 10.5, 11.0, 10.2])
     assert not bench.is_steady([10.0, 14.0, 10.0, 15.0])
     row = {
-        "variant": "recipe", "step_ms": 10.0, "ratio": 1.0, "tokens_per_s": 76800.0, "mfu": 0.5,
-        "peak_mib": 60.0, "parts_ms": {"batch": 1.0},
+        "variant": "recipe", "step_ms": 10.0, "ratio": 1.0, "ratio_quartiles": [0.98, 1.02],
+        "tokens_per_s": 76800.0, "mfu": 0.5, "peak_mib": 60.0, "parts_ms": {"batch": 1.0},
     }  # fmt: skip
     results = {"sizes": bench.SIZES["cpu"], "rounds": 4, "steps_per_turn": 40, "variants": [row]}
     steady, unsteady = (bench.render({**results, "usable": usable}) for usable in (True, False))
-    assert "| recipe | 10.00 | 1.00 | 76,800 | 50.0% | 60 |" in steady
+    assert "| recipe | 10.00 | 1.00 (0.98 to 1.02) | 76,800 | 50.0% | 60 |" in steady
     assert "| batch | 1.00 |" in steady
-    assert "| recipe | unusable | unusable | unusable | unusable | 60 |" in unsteady
+    assert "| recipe | unusable | 1.00 (0.98 to 1.02) | unusable | unusable | 60 |" in unsteady
     assert "batch" not in unsteady
 
 
