@@ -127,14 +127,15 @@ def check_gradient(param: Tensor, group: Group, i: int, group_index: int, captur
             f"{describe(group, i, group_index)} has a gradient of dtype {grad.dtype}: make it "
             "float32, bfloat16 or float16"
         )
-    if hasattr(param, "device_mesh") != hasattr(grad, "device_mesh"):
+    is_sharded = hasattr(param, "device_mesh")
+    if is_sharded != hasattr(grad, "device_mesh"):
         sides = ("a DTensor", "a plain tensor")
-        which = sides if hasattr(param, "device_mesh") else sides[::-1]
+        which = sides if is_sharded else sides[::-1]
         raise RuntimeError(
             f"{describe(group, i, group_index)} is {which[0]} and its gradient {which[1]}: "
             "distribute the gradient over the parameter's mesh, or make both whole"
         )
-    if hasattr(param, "device_mesh") and capturable:
+    if is_sharded and capturable:
         raise RuntimeError(
             f"{describe(group, i, group_index)} is sharded (a DTensor), and its sums are not "
             "exchanged in a CUDA graph: leave capturable out"

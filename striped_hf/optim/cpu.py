@@ -98,8 +98,10 @@ def _split(table: list[Entry]) -> tuple[list[int], list[int]]:
     own: list[int] = []
     others: list[int] = []
     for i, entry in enumerate(table):
-        tensors = (entry.param, *entry.state.values())
-        (own if all(map(Tensor.is_contiguous, tensors)) else others).append(i)
+        plain = entry.param.is_contiguous() and all(
+            map(Tensor.is_contiguous, entry.state.values())
+        )
+        (own if plain else others).append(i)
     return own, others
 
 
@@ -131,33 +133,41 @@ def _call(
 
 def _fields(entry: Entry, grad: Tensor, sums: Sums | None, roots: Roots | None) -> tuple[int, ...]:
     """Returns cpu.c's Tensor, field by field."""
-    param, state = entry.param, entry.state
-    is_matrix = param.dim() >= 2
-    keys = ("exp_avg_scale", "exp_avg_sq_row" if is_matrix else "exp_avg_sq", "exp_avg_sq_col")
+    param, _, state, momentum_dtype, blocks, step, start, pitch = entry
+    find = state.get
+    scale, col = find("exp_avg_scale"), find("exp_avg_sq_col")
+    row = find("exp_avg_sq_row") if param.dim() >= 2 else find("exp_avg_sq")
+    layout, kinds = _constants(param.shape, blocks, param.dtype, grad.dtype, momentum_dtype)
     return (
         param.data_ptr(),
         grad.data_ptr(),
         state["exp_avg"].data_ptr(),
-        # a part of a sharded matrix has no stripes of its own
-        *(state[key].data_ptr() if key in state else 0 for key in keys),
+        0 if scale is None else scale.data_ptr(),
+        0 if row is None else row.data_ptr(),  # a part of a sharded matrix has no stripes
+        0 if col is None else col.data_ptr(),
         *((0, 0) if sums is None else (sums[0].data_ptr(), sums[1].data_ptr())),
         *((0, 0) if roots is None else (roots[0].data_ptr(), roots[1].data_ptr())),
-        *_layout(param.shape, entry.blocks),
-        entry.start,
-        entry.pitch or (param.shape[-1] if is_matrix else 0),
-        is_matrix,
-        _FORMATS[param.dtype],
-        _FORMATS[grad.dtype],
-        _FORMATS[entry.momentum_dtype],
-        entry.step,
+        *layout,
+        start,
+        pitch or layout[2],
+        *kinds,
+        step,
     )
 
 
 @cache
-def _layout(shape: torch.Size, blocks: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Returns cpu.c's bands, height, columns and col_blocks."""
+def _constants(
+    shape: torch.Size,
+    blocks: tuple[int, int],
+    param_dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    momentum_dtype: str,
+) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+    """Returns cpu.c's bands, height, columns and col_blocks; its is_matrix and the three formats."""
+    kinds = _FORMATS[param_dtype], _FORMATS[grad_dtype], _FORMATS[momentum_dtype]
     if len(shape) < 2:
-        return 1, 1, shape.numel(), 1
+        return (1, 1, shape.numel(), 1), (0, *kinds)
     *matrices, rows, columns = shape
     row_blocks, col_blocks = blocks
-    return torch.Size(matrices).numel() * row_blocks, rows // row_blocks, columns, col_blocks
+    bands = torch.Size(matrices).numel() * row_blocks
+    return (bands, rows // row_blocks, columns, col_blocks), (1, *kinds)
