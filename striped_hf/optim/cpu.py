@@ -98,9 +98,7 @@ def _split(table: list[Entry]) -> tuple[list[int], list[int]]:
     own: list[int] = []
     others: list[int] = []
     for i, entry in enumerate(table):
-        plain = entry.param.is_contiguous() and all(
-            map(Tensor.is_contiguous, entry.state.values())
-        )
+        plain = entry.param.is_contiguous() and all(map(Tensor.is_contiguous, entry.state.values()))
         (own if plain else others).append(i)
     return own, others
 
