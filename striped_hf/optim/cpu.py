@@ -161,7 +161,7 @@ def _constants(
     grad_dtype: torch.dtype,
     momentum_dtype: str,
 ) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
-    """Returns cpu.c's bands, height, columns and col_blocks; its is_matrix and the three formats."""
+    """Returns cpu.c's bands, height, columns and col_blocks, is_matrix and the three formats."""
     kinds = _FORMATS[param_dtype], _FORMATS[grad_dtype], _FORMATS[momentum_dtype]
     if len(shape) < 2:
         return (1, 1, shape.numel(), 1), (0, *kinds)
