@@ -11,10 +11,17 @@ that takes long, piece by piece.
 """
 
 from striped_hf.data.datasets import ContiguousBlocks, RandomWindows, StridedWindows, collate
-from striped_hf.data.tokens import DataSetWriter, TokenSplit, open_split, write_data_set
+from striped_hf.data.tokens import (
+    DataSetError,
+    DataSetWriter,
+    TokenSplit,
+    open_split,
+    write_data_set,
+)
 
 __all__ = [
     "ContiguousBlocks",
+    "DataSetError",
     "DataSetWriter",
     "RandomWindows",
     "StridedWindows",

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, default_collate
 
-from striped_hf.data.tokens import TokenSplit
+from striped_hf.data.tokens import DataSetError, TokenSplit
 
 Batch = dict[str, torch.Tensor]
 
@@ -51,7 +51,7 @@ class _Windows(Dataset[Batch]):
         if block_size < 1:
             raise ValueError(f"block_size={block_size}: must be at least 1")
         if len(split) < block_size + 1:
-            raise ValueError(
+            raise DataSetError(
                 f"{split.path} holds {len(split):,} tokens, fewer than block_size + 1 = "
                 f"{block_size + 1:,}: use a smaller block_size or prepare a longer text"
             )
@@ -75,7 +75,7 @@ class _Windows(Dataset[Batch]):
 
         Raises:
             IndexError: If an index is not in [0, len(self)).
-            ValueError: If a token is outside the data's or the model's vocabulary.
+            DataSetError: If a token is outside the data's or the model's vocabulary.
         """
         if min(indices) < 0 or max(indices) >= len(self):
             raise IndexError(f"{indices}: indices must lie in [0, {len(self)})")
@@ -105,8 +105,8 @@ class RandomWindows(_Windows):
         seed: Any integer; other seeds give unrelated windows.
 
     Raises:
-        ValueError: If the split holds fewer than ``block_size + 1`` tokens, or a size is not
-            positive.
+        DataSetError: If the split holds fewer than ``block_size + 1`` tokens.
+        ValueError: If a size is not positive.
     """
 
     def __init__(self, split: TokenSplit, block_size: int, num_windows: int, seed: int) -> None:
@@ -139,8 +139,8 @@ class ContiguousBlocks(_Windows):
         block_size: L, the length of a block in tokens.
 
     Raises:
-        ValueError: If the split holds fewer than ``block_size + 1`` tokens, or ``block_size`` is
-            not positive.
+        DataSetError: If the split holds fewer than ``block_size + 1`` tokens.
+        ValueError: If ``block_size`` is not positive.
     """
 
     def __init__(self, split: TokenSplit, block_size: int) -> None:

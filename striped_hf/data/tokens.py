@@ -25,6 +25,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from striped_hf.cli import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -34,6 +36,10 @@ _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dty
 _PROBED_TOKENS = 1 << 22  # read when a file is opened: 8 or 16 MiB, all of a small one
 _GPT2_VOCAB_SIZE = 50_257
 _MEND = "prepare the folder again with its script in data_scripts/"
+
+
+class DataSetError(UserError, ValueError):
+    """A data set's folder is not what it should be; the message is one line that says the mend."""
 
 
 def write_data_set(
@@ -105,8 +111,8 @@ class DataSetWriter:
         counts: How many tokens each split has so far.
 
     Raises:
-        ValueError: If the folder holds the beginning of another job, or one that is damaged, or
-            ``vocab_size`` does not fit uint32.
+        DataSetError: If the folder holds the beginning of another job, or one that is damaged.
+        ValueError: If ``vocab_size`` does not fit uint32.
     """
 
     def __init__(
@@ -140,7 +146,7 @@ class DataSetWriter:
         progress = json.loads(self._progress.read_text(encoding="utf-8"))
         mend = f"delete {self._folder} to begin anew, or pass another output_dir"
         if progress["job"] != self._job:
-            raise ValueError(
+            raise DataSetError(
                 f"{self._folder} holds the beginning of another data set ({progress['job']}, and "
                 f"now {self._job}): {mend}"
             )
@@ -148,7 +154,7 @@ class DataSetWriter:
             path = self._folder / f"{split}.bin"
             size = path.stat().st_size if path.is_file() else 0
             if size < count * _DTYPES[self._dtype].itemsize:
-                raise ValueError(f"{path} is shorter than {count:,} tokens: {mend}")
+                raise DataSetError(f"{path} is shorter than {count:,} tokens: {mend}")
         self.counts, self.position = progress["tokens"], progress["position"]
         self._largest_ids = progress["largest_id"]
 
@@ -320,7 +326,7 @@ class TokenSplit:
             ``dtype``, of the shape of ``positions``.
 
         Raises:
-            ValueError: If one of them lies outside the data's or the model's vocabulary: a gather
+            DataSetError: If one of them lies outside the data's or the model's vocabulary: a gather
                 from an embedding would be wrong or, on a GPU, end the process.
         """
         ids = self.tokens.take(positions, mode="clip")
@@ -328,7 +334,7 @@ class TokenSplit:
         return ids
 
     def check_id(self, largest: int) -> None:
-        """Raise ValueError where a token id of this split is outside a vocabulary."""
+        """Raise DataSetError where a token id of this split is outside a vocabulary."""
         if largest >= self.vocab_size:
             owner, limit = "meta.json's", self.vocab_size
             mend = f"the file is damaged or not of this data set; {_MEND}"
@@ -346,7 +352,7 @@ class TokenSplit:
             )
         else:
             return
-        raise ValueError(
+        raise DataSetError(
             f"{self.path} holds token id {largest}, outside {owner} vocab_size {limit}: {mend}"
         )
 
@@ -380,7 +386,7 @@ def open_split(
 
     Raises:
         FileNotFoundError: If the folder or the split's file is missing.
-        ValueError: If ``meta.json`` is malformed or names an unknown dtype, the file is empty,
+        DataSetError: If ``meta.json`` is malformed or names an unknown dtype, the file is empty,
             odd-sized or of another length than ``meta.json`` says, or is found to hold an id
             outside a vocabulary.
     """
@@ -396,10 +402,12 @@ def open_split(
         meta = _read_meta(folder / "meta.json")
         opened = TokenSplit(path, meta["dtype"], meta["vocab_size"], meta, vocab_size)
         if split not in meta["tokens"]:
-            raise ValueError(f"{folder / 'meta.json'}: tokens has no count for {split!r}; {_MEND}")
+            raise DataSetError(
+                f"{folder / 'meta.json'}: tokens has no count for {split!r}; {_MEND}"
+            )
         count = _count_tokens(path, opened.dtype)
         if count != meta["tokens"][split]:
-            raise ValueError(
+            raise DataSetError(
                 f"{path} holds {count:,} tokens, meta.json says "
                 f"{meta['tokens'][split]:,}: the file is truncated or not of this data set; {_MEND}"
             )
@@ -436,25 +444,27 @@ def _read_meta(path: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); {_MEND}") from None
+        raise DataSetError(f"{path} is not JSON ({error}); {_MEND}") from None
     if not isinstance(meta, dict):
-        raise ValueError(f"{path}: must hold an object, not {meta!r:.80}; {_MEND}")
+        raise DataSetError(f"{path}: must hold an object, not {meta!r:.80}; {_MEND}")
     if meta.get("dtype") not in list(_DTYPES):
-        raise ValueError(
+        raise DataSetError(
             f"{path}: dtype {meta.get('dtype')!r} is unknown (known: {', '.join(_DTYPES)}); {_MEND}"
         )
     if not _is_count(meta.get("vocab_size")):
-        raise ValueError(
+        raise DataSetError(
             f"{path}: vocab_size {meta.get('vocab_size')!r} is not a positive integer; {_MEND}"
         )
     counts = meta.get("tokens")
     if not isinstance(counts, dict) or not all(map(_is_count, counts.values())):
-        raise ValueError(f"{path}: tokens {counts!r:.80} is not a count for each split; {_MEND}")
+        raise DataSetError(f"{path}: tokens {counts!r:.80} is not a count for each split; {_MEND}")
     largest = meta.get("largest_id", {})  # which a file made by hand need not have
     if not isinstance(largest, dict) or not all(
         type(i) is int and i >= 0 for i in largest.values()
     ):
-        raise ValueError(f"{path}: largest_id {largest!r:.80} is not an id for each split; {_MEND}")
+        raise DataSetError(
+            f"{path}: largest_id {largest!r:.80} is not an id for each split; {_MEND}"
+        )
     return meta
 
 
@@ -465,7 +475,7 @@ def _is_count(value: object) -> bool:
 def _count_tokens(path: Path, dtype: str) -> int:
     size, width = path.stat().st_size, _DTYPES[dtype].itemsize
     if size == 0 or size % width:
-        raise ValueError(
+        raise DataSetError(
             f"{path} is {size:,} bytes, not a positive multiple of {width} ({dtype}): it is "
             f"truncated or of another dtype; {_MEND}"
         )

@@ -115,6 +115,13 @@ def test_missing_data_is_one_line(run_script, tmp_path):
     assert "prepare the data first" in error.splitlines()[-1]
 
 
+def test_damaged_data_is_one_line(docs_data, run_here, tmp_path):
+    data = shutil.copytree(docs_data, tmp_path / "data")
+    with (data / "train.bin").open("r+b") as file:
+        file.truncate(1000)
+    run_here("train_shakespeare_char.py", "--data_dir", data, fails="holds 500 tokens")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
