@@ -34,10 +34,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_tables import ratio_cell
 from train_shakespeare_char import PRESETS
 
 from striped_hf.cli import UserError, run
 from striped_hf.losses import is_worthwhile
+from striped_hf.measuring import STEADY, is_steady, quartiles
 from striped_hf.results import environment, markdown_table, write_json
 
 WORKER = Path(__file__).with_name("bench_worker.py")
@@ -56,7 +58,6 @@ FEATURES = {  # what each is called in the table
     "compile": "`torch_compile`",
 }
 WARMUP_LINES = 2
-STEADY = 0.15  # a baseline whose quartiles are further apart, relative to its median, is not quoted
 DEADLINE_S = 600  # for a line; compilation takes minutes
 
 
@@ -271,7 +272,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             mfu = constants["flops_per_token"] * tokens / ms / 1e9 / peak
         row = {"variant": variant.name, "step_ms": ms, "rounds_ms": variant.ms}
         ratios = [mine / other for mine, other in zip(variant.ms, first.ms, strict=True)]
-        row |= {"ratio": statistics.median(ratios), "ratio_quartiles": quartiles(ratios)}
+        low, ratio, high = quartiles(ratios)
+        row |= {"ratio": ratio, "ratio_quartiles": [low, high]}
         row |= {"tokens_per_s": 1e3 * tokens / ms, "mfu": mfu, "peak_mib": memory_mib(variant)}
         rows.append(row | {"parts_ms": parts_ms(variant)})
     return {
@@ -295,30 +297,12 @@ def parts_ms(variant: Variant) -> dict[str, float] | None:
     return {name: statistics.median(p.get(name, 0.0) for p in printed) for name in names}
 
 
-def is_steady(ms: list[float]) -> bool:
-    """Tells whether a baseline's turns are near enough to each other for times to be quoted."""
-    low, high = quartiles(ms)
-    return (high - low) / statistics.median(ms) <= STEADY
-
-
-def quartiles(values: list[float]) -> tuple[float, float]:
-    """Returns the lower and the upper one, of a single value itself."""
-    if len(values) < 2:
-        return values[0], values[0]
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, high
-
-
 def render(results: dict[str, Any]) -> str:
     """Makes the Markdown tables of a results file, and the lines that belong under them."""
     rows, usable = results["variants"], results["usable"]
 
     def time_cell(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form) if usable else "unusable"
-
-    def ratio_cell(row: dict[str, Any]) -> str:
-        low, high = row["ratio_quartiles"]
-        return f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
 
     ratio = "ratio to the recipe's (quartiles)"
     header = ("", "step, ms", ratio, "tokens per second", "MFU", "memory, MiB")

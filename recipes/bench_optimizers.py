@@ -56,6 +56,8 @@ from striped_hf.measuring import (
     available_bytes,
     checkpoint_bytes,
     copy_gb_s,
+    is_steady,
+    quartiles,
     return_freed_memory,
     seconds,
     temporary_bytes,
@@ -69,7 +71,6 @@ TURN_SECONDS = {"cpu": 0.4, "cuda": 0.1}
 # of turns in all; an optimizer slower than that sits rounds out ...
 PEER_SECONDS = {"cpu": 16.0, "cuda": 4.0}
 FEWEST_TURNS = 3  # ... but for these
-SPREAD_LIMIT = 0.15
 
 
 @dataclass
@@ -135,25 +136,11 @@ def race(group: list[Contender], device: torch.device, rounds: int) -> None:
         contender.times.pop(0, None)
 
 
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Returns first quartile, median and third quartile."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
-    return first, median, third
-
-
 def free_memory(device: torch.device) -> None:
     """Returns the memory of what is no longer in use to the system."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def is_stable(baseline: list[float]) -> bool:
-    """Tells whether a baseline's times vary by at most 15% of their median between quartiles."""
-    first, median, third = quartiles(baseline)
-    return third - first <= SPREAD_LIMIT * median
 
 
 def moved_bytes(row: dict[str, Any], peer: Peer, itemsize: int) -> float | None:
@@ -166,7 +153,7 @@ def moved_bytes(row: dict[str, Any], peer: Peer, itemsize: int) -> float | None:
 def finish(group: list[Contender], parameters: int, itemsize: int) -> None:
     """Fills in what follows from the times of a group, the first of which is the baseline."""
     baseline = group[0].times
-    usable = is_stable(list(baseline.values()))
+    usable = is_steady(list(baseline.values()))
     for contender in group:
         row, times = contender.row, contender.times
         step = statistics.median(times.values())

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from striped_hf.measuring import STEADY
 from striped_hf.results import markdown_table
 
 HEADER = (
@@ -13,14 +14,19 @@ HEADER = (
 UNUSABLE = "unusable"
 
 
+def ratio_cell(row: dict[str, Any]) -> str:
+    """Returns a row's ratio to its baseline with the quartiles."""
+    low, high = row["ratio_quartiles"]
+    return f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
+
+
 def times(row: dict[str, Any]) -> tuple[str, str, str]:
     """Returns step time, ratio and bandwidth of a row as they may be quoted."""
     if not row["usable"]:
         return UNUSABLE, UNUSABLE, UNUSABLE
-    low, high = row["ratio_quartiles"]
     return (
         f"{row['step_ms']:,.1f}",
-        f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})",
+        ratio_cell(row),
         "" if row["gb_s"] is None else f"{row['gb_s']:,.1f}",
     )
 
@@ -51,7 +57,8 @@ def render(results: dict[str, Any]) -> str:
     )
     if not all(row["usable"] for row in ran):
         lines.append(
-            "Unusable: fused AdamW's own time varied by more than 15% between its quartiles."
+            f"Unusable: fused AdamW's own time varied by more than {STEADY:.0%} between its "
+            "quartiles."
         )
     backends = {row["backend"] for row in ran if "backend" in row}
     if backends:

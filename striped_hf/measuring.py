@@ -20,6 +20,8 @@ from torch.distributed.tensor import DTensor
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _PR_SET_THP_DISABLE = 41
 
+STEADY = 0.15  # a baseline whose quartiles are further apart, relative to its median, is not quoted
+
 
 def synchronize(device: torch.device) -> None:
     """Waits until everything queued on a device is done."""
@@ -35,6 +37,20 @@ def seconds(device: torch.device, call: Callable[[], Any], repeat: int = 1) -> f
         call()
     synchronize(device)
     return (time.perf_counter() - begin) / repeat
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Returns first quartile, median and third quartile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, median, third
+
+
+def is_steady(baseline: list[float]) -> bool:
+    """Tells whether a baseline's times are near enough to each other to be quoted (``STEADY``)."""
+    first, median, third = quartiles(baseline)
+    return third - first <= STEADY * median
 
 
 def temporary_bytes(device: torch.device, call: Callable[[], Any]) -> int | None:

@@ -2,9 +2,10 @@
  *
  * Three entry points take a table of all tensors of a param group and make one OpenMP parallel
  * region each: striped_statistics and striped_update, between which sums are exchanged with other
- * processes and become roots, and striped_step, which does it all for parameters that are whole. The work is cut into tasks of whole rows by the
- * tensors' shapes alone, and every sum is taken in the tasks' order: the bits do not depend on the
- * number of threads, nor on which thread takes which task.
+ * processes and become roots, and striped_step, which does it all for parameters that are whole.
+ * The work is cut into tasks of whole rows by the tensors' shapes alone, and every sum is taken in
+ * the tasks' order: the bits do not depend on the number of threads, nor on which thread takes
+ * which task.
  *
  * A matrix [..., R, C] with blocks (br, bc) is seen as `bands` of `height` = R / br rows, one band
  * for each block of rows of each matrix, so that the column stripe is [bands, C] and the row stripe

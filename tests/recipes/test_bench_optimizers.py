@@ -183,8 +183,8 @@ def test_an_unstable_baseline_makes_times_unusable(slow, usable, tmp_path):
 
 
 def test_the_limit_is_of_the_median():
-    assert bench.is_stable([1.0, 1.0, 1.15, 1.15, 1.15])
-    assert not bench.is_stable([1.0, 1.0, 1.0, 1.16, 1.16])
+    assert bench.is_steady([1.0, 1.0, 1.15, 1.15, 1.15])
+    assert not bench.is_steady([1.0, 1.0, 1.0, 1.16, 1.16])
 
 
 def test_slow_optimizers_take_fewer_turns_evenly_and_the_baseline_all():
