@@ -12,9 +12,10 @@
  * [bands * height, bc].
  *
  * Where it differs from the reference: sums of squares are taken in another order, the mean of the
- * row stripe is taken in double, codes are scaled by one factor in the place of two divisions, and
- * a compiler may fuse a multiplication with an addition. A parameter may thereby differ in its last
- * places, and a momentum code by one where its value stood on the border between two.
+ * row stripe is taken in double, codes are scaled by one factor in the place of two divisions and
+ * averaged as b1 m + (1 - b1) g, and a compiler may fuse a multiplication with an addition. A
+ * parameter may thereby differ in its last places, and a momentum code by one where its value stood
+ * on the border between two.
  *
  * No intrinsics: the loops are written so that compilers vectorise them, and function
  * multiversioning picks the widest build that the processor runs. No prefetching: on the processors
@@ -51,7 +52,6 @@
 #define ROWS 4             /* read together by the statistics */
 #define PARTS 32           /* of a sum: two of the widest vectors, to add to in turn */
 #define BUNDLE_ELEMENTS (1 << 19) /* of tensors stepped together: their gradients stay in a cache */
-#define SMALLEST_NORMAL 1.17549435e-38f
 #define SEED 0x571219EDu   /* rounding.py's */
 
 enum { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };
@@ -196,89 +196,114 @@ INLINE void store_parameter(const float *restrict values, const Tensor *t, int64
     }
 }
 
-/* Decodes one stretch of momentum; for float32 it is the array itself. */
-INLINE float *decode(const Tensor *t, int64_t row, int64_t column, int64_t n,
-                     float *restrict buffer)
+/* Where the momentum of a row is stored from a column on, a multiple of CODE_BLOCK. */
+INLINE void *momentum_at(const Tensor *t, int64_t row, int64_t column)
 {
-    int64_t format = t->momentum_dtype, offset = row * t->columns + column;
-    if (format == FLOAT32)
-        return (float *)t->exp_avg + offset;
-    if (format == BFLOAT16) {
-        const uint16_t *codes = (const uint16_t *)t->exp_avg + offset;
-        for (int64_t i = 0; i < n; i++) buffer[i] = from_bfloat16(codes[i]);
-        return buffer;
+    int64_t offset = row * t->columns + column;
+    switch (t->momentum_dtype) {
+    case FLOAT32: return (float *)t->exp_avg + offset;
+    case BFLOAT16: return (uint16_t *)t->exp_avg + offset;
+    case INT8: return (int8_t *)t->exp_avg + offset;
+    default: return (uint8_t *)t->exp_avg + row * ((t->columns + 1) / 2) + column / 2;
     }
+}
+
+INLINE float *scale_at(const Tensor *t, int64_t row, int64_t column)
+{
     int64_t blocks = (t->columns + CODE_BLOCK - 1) / CODE_BLOCK;
-    float scale = t->exp_avg_scale[row * blocks + column / CODE_BLOCK];
-    if (format == INT8) {
-        const int8_t *codes = (const int8_t *)t->exp_avg + offset;
-        float unit = scale / (127.0f * 127.0f);
-        for (int64_t i = 0; i < n; i++) {
-            float y = codes[i];
-            buffer[i] = y * fabsf(y) * unit;
-        }
-        return buffer;
-    }
-    float unit = scale / (7.0f * 7.0f);
-    const uint8_t *codes = (const uint8_t *)t->exp_avg + row * ((t->columns + 1) / 2) + column / 2;
+    return t->exp_avg_scale + row * blocks + column / CODE_BLOCK;
+}
+
+INLINE float largest_code(const Tensor *t) { return t->momentum_dtype == INT8 ? 127.0f : 7.0f; }
+
+/* Returns n integer codes of a stretch: in place where they are bytes, else in buffer, [n + 1]. */
+INLINE const int8_t *load_codes(const Tensor *t, int64_t row, int64_t column, int64_t n,
+                                int8_t *restrict buffer)
+{
+    if (t->momentum_dtype == INT8)
+        return momentum_at(t, row, column);
+    const uint8_t *pairs = momentum_at(t, row, column);
     int64_t half = (n + 1) / 2;
     for (int64_t i = 0; i < half; i++) {
-        float low = (float)((codes[i] & 15) - 8), high = (float)((codes[i] >> 4) - 8);
-        buffer[i] = low * fabsf(low) * unit;
-        buffer[i + half] = high * fabsf(high) * unit; /* one past the end where n is odd: unused */
+        buffer[i] = (int8_t)((pairs[i] & 15) - 8);
+        buffer[i + half] = (int8_t)((pairs[i] >> 4) - 8); /* past the end where n is odd: unused */
     }
     return buffer;
 }
 
-/* Returns a number whose lowest bits are the code, negative ones as two's complement.
- *
- * factor: qmax^2 / scale. Adding 1.5 x 2^23 rounds to an integer, half to even, and leaves it at
- * the end of the mantissa. Zero or Inf times the other is NaN, whose lowest bits are zero.
- */
-INLINE uint32_t code_of(float x, float factor)
+/* Stores what load_codes reads, of codes that are not in their place; may write to codes[n]. */
+INLINE void store_pairs(uint8_t *restrict pairs, int8_t *restrict codes, int64_t n)
 {
-    return bits_of(copysignf(sqrtf(fabsf(x) * factor), x) + 12582912.0f);
+    int64_t half = (n + 1) / 2;
+    if (n & 1)
+        codes[n] = -8; /* the last low nibble's partner is zero */
+    for (int64_t i = 0; i < half; i++)
+        pairs[i] = (uint8_t)(((codes[i] + 8) & 15) | (codes[i + half] + 8) << 4);
+}
+
+/* Returns the momentum that a code stands for, in units of scale / largest_code^2. */
+INLINE float decoded(int8_t code)
+{
+    float y = code;
+    return y * fabsf(y);
+}
+
+/* Returns the code of a momentum.
+ *
+ * factor: the largest code by the root of the scale. Adding 1.5 x 2^23 rounds to an integer, half
+ * to even, whose lowest bits are then the mantissa's. Zero times Inf is NaN, whose lowest bits are
+ * zero.
+ */
+INLINE int8_t encoded(float x, float factor)
+{
+    return (int8_t)bits_of(copysignf(sqrtf(fabsf(x)), x) * factor + 12582912.0f);
+}
+
+/* As integers magnitudes order as the floats do, with Inf and then NaN above all. */
+INLINE uint32_t larger(uint32_t magnitude, float x)
+{
+    uint32_t own = bits_of(x) & 0x7FFFFFFF;
+    return own > magnitude ? own : magnitude;
+}
+
+/* Decodes one stretch of momentum; for float32 it is the array itself. */
+INLINE float *decode(const Tensor *t, int64_t row, int64_t column, int64_t n,
+                     float *restrict buffer)
+{
+    if (t->momentum_dtype == FLOAT32)
+        return momentum_at(t, row, column);
+    if (t->momentum_dtype == BFLOAT16) {
+        const uint16_t *stored = momentum_at(t, row, column);
+        for (int64_t i = 0; i < n; i++) buffer[i] = from_bfloat16(stored[i]);
+        return buffer;
+    }
+    int8_t code_buffer[CODE_BLOCK + 1];
+    const int8_t *codes = load_codes(t, row, column, n, code_buffer);
+    float unit = *scale_at(t, row, column) / (largest_code(t) * largest_code(t));
+    for (int64_t i = 0; i < n; i++) buffer[i] = decoded(codes[i]) * unit;
+    return buffer;
 }
 
 /* Encodes one stretch of momentum; the inverse of decode. */
-INLINE void encode(const Tensor *t, int64_t row, int64_t column, int64_t n, float *restrict values)
+INLINE void encode(const Tensor *t, int64_t row, int64_t column, int64_t n,
+                   const float *restrict values)
 {
-    int64_t format = t->momentum_dtype, offset = row * t->columns + column;
-    if (format == FLOAT32)
+    if (t->momentum_dtype == FLOAT32)
         return;
-    if (format == BFLOAT16) {
-        uint16_t *codes = (uint16_t *)t->exp_avg + offset;
-        for (int64_t i = 0; i < n; i++) codes[i] = to_bfloat16(values[i]);
+    if (t->momentum_dtype == BFLOAT16) {
+        uint16_t *stored = momentum_at(t, row, column);
+        for (int64_t i = 0; i < n; i++) stored[i] = to_bfloat16(values[i]);
         return;
     }
-    /* as integers magnitudes order as the floats do, with Inf and then NaN above all */
     uint32_t largest = 0;
-    for (int64_t i = 0; i < n; i++) {
-        uint32_t magnitude = bits_of(values[i]) & 0x7FFFFFFF;
-        largest = largest > magnitude ? largest : magnitude;
-    }
-    float scale = float_of(largest);
-    int64_t blocks = (t->columns + CODE_BLOCK - 1) / CODE_BLOCK;
-    t->exp_avg_scale[row * blocks + column / CODE_BLOCK] = scale;
-    if (scale < 0x1p-64f) { /* the factor below would overflow */
-        for (int64_t i = 0; i < n; i++) values[i] *= 0x1p64f;
-        scale *= 0x1p64f;
-    }
-    if (format == INT8) {
-        int8_t *codes = (int8_t *)t->exp_avg + offset;
-        float factor = 127.0f * 127.0f / scale;
-        for (int64_t i = 0; i < n; i++) codes[i] = (int8_t)code_of(values[i], factor);
-        return;
-    }
-    uint8_t *codes = (uint8_t *)t->exp_avg + row * ((t->columns + 1) / 2) + column / 2;
-    float factor = 7.0f * 7.0f / scale;
-    int64_t half = (n + 1) / 2, pairs = n / 2;
-    for (int64_t i = 0; i < pairs; i++) {
-        uint32_t low = code_of(values[i], factor) + 8, high = code_of(values[i + half], factor) + 8;
-        codes[i] = (uint8_t)((low & 15) | high << 4);
-    }
-    if (n & 1) /* the last low nibble has no partner */
-        codes[pairs] = (uint8_t)((code_of(values[pairs], factor) + 8) & 15);
+    for (int64_t i = 0; i < n; i++) largest = larger(largest, values[i]);
+    float scale = float_of(largest), factor = largest_code(t) / sqrtf(scale);
+    *scale_at(t, row, column) = scale;
+    int8_t buffer[CODE_BLOCK + 1];
+    int8_t *codes = t->momentum_dtype == INT8 ? momentum_at(t, row, column) : buffer;
+    for (int64_t i = 0; i < n; i++) codes[i] = encoded(values[i], factor);
+    if (t->momentum_dtype == INT4)
+        store_pairs(momentum_at(t, row, column), codes, n);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -366,16 +391,19 @@ static Step step_of(const Tensor *t, const Settings *settings)
     };
 }
 
-/* Averages g into m and moves p; root is the second moment's, without eps. */
-INLINE void move(float *restrict p, float *restrict m, float g, float root, int nesterov,
-                 const Step *s)
+INLINE float average(float m, float g, const Step *s) { return m + s->weight1 * (g - m); }
+
+/* Moves p by its new momentum; root is the second moment's, without eps. */
+INLINE void move(float *restrict p, float m, float g, float root, int nesterov, const Step *s)
 {
-    float average = *m + s->weight1 * (g - *m);
-    float numerator = nesterov ? average + s->weight1 * (g - average) : average;
-    float denominator = root + s->eps;
-    denominator = SMALLEST_NORMAL > denominator ? SMALLEST_NORMAL : denominator; /* NaN stays */
-    *m = average;
-    *p = *p * s->decay - s->step_size * (numerator / denominator);
+    float numerator = nesterov ? average(m, g, s) : m;
+    *p = *p * s->decay - s->step_size * (numerator / (root + s->eps));
+}
+
+INLINE float root_of(float a, float c, float g, int lagged, const Step *s)
+{
+    float root = a * c, own = fabsf(g) * s->own_share;
+    return lagged && own > root ? own : root;
 }
 
 /* nesterov, lagged and, for whole stretches, n are constants where this is inlined. */
@@ -385,9 +413,64 @@ INLINE void move_striped(float *restrict p, float *restrict m, const float *rest
 {
     Step s = *step;
     for (int64_t i = 0; i < n; i++) {
-        float root = a * c[i], own = fabsf(g[i]) * s.own_share;
-        move(p + i, m + i, g[i], lagged && own > root ? own : root, nesterov, &s);
+        m[i] = average(m[i], g[i], &s);
+        move(p + i, m[i], g[i], root_of(a, c[i], g[i], lagged, &s), nesterov, &s);
     }
+}
+
+/* The new momentum of a whole stretch, to be encoded among the work of the next one, in one loop:
+ * by themselves the roots hold up all that a processor can look ahead at.
+ */
+typedef struct {
+    float values[2][CODE_BLOCK]; /* of the stretch that waits, and of the next, by turns */
+    int which;                   /* of them waits */
+    float factor;                /* see encoded */
+    void *place;                 /* see momentum_at; NULL where none waits */
+} Waiting;
+
+/* Updates a whole stretch, and encodes the one that waits; it waits then itself.
+ *
+ * nesterov and lagged are constants where this is inlined.
+ */
+INLINE void move_coded(const Tensor *t, int64_t row, int64_t column, float *restrict p,
+                       const float *restrict g, float a, const float *restrict c, int nesterov,
+                       int lagged, const Step *step, Waiting *waiting)
+{
+    int8_t buffer[CODE_BLOCK + 1], buffer_before[CODE_BLOCK + 1];
+    int in_place = t->momentum_dtype == INT8 && waiting->place;
+    const int8_t *restrict codes = load_codes(t, row, column, CODE_BLOCK, buffer);
+    int8_t *restrict codes_before = in_place ? waiting->place : buffer_before;
+    const float *restrict before = waiting->values[waiting->which];
+    float *restrict m = waiting->values[!waiting->which];
+    float factor = waiting->factor, *scale = scale_at(t, row, column);
+    float kept = *scale / (largest_code(t) * largest_code(t)) * (1 - step->weight1);
+    uint32_t largest = 0;
+    Step s = *step;
+    for (int64_t i = 0; i < CODE_BLOCK; i++) {
+        m[i] = decoded(codes[i]) * kept + s.weight1 * g[i];
+        move(p + i, m[i], g[i], root_of(a, c[i], g[i], lagged, &s), nesterov, &s);
+        largest = larger(largest, m[i]);
+        codes_before[i] = encoded(before[i], factor);
+    }
+    if (t->momentum_dtype == INT4 && waiting->place)
+        store_pairs(waiting->place, codes_before, CODE_BLOCK);
+    *scale = float_of(largest);
+    waiting->which = !waiting->which;
+    waiting->factor = largest_code(t) / sqrtf(*scale);
+    waiting->place = momentum_at(t, row, column);
+}
+
+/* Encodes the stretch that waits for no other one. */
+INLINE void encode_last(const Tensor *t, const Waiting *waiting)
+{
+    int8_t buffer[CODE_BLOCK + 1];
+    const float *restrict values = waiting->values[waiting->which];
+    int8_t *restrict codes = t->momentum_dtype == INT8 ? waiting->place : buffer;
+    if (!waiting->place)
+        return;
+    for (int64_t i = 0; i < CODE_BLOCK; i++) codes[i] = encoded(values[i], waiting->factor);
+    if (t->momentum_dtype == INT4)
+        store_pairs(waiting->place, codes, CODE_BLOCK);
 }
 
 /* Returns the gradient of what is minimised; see load. */
@@ -404,14 +487,25 @@ INLINE const float *load_ascent(const Tensor *t, int64_t offset, int64_t n,
 /* Updates n <= CODE_BLOCK elements of a row from `column` on. */
 INLINE void update_stretch(const Tensor *t, int64_t row, int64_t column, int64_t n,
                            const float *restrict c, int lagged, const Settings *settings,
-                           const Step *step)
+                           const Step *step, Waiting *waiting)
 {
     int64_t width = t->columns / t->col_blocks, offset = row * t->columns + column;
     float g_buffer[CODE_BLOCK], p_buffer[CODE_BLOCK], m_buffer[CODE_BLOCK + 1];
     const float *g = load_ascent(t, offset, n, settings, g_buffer);
     float *p = (float *)load(t->param, t->param_dtype, offset, n, p_buffer);
-    float *m = decode(t, row, column, n, m_buffer);
     int64_t block = t->col_blocks == 1 ? 0 : column / width;
+    int is_coded = t->momentum_dtype == INT8 || t->momentum_dtype == INT4;
+    if (is_coded && n == CODE_BLOCK && column + n <= (block + 1) * width) {
+        float a = t->row_roots[row * t->col_blocks + block];
+        if (step->nesterov)
+            move_coded(t, row, column, p, g, a, c + column, 1, lagged, step, waiting);
+        else
+            move_coded(t, row, column, p, g, a, c + column, 0, lagged, step, waiting);
+        if (p == p_buffer)
+            store_parameter(p, t, offset, t->start + row * t->pitch + column, n, settings);
+        return;
+    }
+    float *m = decode(t, row, column, n, m_buffer);
     for (int64_t i = 0; i < n; block++) { /* once, but where it crosses blocks of columns */
         int64_t end = (block + 1) * width - column, count = (end < n ? end : n) - i;
         int64_t cell = row * t->col_blocks + block, j = column + i;
@@ -433,15 +527,17 @@ INLINE void walk_rows(const Tensor *t, int64_t band, int64_t first, int64_t rows
                       const Settings *settings)
 {
     Step step = step_of(t, settings);
+    Waiting waiting = {.place = NULL};
     const float *c = t->col_roots + band * t->columns;
     first += band * t->height;
     for (int64_t row = first; row < first + rows; row++) {
         int64_t column = 0, rest = t->columns % CODE_BLOCK;
         for (; column + CODE_BLOCK <= t->columns; column += CODE_BLOCK)
-            update_stretch(t, row, column, CODE_BLOCK, c, lagged, settings, &step);
+            update_stretch(t, row, column, CODE_BLOCK, c, lagged, settings, &step, &waiting);
         if (rest)
-            update_stretch(t, row, column, rest, c, lagged, settings, &step);
+            update_stretch(t, row, column, rest, c, lagged, settings, &step, &waiting);
     }
+    encode_last(t, &waiting);
 }
 
 /* Updates momentum and parameter of rows of one band, from `first` in it on, by the roots. */
@@ -470,7 +566,8 @@ static void update_vector(const Tensor *t, int64_t first, int64_t count, const S
         float *restrict m = (float *)t->exp_avg + j, *restrict v = t->exp_avg_sq_row + j;
         for (int64_t i = 0; i < n; i++) {
             v[i] = v[i] * beta2 + weight2 * g[i] * g[i];
-            move(p + i, m + i, g[i], sqrtf(v[i]) / correction, s.nesterov, &s);
+            m[i] = average(m[i], g[i], &s);
+            move(p + i, m[i], g[i], sqrtf(v[i]) / correction, s.nesterov, &s);
         }
         if (p == p_buffer)
             store_parameter(p, t, j, t->start + j, n, settings);

@@ -56,15 +56,12 @@ DEFAULT_CHUNK_SIZE = 1 << 20
 # What an update changes of a state: the stripes are averaged before it.
 _UPDATED: tuple[str, ...] = ("exp_avg", "exp_avg_scale", "exp_avg_sq")
 
-# m / (a c + eps) must not be 0/0 where eps is 0
-_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
-
 
 @dataclass(frozen=True)
 class Settings:
     """A param group's hyperparameters: ``StripedAdamW``'s arguments of the same names,
-    ``stochastic_rounding`` resolved to a bool. ``lr`` is a tensor where the optimizer is capturable
-    and its group has one on the device.
+    ``stochastic_rounding`` resolved to a bool, ``eps`` above zero. ``lr`` is a tensor where the
+    optimizer is capturable and its group has one on the device.
     """
 
     lr: float | Tensor
@@ -314,7 +311,7 @@ def _update_parameter(
     """
     if settings.nesterov:
         m = torch.lerp(m, g, 1 - settings.beta1)
-    denominator.add_(settings.eps).clamp_(min=_SMALLEST_NORMAL)
+    denominator.add_(settings.eps)
     value, lr = param.float(), float(settings.lr)
     value.mul_(1 - lr * settings.weight_decay)
     step_size = lr / (1 - settings.beta1**entry.step)

@@ -28,6 +28,9 @@ Table = tuple[ModuleType, Settings, list[Entry]]
 
 _ONE = torch.tensor(1.0, dtype=torch.float32, device="cpu")
 
+# the least eps: a step must not be 0/0 where the gradient was always zero
+_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+
 
 class StripedAdamW(Optimizer):
     """AdamW at a fraction of its memory: a factored second moment and a coded momentum.
@@ -262,7 +265,7 @@ class StripedAdamW(Optimizer):
             lr=lr if on_device else float(lr),
             beta1=float(beta1),
             beta2=float(beta2),
-            eps=float(group["eps"]),
+            eps=max(float(group["eps"]), _SMALLEST_NORMAL),
             weight_decay=float(group["weight_decay"]),
             maximize=group["maximize"],
             nesterov=group["nesterov"],

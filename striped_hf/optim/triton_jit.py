@@ -65,7 +65,6 @@ SCALARS = tl.constexpr(4)
 
 _BLOCK_SIZE = tl.constexpr(momentum.BLOCK_SIZE)
 _SEED = tl.constexpr(rounding.SEED)
-_SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
 _FLOAT16_MIN_NORMAL = tl.constexpr(2.0**-14)
 _TRUNCATES = tl.constexpr(INTERPRETED)  # the interpreter's cast to bfloat16 does not round
 # 1.5 * 2^23: added to a number below 2^22 it rounds to an integer, half to even, in the low bits
@@ -440,8 +439,6 @@ def _move(
     if NESTEROV:
         m = _lerp(m, g, one_minus_beta1)
     denominator += eps
-    # not tl.maximum, which may drop a NaN
-    denominator = tl.where(denominator < _SMALLEST_NORMAL, _SMALLEST_NORMAL, denominator)
     if EXACT:
         update = tl.div_rn(step_size * m, denominator)
     else:
