@@ -45,12 +45,17 @@ from striped_hf.results import environment, markdown_table, write_json
 WORKER = Path(__file__).with_name("bench_worker.py")
 KEYS = ("n_layer", "n_head", "n_embd", "block_size", "dropout", "per_device_train_batch_size")
 SIZES = {
-    **{name: {key: PRESETS[name][key] for key in KEYS} | {"vocab_size": 65} for name in PRESETS},
+    **{
+        name: {key: PRESETS[name][key] for key in KEYS}
+        | {"vocab_size": 65, "activation_function": "gelu"}
+        for name in PRESETS
+    },
     # GPT-2 124M, 12 windows x 1,024 tokens
-    "gpt2": dict(zip(KEYS, (12, 12, 768, 1024, 0.0, 12), strict=True)) | {"vocab_size": 50257},
+    "gpt2": dict(zip(KEYS, (12, 12, 768, 1024, 0.0, 12), strict=True))
+    | {"vocab_size": 50257, "activation_function": "gelu_pytorch_tanh"},
 }
 FEATURES = {  # what each is called in the table
-    "gelu": "`gelu_pytorch_tanh` (with `gelu_new`)",
+    "gelu": "GELU in one operation (with `gelu_new`)",
     "sdpa": "SDPA (with eager attention)",
     "chunked_loss": "the loss in chunks",
     "watching": "watching",

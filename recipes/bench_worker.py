@@ -133,7 +133,7 @@ def make_model(settings: dict[str, Any]) -> GPT2LMHeadModel:
         embd_pdrop=sizes["dropout"],
         attn_pdrop=sizes["dropout"],
         resid_pdrop=sizes["dropout"],
-        activation_function="gelu_pytorch_tanh" if "gelu" in features else "gelu_new",
+        activation_function=sizes["activation_function"] if "gelu" in features else "gelu_new",
         loss_type="ForCausalLM",
         use_cache=False,
         bos_token_id=None,

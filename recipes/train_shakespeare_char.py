@@ -97,7 +97,7 @@ def main() -> None:
         embd_pdrop=options.dropout,
         attn_pdrop=options.dropout,
         resid_pdrop=options.dropout,
-        activation_function="gelu_pytorch_tanh",  # GPT-2's gelu_new in one kernel
+        activation_function="gelu",  # nanoGPT's; on a CPU half the time of GPT-2's, by tanh
         loss_type="ForCausalLM",
         bos_token_id=None,
         eos_token_id=None,
