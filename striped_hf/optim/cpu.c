@@ -276,35 +276,24 @@ INLINE uint32_t larger(uint32_t magnitude, float x)
     return own > magnitude ? own : magnitude;
 }
 
-/* Decodes one stretch of momentum; for float32 it is the array itself. */
-INLINE float *decode(const Tensor *t, int64_t row, int64_t column, int64_t n,
-                     float *restrict buffer)
+INLINE int is_coded(const Tensor *t)
 {
-    if (t->momentum_dtype == FLOAT32)
-        return momentum_at(t, row, column);
-    if (t->momentum_dtype == BFLOAT16) {
-        const uint16_t *stored = momentum_at(t, row, column);
-        for (int64_t i = 0; i < n; i++) buffer[i] = from_bfloat16(stored[i]);
-        return buffer;
-    }
-    int8_t code_buffer[CODE_BLOCK + 1];
-    const int8_t *codes = load_codes(t, row, column, n, code_buffer);
+    return t->momentum_dtype == INT8 || t->momentum_dtype == INT4;
+}
+
+/* Decodes one stretch of momentum in integer codes. */
+INLINE void decode(const Tensor *t, int64_t row, int64_t column, int64_t n, float *restrict values)
+{
+    int8_t buffer[CODE_BLOCK + 1];
+    const int8_t *codes = load_codes(t, row, column, n, buffer);
     float unit = *scale_at(t, row, column) / (largest_code(t) * largest_code(t));
-    for (int64_t i = 0; i < n; i++) buffer[i] = decoded(codes[i]) * unit;
-    return buffer;
+    for (int64_t i = 0; i < n; i++) values[i] = decoded(codes[i]) * unit;
 }
 
 /* Encodes one stretch of momentum; the inverse of decode. */
 INLINE void encode(const Tensor *t, int64_t row, int64_t column, int64_t n,
                    const float *restrict values)
 {
-    if (t->momentum_dtype == FLOAT32)
-        return;
-    if (t->momentum_dtype == BFLOAT16) {
-        uint16_t *stored = momentum_at(t, row, column);
-        for (int64_t i = 0; i < n; i++) stored[i] = to_bfloat16(values[i]);
-        return;
-    }
     uint32_t largest = 0;
     for (int64_t i = 0; i < n; i++) largest = larger(largest, values[i]);
     float scale = float_of(largest), factor = largest_code(t) / sqrtf(scale);
@@ -416,15 +405,26 @@ INLINE float root_of(float a, float c, float g, int lagged, const Step *s)
     return lagged && own > root ? own : root;
 }
 
-/* nesterov, lagged and, for whole stretches, n are constants where this is inlined. */
-INLINE void move_striped(float *restrict p, float *restrict m, const float *restrict g, float a,
-                         const float *restrict c, int64_t n, int nesterov, int lagged,
-                         const Step *step)
+/* Updates n elements whose momentum is one of two arrays: m, or stored in bfloat16 where m is NULL.
+ *
+ * nesterov, lagged and, for whole stretches, n are constants where this is inlined.
+ */
+INLINE void move_striped(float *restrict p, float *restrict m, uint16_t *restrict stored,
+                         const float *restrict g, float a, const float *restrict c, int64_t n,
+                         int nesterov, int lagged, const Step *step)
 {
     Step s = *step;
+    if (m) {
+        for (int64_t i = 0; i < n; i++) {
+            m[i] = average(m[i], g[i], &s);
+            move(p + i, m[i], g[i], root_of(a, c[i], g[i], lagged, &s), nesterov, &s);
+        }
+        return;
+    }
     for (int64_t i = 0; i < n; i++) {
-        m[i] = average(m[i], g[i], &s);
-        move(p + i, m[i], g[i], root_of(a, c[i], g[i], lagged, &s), nesterov, &s);
+        float new = average(from_bfloat16(stored[i]), g[i], &s);
+        move(p + i, new, g[i], root_of(a, c[i], g[i], lagged, &s), nesterov, &s);
+        stored[i] = to_bfloat16(new);
     }
 }
 
@@ -500,13 +500,13 @@ INLINE void update_stretch(const Tensor *t, int64_t row, int64_t column, int64_t
                            const Step *step, Waiting *waiting)
 {
     int64_t width = t->columns / t->col_blocks, offset = row * t->columns + column;
-    float g_buffer[CODE_BLOCK], p_buffer[CODE_BLOCK], m_buffer[CODE_BLOCK + 1];
+    float g_buffer[CODE_BLOCK], p_buffer[CODE_BLOCK], m_buffer[CODE_BLOCK];
     prefetch_parameter(t, offset);
     const float *g = load_ascent(t, offset, n, settings, g_buffer);
     float *p = (float *)load(t->param, t->param_dtype, offset, n, p_buffer);
     int64_t block = t->col_blocks == 1 ? 0 : column / width;
-    int is_coded = t->momentum_dtype == INT8 || t->momentum_dtype == INT4;
-    if (is_coded && n == CODE_BLOCK && column + n <= (block + 1) * width) {
+    int single_block = column + n <= (block + 1) * width;
+    if (is_coded(t) && n == CODE_BLOCK && single_block) {
         float a = t->row_roots[row * t->col_blocks + block];
         if (step->nesterov)
             move_coded(t, row, column, p, g, a, c + column, 1, lagged, step, waiting);
@@ -516,22 +516,29 @@ INLINE void update_stretch(const Tensor *t, int64_t row, int64_t column, int64_t
             store_parameter(p, t, offset, t->start + row * t->pitch + column, n, settings);
         return;
     }
-    float *m = decode(t, row, column, n, m_buffer);
+    float *m = t->momentum_dtype == FLOAT32 ? momentum_at(t, row, column) : NULL;
+    uint16_t *stored = t->momentum_dtype == BFLOAT16 ? momentum_at(t, row, column) : NULL;
+    if (is_coded(t))
+        decode(t, row, column, n, m = m_buffer);
     for (int64_t i = 0; i < n; block++) { /* once, but where it crosses blocks of columns */
         int64_t end = (block + 1) * width - column, count = (end < n ? end : n) - i;
-        int64_t cell = row * t->col_blocks + block, j = column + i;
-        float a = t->row_roots[cell];
-        if (count == CODE_BLOCK && !step->nesterov) /* most of all work, at a known length */
-            move_striped(p, m, g, a, c + j, CODE_BLOCK, 0, lagged, step);
-        else if (step->nesterov)
-            move_striped(p + i, m + i, g + i, a, c + j, count, 1, lagged, step);
+        const float *c_part = c + column + i, *g_part = g + i;
+        float a = t->row_roots[row * t->col_blocks + block], *p_part = p + i;
+        float *m_part = m ? m + i : NULL;
+        uint16_t *stored_part = m ? NULL : stored + i;
+        if (step->nesterov)
+            move_striped(p_part, m_part, stored_part, g_part, a, c_part, count, 1, lagged, step);
+        else if (count == CODE_BLOCK) /* most of all work, at a known length */
+            move_striped(p_part, m_part, stored_part, g_part, a, c_part, CODE_BLOCK, 0, lagged,
+                         step);
         else
-            move_striped(p + i, m + i, g + i, a, c + j, count, 0, lagged, step);
+            move_striped(p_part, m_part, stored_part, g_part, a, c_part, count, 0, lagged, step);
         i += count;
     }
     if (p == p_buffer)
         store_parameter(p, t, offset, t->start + row * t->pitch + column, n, settings);
-    encode(t, row, column, n, m);
+    if (is_coded(t))
+        encode(t, row, column, n, m);
 }
 
 INLINE void walk_rows(const Tensor *t, int64_t band, int64_t first, int64_t rows, int lagged,
