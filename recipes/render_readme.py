@@ -42,6 +42,7 @@ TABLES = {
     "state_bytes": count_state_bytes.render,
     "bench_optimizers_gpt2_cpu_float32": bench_tables.render,
     "bench_optimizers_gpt2_cpu_float32_striped": bench_tables.render,
+    "bench_optimizers_gpt2_cpu_float32_striped_fast_memory": bench_tables.render,
     "bench_optimizers_gpt2_xl_cuda_float32": bench_tables.render,
     "bench_optimizers_gpt2_xl_cuda_bfloat16": bench_tables.render,
     "finetune_gpt2_xl_cuda": measure_training.render,
@@ -59,6 +60,7 @@ PLOTS = {
     "shakespeare_char_cpu_quality": render_plot,
     "bench_optimizers_gpt2_cpu_float32": bench_tables.draw,
     "bench_optimizers_gpt2_cpu_float32_striped": bench_tables.draw,
+    "bench_optimizers_gpt2_cpu_float32_striped_fast_memory": bench_tables.draw,
     "bench_optimizers_gpt2_xl_cuda_float32": bench_tables.draw,
     "bench_optimizers_gpt2_xl_cuda_bfloat16": bench_tables.draw,
 }
