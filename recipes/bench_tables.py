@@ -84,6 +84,7 @@ def draw(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogFormatter
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for row in results["optimizers"]:
@@ -95,6 +96,8 @@ def draw(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
         axes.annotate(row["name"], point, (4, 4), textcoords="offset points", fontsize=8)
     axes.set(xlabel="optimizer state, bytes per parameter", ylabel="time of a step, ms")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())  # 60, not 6 x 10^1
+    axes.yaxis.set_minor_formatter(LogFormatter())
     axes.set_xlim(left=-0.4, right=10)
     axes.grid(alpha=0.3)
     device = results["environment"]["device"]
