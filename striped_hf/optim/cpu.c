@@ -18,9 +18,9 @@
  * on the border between two.
  *
  * No intrinsics: the loops are written so that compilers vectorise them, and function
- * multiversioning picks the widest build that the processor runs. Of the arrays that an update
- * reads only the parameter is prefetched: for momentum and gradients, which the sums have brought
- * near, the processors measured do it better by themselves.
+ * multiversioning picks the widest build that the processor runs. Only where a row is taken in
+ * stretches the parameter is prefetched: for the rest, and for momentum and gradients, which the
+ * sums have brought near, the processors measured do it better by themselves.
  */
 
 #include <math.h>
@@ -407,7 +407,7 @@ INLINE float root_of(float a, float c, float g, int lagged, const Step *s)
 
 /* Updates n elements whose momentum is one of two arrays: m, or stored in bfloat16 where m is NULL.
  *
- * nesterov, lagged and, for whole stretches, n are constants where this is inlined.
+ * nesterov and lagged are constants where this is inlined.
  */
 INLINE void move_striped(float *restrict p, float *restrict m, uint16_t *restrict stored,
                          const float *restrict g, float a, const float *restrict c, int64_t n,
@@ -494,14 +494,13 @@ INLINE const float *load_ascent(const Tensor *t, int64_t offset, int64_t n,
     return buffer;
 }
 
-/* Updates n <= CODE_BLOCK elements of a row from `column` on. */
+/* Updates n elements of a row from `column` on: CODE_BLOCK at most, unless is_in_place. */
 INLINE void update_stretch(const Tensor *t, int64_t row, int64_t column, int64_t n,
                            const float *restrict c, int lagged, const Settings *settings,
                            const Step *step, Waiting *waiting)
 {
     int64_t width = t->columns / t->col_blocks, offset = row * t->columns + column;
     float g_buffer[CODE_BLOCK], p_buffer[CODE_BLOCK], m_buffer[CODE_BLOCK];
-    prefetch_parameter(t, offset);
     const float *g = load_ascent(t, offset, n, settings, g_buffer);
     float *p = (float *)load(t->param, t->param_dtype, offset, n, p_buffer);
     int64_t block = t->col_blocks == 1 ? 0 : column / width;
@@ -528,9 +527,6 @@ INLINE void update_stretch(const Tensor *t, int64_t row, int64_t column, int64_t
         uint16_t *stored_part = m ? NULL : stored + i;
         if (step->nesterov)
             move_striped(p_part, m_part, stored_part, g_part, a, c_part, count, 1, lagged, step);
-        else if (count == CODE_BLOCK) /* most of all work, at a known length */
-            move_striped(p_part, m_part, stored_part, g_part, a, c_part, CODE_BLOCK, 0, lagged,
-                         step);
         else
             move_striped(p_part, m_part, stored_part, g_part, a, c_part, count, 0, lagged, step);
         i += count;
@@ -539,6 +535,13 @@ INLINE void update_stretch(const Tensor *t, int64_t row, int64_t column, int64_t
         store_parameter(p, t, offset, t->start + row * t->pitch + column, n, settings);
     if (is_coded(t))
         encode(t, row, column, n, m);
+}
+
+/* Tells whether a row needs no buffers: one long loop hides more of the memory's delay. */
+INLINE int is_in_place(const Tensor *t, const Settings *settings)
+{
+    return t->param_dtype == FLOAT32 && t->grad_dtype == FLOAT32 && !settings->maximize &&
+           !is_coded(t);
 }
 
 INLINE void walk_rows(const Tensor *t, int64_t band, int64_t first, int64_t rows, int lagged,
@@ -550,8 +553,14 @@ INLINE void walk_rows(const Tensor *t, int64_t band, int64_t first, int64_t rows
     first += band * t->height;
     for (int64_t row = first; row < first + rows; row++) {
         int64_t column = 0, rest = t->columns % CODE_BLOCK;
-        for (; column + CODE_BLOCK <= t->columns; column += CODE_BLOCK)
+        if (is_in_place(t, settings)) {
+            update_stretch(t, row, 0, t->columns, c, lagged, settings, &step, &waiting);
+            continue;
+        }
+        for (; column + CODE_BLOCK <= t->columns; column += CODE_BLOCK) {
+            prefetch_parameter(t, row * t->columns + column);
             update_stretch(t, row, column, CODE_BLOCK, c, lagged, settings, &step, &waiting);
+        }
         if (rest)
             update_stretch(t, row, column, rest, c, lagged, settings, &step, &waiting);
     }
