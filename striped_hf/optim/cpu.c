@@ -260,7 +260,7 @@ INLINE float decoded(int8_t code)
 
 /* Returns the code of a momentum.
  *
- * factor: the largest code by the root of the scale. Adding 1.5 x 2^23 rounds to an integer, half
+ * factor: the largest code over the root of the scale. Adding 1.5 x 2^23 rounds to an integer, half
  * to even, whose lowest bits are then the mantissa's. Zero times Inf is NaN, whose lowest bits are
  * zero.
  */
