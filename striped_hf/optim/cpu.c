@@ -226,6 +226,15 @@ INLINE float *scale_at(const Tensor *t, int64_t row, int64_t column)
 
 INLINE float largest_code(const Tensor *t) { return t->momentum_dtype == INT8 ? 127.0f : 7.0f; }
 
+/* Returns what decoded momentum is in units of. */
+INLINE float unit_of(const Tensor *t, float scale)
+{
+    return scale / (largest_code(t) * largest_code(t));
+}
+
+/* Returns the factor by which encoded scales a root. */
+INLINE float factor_of(const Tensor *t, float scale) { return largest_code(t) / sqrtf(scale); }
+
 /* Returns n integer codes of a stretch: in place where they are bytes, else in buffer, [n + 1]. */
 INLINE const int8_t *load_codes(const Tensor *t, int64_t row, int64_t column, int64_t n,
                                 int8_t *restrict buffer)
@@ -251,7 +260,7 @@ INLINE void store_pairs(uint8_t *restrict pairs, int8_t *restrict codes, int64_t
         pairs[i] = (uint8_t)(((codes[i] + 8) & 15) | (codes[i + half] + 8) << 4);
 }
 
-/* Returns the momentum that a code stands for, in units of scale / largest_code^2. */
+/* Returns the momentum that a code stands for, in units of unit_of. */
 INLINE float decoded(int8_t code)
 {
     float y = code;
@@ -260,9 +269,8 @@ INLINE float decoded(int8_t code)
 
 /* Returns the code of a momentum.
  *
- * factor: the largest code over the root of the scale. Adding 1.5 x 2^23 rounds to an integer, half
- * to even, whose lowest bits are then the mantissa's. Zero times Inf is NaN, whose lowest bits are
- * zero.
+ * factor: see factor_of. Adding 1.5 x 2^23 rounds to an integer, half to even, whose lowest bits are
+ * then the mantissa's. Zero times Inf is NaN, whose lowest bits are zero.
  */
 INLINE int8_t encoded(float x, float factor)
 {
@@ -286,8 +294,19 @@ INLINE void decode(const Tensor *t, int64_t row, int64_t column, int64_t n, floa
 {
     int8_t buffer[CODE_BLOCK + 1];
     const int8_t *codes = load_codes(t, row, column, n, buffer);
-    float unit = *scale_at(t, row, column) / (largest_code(t) * largest_code(t));
+    float unit = unit_of(t, *scale_at(t, row, column));
     for (int64_t i = 0; i < n; i++) values[i] = decoded(codes[i]) * unit;
+}
+
+/* Encodes n values into their place, see momentum_at. */
+INLINE void store_codes(const Tensor *t, void *place, const float *restrict values, int64_t n,
+                        float factor)
+{
+    int8_t buffer[CODE_BLOCK + 1];
+    int8_t *restrict codes = t->momentum_dtype == INT8 ? place : buffer;
+    for (int64_t i = 0; i < n; i++) codes[i] = encoded(values[i], factor);
+    if (t->momentum_dtype == INT4)
+        store_pairs(place, codes, n);
 }
 
 /* Encodes one stretch of momentum; the inverse of decode. */
@@ -296,13 +315,9 @@ INLINE void encode(const Tensor *t, int64_t row, int64_t column, int64_t n,
 {
     uint32_t largest = 0;
     for (int64_t i = 0; i < n; i++) largest = larger(largest, values[i]);
-    float scale = float_of(largest), factor = largest_code(t) / sqrtf(scale);
+    float scale = float_of(largest);
     *scale_at(t, row, column) = scale;
-    int8_t buffer[CODE_BLOCK + 1];
-    int8_t *codes = t->momentum_dtype == INT8 ? momentum_at(t, row, column) : buffer;
-    for (int64_t i = 0; i < n; i++) codes[i] = encoded(values[i], factor);
-    if (t->momentum_dtype == INT4)
-        store_pairs(momentum_at(t, row, column), codes, n);
+    store_codes(t, momentum_at(t, row, column), values, n, factor_of(t, scale));
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -434,7 +449,7 @@ INLINE void move_striped(float *restrict p, float *restrict m, uint16_t *restric
 typedef struct {
     float values[2][CODE_BLOCK]; /* of the stretch that waits, and of the next, by turns */
     int which;                   /* of them waits */
-    float factor;                /* see encoded */
+    float factor;                /* see factor_of */
     void *place;                 /* see momentum_at; NULL where none waits */
 } Waiting;
 
@@ -453,7 +468,7 @@ INLINE void move_coded(const Tensor *t, int64_t row, int64_t column, float *rest
     const float *restrict before = waiting->values[waiting->which];
     float *restrict m = waiting->values[!waiting->which];
     float factor = waiting->factor, *scale = scale_at(t, row, column);
-    float kept = *scale / (largest_code(t) * largest_code(t)) * (1 - step->weight1);
+    float kept = unit_of(t, *scale) * (1 - step->weight1);
     uint32_t largest = 0;
     Step s = *step;
     for (int64_t i = 0; i < CODE_BLOCK; i++) {
@@ -466,21 +481,8 @@ INLINE void move_coded(const Tensor *t, int64_t row, int64_t column, float *rest
         store_pairs(waiting->place, codes_before, CODE_BLOCK);
     *scale = float_of(largest);
     waiting->which = !waiting->which;
-    waiting->factor = largest_code(t) / sqrtf(*scale);
+    waiting->factor = factor_of(t, *scale);
     waiting->place = momentum_at(t, row, column);
-}
-
-/* Encodes the stretch that waits for no other one. */
-INLINE void encode_last(const Tensor *t, const Waiting *waiting)
-{
-    int8_t buffer[CODE_BLOCK + 1];
-    const float *restrict values = waiting->values[waiting->which];
-    int8_t *restrict codes = t->momentum_dtype == INT8 ? waiting->place : buffer;
-    if (!waiting->place)
-        return;
-    for (int64_t i = 0; i < CODE_BLOCK; i++) codes[i] = encoded(values[i], waiting->factor);
-    if (t->momentum_dtype == INT4)
-        store_pairs(waiting->place, codes, CODE_BLOCK);
 }
 
 /* Returns the gradient of what is minimised; see load. */
@@ -564,7 +566,8 @@ INLINE void walk_rows(const Tensor *t, int64_t band, int64_t first, int64_t rows
         if (rest)
             update_stretch(t, row, column, rest, c, lagged, settings, &step, &waiting);
     }
-    encode_last(t, &waiting);
+    if (waiting.place)
+        store_codes(t, waiting.place, waiting.values[waiting.which], CODE_BLOCK, waiting.factor);
 }
 
 /* Updates momentum and parameter of rows of one band, from `first` in it on, by the roots. */
