@@ -18,9 +18,9 @@
  * on the border between two.
  *
  * No intrinsics: the loops are written so that compilers vectorise them, and function
- * multiversioning picks the widest build that the processor runs. Only where a row is taken in
- * stretches the parameter is prefetched: for the rest, and for momentum and gradients, which the
- * sums have brought near, the processors measured do it better by themselves.
+ * multiversioning picks the widest build that the processor runs. Prefetched are the gradient where
+ * it is summed and the parameter where its row is taken in stretches: for the rest, and for
+ * momentum and gradients in the update, the processors measured do it better by themselves.
  */
 
 #include <math.h>
@@ -53,6 +53,7 @@
 #define ROWS 4             /* read together by the statistics */
 #define PARTS 32           /* of a sum: two of the widest vectors, to add to in turn */
 #define AHEAD 512          /* elements from a stretch to what is prefetched of the parameter */
+#define SUM_AHEAD 256      /* and of the gradient, where it is summed */
 #define BUNDLE_ELEMENTS (1 << 19) /* of tensors stepped together: their gradients stay in a cache */
 #define SEED 0x571219EDu   /* rounding.py's */
 
@@ -332,7 +333,10 @@ INLINE void sum_stretch(const float *const *g, float *restrict col_sums, int64_t
 {
     float parts[ROWS][PARTS] = {{0}};
     int64_t i = 0;
-    for (; i + PARTS <= n; i += PARTS)
+    for (; i + PARTS <= n; i += PARTS) {
+        for (int64_t r = 0; r < ROWS; r++)
+            for (int64_t k = 0; k < PARTS; k += 16)
+                __builtin_prefetch(g[r] + i + k + SUM_AHEAD, 0, 2);
         for (int64_t k = 0; k < PARTS; k++) {
             float square[ROWS], sum = 0;
             for (int64_t r = 0; r < ROWS; r++) {
@@ -342,6 +346,7 @@ INLINE void sum_stretch(const float *const *g, float *restrict col_sums, int64_t
             }
             col_sums[i + k] += sum;
         }
+    }
     for (int64_t r = 0; r < ROWS; r++) {
         for (int64_t k = 0; k < n - i; k++) {
             float square = g[r][i + k] * g[r][i + k];
@@ -637,8 +642,11 @@ static void take_roots(const Tensor *t, int64_t band, const Settings *settings, 
         for (int64_t i = block; i < cells; i += t->col_blocks) sum += row[i];
         float mean = (float)(sum / (double)t->height);
         /* 0/0 is an all-zero gradient, which moves nothing; an Inf is as loud as AdamW's */
-        for (int64_t i = block; i < cells; i += t->col_blocks)
-            a[i] = mean == 0 ? 0.0f : isinf(mean) ? NAN : sqrtf(row[i] / mean);
+        float divisor = mean == 0 ? 1.0f : isinf(mean) ? NAN : mean;
+        if (t->col_blocks == 1) /* a stride that is a constant is one that compilers vectorise */
+            for (int64_t i = 0; i < cells; i++) a[i] = sqrtf(row[i] / divisor);
+        else
+            for (int64_t i = block; i < cells; i += t->col_blocks) a[i] = sqrtf(row[i] / divisor);
     }
 }
 
@@ -650,6 +658,7 @@ static void take_roots(const Tensor *t, int64_t band, const Settings *settings, 
 typedef struct {
     int64_t tensor, band, bands, row, rows;
     float *partial; /* a slice's own column sums, [columns]; NULL where it has whole bands */
+    int is_first_taken, is_second_taken; /* by a thread: in the two phases of striped_step */
 } Task;
 
 static int is_vector(const Tensor *t) { return !t->is_matrix; }
@@ -888,7 +897,23 @@ int striped_update(Tensor *table, int64_t tensors, const Settings *settings, int
     return 0;
 }
 
-/* Statistics, stripes and update in one go. */
+/* Takes a task, unless another thread has taken it: returns whether it is the caller's. */
+static int take(int *is_taken)
+{
+    int was_taken;
+#pragma omp atomic capture
+    {
+        was_taken = *is_taken;
+        *is_taken = 1;
+    }
+    return !was_taken;
+}
+
+/* Statistics, stripes and update in one go.
+ *
+ * A thread that sums a slice is the one to update it, unless it falls behind: cores that share no
+ * cache would have to fetch the gradient from each other.
+ */
 int striped_step(Tensor *table, int64_t tensors, const Settings *settings, int64_t threads)
 {
     Plan plan;
@@ -896,16 +921,21 @@ int striped_step(Tensor *table, int64_t tensors, const Settings *settings, int64
         return 1;
 #pragma omp parallel num_threads(threads)
     for (int64_t b = 0; b < plan.bundle_count; b++) {
-        const Task *tasks = plan.tasks + plan.bundles[b].first;
+        Task *tasks = plan.tasks + plan.bundles[b].first;
         int64_t count = plan.bundles[b].count;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count; i++) {
-            const Tensor *t = table + tasks[i].tensor;
+        int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+        int64_t share = thread * count / team, share_end = (thread + 1) * count / team;
+        for (int64_t k = 0; k < count; k++) { /* its own share first, then what is left of others' */
+            Task *task = tasks + (share + k) % count;
+            const Tensor *t = table + task->tensor;
+            if (!take(&task->is_first_taken))
+                continue;
             if (is_lagged(t, settings))
-                roots_task(t, tasks + i, settings);
+                roots_task(t, task, settings);
             else
-                sum_task(t, tasks + i);
+                sum_task(t, task);
         }
+#pragma omp barrier
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < count; i++) {
             const Tensor *t = table + tasks[i].tensor;
@@ -915,13 +945,14 @@ int striped_step(Tensor *table, int64_t tensors, const Settings *settings, int64
             average_task(t, tasks + i, settings);
             roots_task(t, tasks + i, settings);
         }
-        /* backwards: the gradients summed last are the nearest */
-#pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t i = count - 1; i >= 0; i--) {
-            const Tensor *t = table + tasks[i].tensor;
+        for (int64_t k = 0; k < count; k++) { /* backwards: what was summed last is the nearest */
+            Task *task = tasks + (share_end - 1 - k + count) % count;
+            const Tensor *t = table + task->tensor;
+            if (!take(&task->is_second_taken))
+                continue;
             if (is_lagged(t, settings))
-                sum_task(t, tasks + i); /* only now, for the update to find its gradient near */
-            update_task(t, tasks + i, settings);
+                sum_task(t, task); /* only now, for the update to find its gradient near */
+            update_task(t, task, settings);
         }
         if (!settings->lagged)
             continue;
