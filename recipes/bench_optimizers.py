@@ -25,7 +25,7 @@ What is measured, of each optimizer:
   where sums over a matrix come first; 3 in Adafactor, which needs the update's norm too). Beside
   it stands the bandwidth of a plain copy.
 
-It takes 8 to 10 minutes for GPT-2 in float32 on 2 cores, and is to run on a quiet machine.
+It takes 5 to 10 minutes for GPT-2 in float32 on 2 cores, and is to run on a quiet machine.
 """
 
 import argparse

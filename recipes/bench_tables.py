@@ -73,6 +73,25 @@ def render(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _label(axes: Any, points: dict[str, tuple[float, float]]) -> None:
+    """Writes each point's name beside it, where it covers no other name and no point."""
+    from matplotlib.transforms import Bbox
+
+    axes.figure.canvas.draw()  # only now is known where a point lies
+    places = axes.transData.transform(list(points.values()))
+    taken = [Bbox.from_extents(x - 8, y - 8, x + 8, y + 8) for x, y in places]  # pixels
+    for name, point in sorted(points.items(), key=lambda item: -item[1][1]):
+        for lift in (4, -10, -22, 16, -34, 28):  # points; a line takes 12
+            label = axes.annotate(name, point, (6, lift), textcoords="offset points", fontsize=8)
+            box = label.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                break
+            label.remove()
+        else:
+            axes.add_artist(label)
+        taken.append(box)
+
+
 def draw(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Draws a point for each optimizer whose time may be quoted: state across, step time up.
 
@@ -87,21 +106,23 @@ def draw(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
     from matplotlib.ticker import LogFormatter
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for row in results["optimizers"]:
-        if "reason" in row or not row["usable"]:
-            continue
-        color = "tab:red" if row["name"].startswith("striped") else "tab:blue"
-        point = (row["state_bytes_per_param"], row["step_ms"])
-        axes.scatter(*point, color=color)
-        axes.annotate(row["name"], point, (4, 4), textcoords="offset points", fontsize=8)
+    points = {
+        row["name"]: (row["state_bytes_per_param"], row["step_ms"])
+        for row in results["optimizers"]
+        if "reason" not in row and row["usable"]
+    }
+    for name, point in points.items():
+        axes.scatter(*point, color="tab:red" if name.startswith("striped") else "tab:blue")
     axes.set(xlabel="optimizer state, bytes per parameter", ylabel="time of a step, ms")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(LogFormatter())  # 60, not 6 x 10^1
     axes.yaxis.set_minor_formatter(LogFormatter())
     axes.set_xlim(left=-0.4, right=10)
+    axes.margins(y=0.15)
     axes.grid(alpha=0.3)
     device = results["environment"]["device"]
     axes.set_title(f"{results['shapes']} in {results['dtype']} on {device}")
+    _label(axes, points)
     partial = Path(f"{path}.partial")
     figure.savefig(partial, dpi=130, format="png")
     partial.replace(path)
