@@ -63,8 +63,9 @@ def test_turns_are_timed_without_the_time_of_the_others(tmp_path):
     bench.race([fast, slow], arguments())
     took = time.perf_counter() - begin
     assert len(fast.ms) == len(slow.ms) == 3
-    assert 20 <= min(fast.ms) < 90  # on a busy machine some are longer; with the slow one's 100
-    assert 80 <= min(slow.ms) < 160
+    # on a busy machine some are longer, and what follows a line that came late is shorter
+    assert 15 <= min(fast.ms) < 90  # 20; with the slow one's 100
+    assert 60 <= min(slow.ms) < 160
     assert took > 1.3  # in turns, 3 x 5 x (0.02 + 0.08) s; the slow one alone takes 1.2 s
     # two to warm up and five a turn: it has stood still in the slow one's turns, which take 1.2 s
     assert len((tmp_path / "fast").read_text()) < 17 + 15
@@ -133,7 +134,7 @@ def test_the_recipe_beside_nanogpt(run_script, checkout, tmp_path):
     recipe, timed, nanogpt = measured["variants"]
     assert nanogpt["variant"] == "nanoGPT's `train.py`"
     assert [len(row["rounds_ms"]) for row in measured["variants"]] == [2, 2, 2]
-    assert 10 <= nanogpt["step_ms"] < 100
+    assert 7 <= nanogpt["step_ms"] < 100  # 10, less where a line before came late
     assert recipe["tokens_per_s"] == pytest.approx(1e3 * 12 * 64 / recipe["step_ms"])
     assert 0 < recipe["mfu"] < 1
     # the weights, gradients and state of 0.8 million parameters, and activations
