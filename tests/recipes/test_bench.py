@@ -58,14 +58,14 @@ def arguments(**changes):
 
 
 def test_turns_are_timed_without_the_time_of_the_others(tmp_path):
-    fast, slow = script("fast", 0.02, tmp_path / "fast"), script("slow", 0.08, tmp_path / "slow")
+    # a bit longer than is asserted: what follows a line that arrives late is shorter
+    fast, slow = script("fast", 0.023, tmp_path / "fast"), script("slow", 0.085, tmp_path / "slow")
     begin = time.perf_counter()
     bench.race([fast, slow], arguments())
     took = time.perf_counter() - begin
     assert len(fast.ms) == len(slow.ms) == 3
-    # on a busy machine some are longer, and what follows a line that came late is shorter
-    assert 15 <= min(fast.ms) < 90  # 20; with the slow one's 100
-    assert 60 <= min(slow.ms) < 160
+    assert 20 <= min(fast.ms) < 90  # on a busy machine some are longer; with the slow one's 100
+    assert 80 <= min(slow.ms) < 160
     assert took > 1.3  # in turns, 3 x 5 x (0.02 + 0.08) s; the slow one alone takes 1.2 s
     # two to warm up and five a turn: it has stood still in the slow one's turns, which take 1.2 s
     assert len((tmp_path / "fast").read_text()) < 17 + 15
@@ -127,14 +127,14 @@ def test_the_recipe_beside_nanogpt(run_script, checkout, tmp_path):
         *("--device", "cpu", "--rounds", 2, "--steps", 4, "--peak_tflops", 0.1),
         *("--variants", "recipe", "timed", "--against", checkout, "--results", results),
         cwd=tmp_path,
-        STAND_IN_S="0.01",
+        STAND_IN_S="0.0125",  # longer than is asserted, as above
         OMP_NUM_THREADS="1",
     ).stdout
     measured = json.loads(results.read_text(encoding="utf-8"))
     recipe, timed, nanogpt = measured["variants"]
     assert nanogpt["variant"] == "nanoGPT's `train.py`"
     assert [len(row["rounds_ms"]) for row in measured["variants"]] == [2, 2, 2]
-    assert 7 <= nanogpt["step_ms"] < 100  # 10, less where a line before came late
+    assert 10 <= nanogpt["step_ms"] < 100
     assert recipe["tokens_per_s"] == pytest.approx(1e3 * 12 * 64 / recipe["step_ms"])
     assert 0 < recipe["mfu"] < 1
     # the weights, gradients and state of 0.8 million parameters, and activations
