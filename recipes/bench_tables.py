@@ -81,14 +81,12 @@ def _label(axes: Any, points: dict[str, tuple[float, float]]) -> None:
     places = axes.transData.transform(list(points.values()))
     taken = [Bbox.from_extents(x - 8, y - 8, x + 8, y + 8) for x, y in places]  # pixels
     for name, point in sorted(points.items(), key=lambda item: -item[1][1]):
+        label = axes.annotate(name, point, (6, 4), textcoords="offset points", fontsize=8)
         for lift in (4, -10, -22, 16, -34, 28):  # points; a line takes 12
-            label = axes.annotate(name, point, (6, lift), textcoords="offset points", fontsize=8)
+            label.xyann = (6, lift)
             box = label.get_window_extent()
             if not any(box.overlaps(other) for other in taken):
                 break
-            label.remove()
-        else:
-            axes.add_artist(label)
         taken.append(box)
 
 
