@@ -18,8 +18,8 @@
  * on the border between two.
  *
  * No intrinsics: the loops are written so that compilers vectorise them, and function
- * multiversioning picks the widest build that the processor runs. Prefetched are the gradient where
- * it is summed and the parameter where its row is taken in stretches: for the rest, and for
+ * multiversioning picks the widest build that the processor runs. Prefetched are a float32 gradient
+ * where it is summed and the parameter where its row is taken in stretches: for the rest, and for
  * momentum and gradients in the update, the processors measured do it better by themselves.
  */
 
@@ -53,7 +53,7 @@
 #define ROWS 4             /* read together by the statistics */
 #define PARTS 32           /* of a sum: two of the widest vectors, to add to in turn */
 #define AHEAD 512          /* elements from a stretch to what is prefetched of the parameter */
-#define SUM_AHEAD 256      /* and of the gradient, where it is summed */
+#define SUM_AHEAD 256      /* and of a float32 gradient, where it is summed */
 #define BUNDLE_ELEMENTS (1 << 19) /* of tensors stepped together: their gradients stay in a cache */
 #define SEED 0x571219EDu   /* rounding.py's */
 
