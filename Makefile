@@ -17,7 +17,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: demo test lint bench gpu clean
 .DEFAULT_GOAL := demo
 
-.venv/.installed: setup.cfg setup.py pyproject.toml constraints.txt striped_hf/optim/cpu.c
+.venv/.installed: setup.cfg setup.py pyproject.toml constraints.txt striped_hf/optim/backends/csrc/cpu.c
 	@echo "== making .venv and installing striped_hf with the pinned packages (a minute or two)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
@@ -54,4 +54,4 @@ gpu:
 	PYTHONPATH=. $(PYTHON) recipes/gpu.py
 
 clean:
-	rm -rf .venv data out build *.egg-info striped_hf/optim/_cpu*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv data out build *.egg-info striped_hf/optim/backends/_cpu*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from striped_hf.optim import backends, momentum, sharding
+from striped_hf.optim import backends, momentum
+from striped_hf.optim.backends.reference import Entry, Settings
 from striped_hf.optim.checks import (
     check_gradient,
     check_group,
     check_hyperparameters,
     check_not_flattened,
 )
-from striped_hf.optim.reference import Entry, Settings
+from striped_hf.optim.sharded import step as sharding
 from striped_hf.optim.state import (
     Blocks,
     Group,

@@ -21,8 +21,8 @@ import striped_hf  # before the next line, or other packages look for the device
 
 torch.cuda.is_available = lambda: True
 
-from striped_hf.optim import triton_jit as jit  # noqa: E402
-from striped_hf.optim import triton_kernels  # noqa: E402
+from striped_hf.optim.backends.triton import kernels as jit  # noqa: E402
+from striped_hf.optim.backends.triton import launch as triton_kernels  # noqa: E402
 
 KERNELS = ("statistics", "combine", "stripes", "matrices", "vectors")
 

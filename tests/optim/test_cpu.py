@@ -15,7 +15,8 @@ from optim_checks import FORMATS, PARAM_DTYPES, assert_same_bits, lay_out, param
 
 import striped_hf
 from striped_hf import StripedAdamW
-from striped_hf.optim import backends, reference, rounding
+from striped_hf.optim import backends, rounding
+from striped_hf.optim.backends import reference
 from striped_hf.optim.state import init_state
 
 try:
@@ -23,7 +24,7 @@ try:
 except RuntimeError as error:
     pytest.skip(str(error), allow_module_level=True)
 
-SOURCE = Path(striped_hf.__file__).parent / "optim" / "cpu.c"
+SOURCE = Path(striped_hf.__file__).parent / "optim" / "backends" / "csrc" / "cpu.c"
 
 
 class Tolerance(NamedTuple):

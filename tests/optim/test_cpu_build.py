@@ -66,7 +66,7 @@ def python(folder: Path, script: str) -> str:
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 def test_a_compiler_builds_the_library(tmp_path: Path) -> None:
     folder = install(tmp_path, "cc")
-    assert list(folder.glob("striped_hf/optim/_cpu*.so"))
+    assert list(folder.glob("striped_hf/optim/backends/_cpu*.so"))
     logged = python(folder, STEP.replace("[weight]", "[weight], backend='cpu'"))
     assert "plain PyTorch" not in logged
 
@@ -80,7 +80,7 @@ def test_the_install_succeeds_without(missing: str, tmp_path: Path) -> None:
     compiler.write_text("#!/bin/sh\n" + ("exit 127\n" if missing == "compiler" else refuse))
     compiler.chmod(0o755)
     folder = install(tmp_path, str(compiler))
-    assert not list(folder.glob("striped_hf/optim/_cpu*"))
+    assert not list(folder.glob("striped_hf/optim/backends/_cpu*"))
     logged = [line for line in python(folder, STEP).splitlines() if "striped_hf" in line]
     assert len(logged) == 1
     assert "plain PyTorch" in logged[0]

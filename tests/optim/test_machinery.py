@@ -92,7 +92,9 @@ def test_a_backend_asked_for_by_name_that_cannot_run_raises(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Only ``auto`` falls back. At construction or at the first step, before anything moves."""
-    monkeypatch.setitem(sys.modules, "striped_hf.optim.triton_kernels", None)  # as if not there
+    monkeypatch.setitem(
+        sys.modules, "striped_hf.optim.backends.triton.launch", None
+    )  # as if not there
     backends.resolve.cache_clear()
     p = parameter(torch.ones(2, 3))
     p.grad = torch.ones(2, 3)

@@ -32,10 +32,11 @@ from optim_checks import (
 )
 
 from striped_hf import StripedAdamW
-from striped_hf.optim import backends, reference, rounding
+from striped_hf.optim import backends, rounding
+from striped_hf.optim.backends import reference
 
 pytest.importorskip("triton")
-kernels = pytest.importorskip("striped_hf.optim.triton_kernels", exc_type=ImportError)
+kernels = pytest.importorskip("striped_hf.optim.backends.triton.launch", exc_type=ImportError)
 
 jit = kernels.jit
 tl, random_bits, step_key = jit.tl, jit._random_bits, jit._step_key

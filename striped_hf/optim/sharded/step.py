@@ -30,7 +30,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from striped_hf.optim import momentum, state
-from striped_hf.optim.reference import Entry, Index, Roots, Settings, mean_divisor, sqrt
+from striped_hf.optim.backends.reference import Entry, Index, Roots, Settings, mean_divisor, sqrt
 from striped_hf.optim.state import Blocks, State
 
 Placements = tuple[Placement, ...]

@@ -5,14 +5,17 @@ import logging
 from functools import cache
 from types import ModuleType
 
-from striped_hf.optim import reference
+from striped_hf.optim.backends import reference
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 
 # Importing one raises ImportError where it cannot run, with the reason.
-_MODULES = {"cpu": "striped_hf.optim.cpu", "triton": "striped_hf.optim.triton_kernels"}
+_MODULES = {
+    "cpu": "striped_hf.optim.backends.cpu",
+    "triton": "striped_hf.optim.backends.triton.launch",
+}
 _FASTEST = {"cpu": "cpu", "cuda": "triton"}
 
 

@@ -1,4 +1,4 @@
-"""The kernels of the Triton backend; ``triton_kernels.py`` launches them, and says how.
+"""The kernels of the Triton backend; ``launch.py`` launches them, and says how.
 
 Arithmetic is float32. The update's division and the roots of the codes are the fast ones, good to
 2 units in the last place; what enters many elements (stripes, their roots, bias corrections) and

@@ -15,8 +15,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from striped_hf.optim import reference
-from striped_hf.optim.reference import Entry, Roots, Settings, Sums
+from striped_hf.optim.backends import reference
+from striped_hf.optim.backends.reference import Entry, Roots, Settings, Sums
 
 DEVICE_TYPES = ("cpu",)
 
@@ -38,7 +38,7 @@ class _Settings(ctypes.Structure):
 
 
 def _find() -> str:
-    spec = importlib.util.find_spec("striped_hf.optim._cpu")
+    spec = importlib.util.find_spec("striped_hf.optim.backends._cpu")
     if spec is None or spec.origin is None:
         raise ImportError("it was not built: install striped_hf where a C compiler has OpenMP")
     return spec.origin

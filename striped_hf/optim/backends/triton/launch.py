@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from striped_hf.optim import momentum, reference
-from striped_hf.optim import triton_jit as jit
-from striped_hf.optim.reference import Entry, Roots, Settings, Sums
-from striped_hf.optim.triton_jit import tl
+from striped_hf.optim import momentum
+from striped_hf.optim.backends import reference
+from striped_hf.optim.backends.reference import Entry, Roots, Settings, Sums
+from striped_hf.optim.backends.triton import kernels as jit
+from striped_hf.optim.backends.triton.kernels import tl
 
 logger = logging.getLogger(__name__)
 
