@@ -48,10 +48,10 @@ lint: .venv/.installed
 	@touch $@
 
 bench: .venv/.bench
-	$(BIN)/python recipes/bench_optimizers.py --shapes gpt2
+	$(BIN)/python -m benchmarks.optimizers --shapes gpt2
 
 gpu:
-	PYTHONPATH=. $(PYTHON) recipes/gpu.py
+	$(PYTHON) -m benchmarks.gpu
 
 clean:
 	rm -rf .venv data out build *.egg-info striped_hf/optim/backends/_cpu*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from model_shapes import GPT2_SIZES
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -63,6 +62,13 @@ DEFAULTS = {
     "save_steps": 1000,
     "per_device_eval_batch_size": 12,
     "seed": 1337,
+}
+
+GPT2_SIZES = {  # the configurations that the hub has under these names
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
 
 

@@ -1,6 +1,8 @@
 """What the tests of every room share."""
 
+import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +15,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from accelerate.state import AcceleratorState
 from tiny import QUIET, STEPS, TINY
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -21,7 +24,7 @@ Script = Callable[..., subprocess.CompletedProcess[str]]
 
 
 # with the longest files; the other files come after them
-LONGEST = ("distributed", "recipes", "trainer")
+LONGEST = ("distributed", "recipes", "benchmarks", "trainer")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -52,16 +55,18 @@ def run_script() -> Script:
     """Runs a script of the repository in a process of its own and returns its output.
 
     ``run_script("recipes/sample.py", "out/run", cwd=folder, status=0, FLAG="1")``: keywords other
-    than ``cwd`` and ``status``, the exit status to expect, are environment variables.
+    than ``cwd`` and ``status``, the exit status to expect, are environment variables. A name that
+    does not end in ``.py``, such as ``benchmarks.optimizers``, is a module.
     """
 
     def run(
         script: str, *arguments: object, cwd: Path, status: int = 0, **environment: str
     ) -> subprocess.CompletedProcess[str]:
+        started = [str(REPOSITORY / script)] if script.endswith(".py") else ["-m", script]
         finished = subprocess.run(
-            [sys.executable, str(REPOSITORY / script), *map(str, arguments)],
+            [sys.executable, *started, *map(str, arguments)],
             cwd=cwd,
-            env=os.environ | environment,
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
             capture_output=True,
             text=True,
             timeout=1200,  # only what hangs: a busy machine takes minutes for seconds
@@ -90,3 +95,53 @@ def tiny_run(tmp_path_factory, run_script, docs_data) -> Path:
         cwd=folder.parent,
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model's folder with a configuration only: GPT-2 with three narrow layers."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-gpt2"
+    folder.mkdir()
+    config = {
+        "model_type": "gpt2",
+        "vocab_size": 512,
+        "n_positions": 64,
+        "n_embd": 64,
+        "n_layer": 3,
+        "n_head": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    }
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys, tmp_path) -> Callable[..., str]:
+    """Runs a script in this process, in ``tmp_path``; returns what it printed.
+
+    A script is named as ``run_script`` takes it. It has to end with the error message ``fails``
+    where that is given. (Starting a process takes seconds; for scripts that are called with many
+    arguments.)
+    """
+
+    def run(script: str, *arguments: object, fails: str | None = None) -> str:
+        AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process
+        is_file = script.endswith(".py")
+        script = str(REPOSITORY / script) if is_file else script
+        start = runpy.run_path if is_file else runpy.run_module
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        if fails is None:
+            start(script, run_name="__main__")
+            return capsys.readouterr().out
+        with pytest.raises(SystemExit) as caught:
+            start(script, run_name="__main__")
+        # argparse's own errors are printed
+        message = capsys.readouterr().err if caught.value.code == 2 else str(caught.value)
+        assert fails in message
+        assert "Traceback" not in message
+        return message
+
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -114,7 +114,7 @@ import torch
 from accelerate import Accelerator
 from test_evaluation import large_vocabulary
 from striped_hf.evaluation import evaluate_loss
-from striped_hf.measuring import return_freed_memory, temporary_bytes
+from benchmarks.measuring import return_freed_memory, temporary_bytes
 
 return_freed_memory()
 model = large_vocabulary("gpt2")

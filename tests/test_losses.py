@@ -129,7 +129,7 @@ def test_compiled_it_is_one_graph(monkeypatch):
 MEMORY = """
 import torch
 from striped_hf import losses
-from striped_hf.measuring import return_freed_memory, temporary_bytes
+from benchmarks.measuring import return_freed_memory, temporary_bytes
 
 return_freed_memory()
 losses._CHUNK_LOGITS //= 4

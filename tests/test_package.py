@@ -41,20 +41,23 @@ assert (weight < 1).all()
 
 
 def test_dependencies_point_one_way():
-    """recipes -> trainer, data, evaluation -> optim, and optim imports torch only.
+    """benchmarks -> recipes -> trainer, data, evaluation -> optim, and optim imports torch only.
 
     But for the Triton backend, which is not imported where it is not chosen.
     """
-    for path in (REPOSITORY / "striped_hf" / "optim").glob("*.py"):
+    for path in (REPOSITORY / "striped_hf" / "optim").rglob("*.py"):
         imported = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), flags=re.M))
-        allowed = {"triton", "numpy"} if path.name.startswith("triton_") else set()
+        allowed = {"triton", "numpy"} if path.parent.name == "triton" else set()
         assert imported <= {*sys.stdlib_module_names, "torch", "striped_hf"} | allowed, path
         assert "striped_hf.trainer" not in path.read_text()
-    for path in (REPOSITORY / "striped_hf").rglob("*.py"):
-        assert not re.search(r"^\s*(?:from|import) recipes", path.read_text(), flags=re.M), path
+    for folder, above in (("striped_hf", "recipes|benchmarks"), ("recipes", "benchmarks")):
+        for path in (REPOSITORY / folder).rglob("*.py"):
+            assert not re.search(rf"^\s*(?:from|import) (?:{above})\b", path.read_text(), re.M), (
+                path
+            )
 
 
 def test_nothing_is_unpickled():
-    for folder in ("striped_hf", "recipes", "data_scripts"):
+    for folder in ("striped_hf", "recipes", "benchmarks", "data_scripts"):
         for path in (REPOSITORY / folder).rglob("*.py"):
             assert not re.search(r"\bpickle\.load|weights_only=False", path.read_text()), path

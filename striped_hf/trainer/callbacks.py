@@ -1,15 +1,13 @@
 """Callbacks that measure a run."""
 
-import resource
 import statistics
-import sys
 import time
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from striped_hf.measuring import tensor_bytes
+from striped_hf.trainer.memory import peak_memory_mib, state_bytes
 
 
 class RunMeasurements(TrainerCallback):
@@ -86,16 +84,3 @@ class LoggedFigures(TrainerCallback):
             figures = self.figures(args, state, **kwargs)
             logs.update(figures)
             state.log_history[-1].update(figures)
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Counts the bytes of all tensors in an optimizer's state, of sharded ones all shards'."""
-    return tensor_bytes(dict(optimizer.state), whole=True)
-
-
-def peak_memory_mib() -> float:
-    """Returns the most memory used so far: the GPU's allocations, or else the process's, in MiB."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from striped_hf.measuring import tensor_bytes
-from striped_hf.trainer.callbacks import LoggedFigures, peak_memory_mib
+from striped_hf.trainer.callbacks import LoggedFigures
 from striped_hf.trainer.flops import device_peak_tflops, flops_per_token
 from striped_hf.trainer.gradient_health import GradientHealth
+from striped_hf.trainer.memory import peak_memory_mib, tensor_bytes
 
 
 def watch(trainer: Trainer, peak_tflops: float | None = None) -> None:

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from striped_hf.measuring import temporary_bytes
 
 from striped_hf.data import (
     ContiguousBlocks,
@@ -17,7 +18,6 @@ from striped_hf.data import (
     open_split,
     write_data_set,
 )
-from striped_hf.measuring import temporary_bytes
 
 SOURCE = {"name": "numbers", "url": None, "sha256": "0" * 64}
 

@@ -78,7 +78,7 @@ def test_sweep_goes_on_where_it_was_stopped(tmp_path, run_here, docs_data):
         flags += ("--load_best_model_at_end", "false", "--data_dir", docs_data)
         arguments = ("--optim", "striped_adamw", "--learning_rate", "1e-3", "2e-3", "--seed")
         run_here(
-            *("compare_optimizers.py", RECIPE, *arguments, *seeds),
+            *(SCRIPT, RECIPE, *arguments, *seeds),
             *("--output_dir", tmp_path, "--resume", "--", *flags),
         )
 
@@ -114,7 +114,7 @@ def test_a_run_launched_otherwise_is_not_taken_over(tmp_path, run_here, docs_dat
 
     def compare(*arguments):
         printed = run_here(
-            *("compare_optimizers.py", RECIPE, "--optim", "striped_adamw"),
+            *(SCRIPT, RECIPE, "--optim", "striped_adamw"),
             *("--output_dir", tmp_path, "--resume", *arguments, "--", *flags),
         )
         (written,) = tmp_path.glob("*/run.json")
@@ -139,10 +139,10 @@ def test_a_run_launched_otherwise_is_not_taken_over(tmp_path, run_here, docs_dat
 def test_failing_recipe_ends_the_comparison(tmp_path, run_here):
     arguments = (RECIPE, "--optim", "striped_adamw", "--output_dir", tmp_path, "--")
     fails = "ended with status 1"
-    run_here("compare_optimizers.py", *arguments, "--data_dir", "no", fails=fails)
+    run_here(SCRIPT, *arguments, "--data_dir", "no", fails=fails)
     assert not (tmp_path / "comparison.json").exists()
 
 
 def test_unknown_recipe_is_named(run_here):
     arguments = ("no.py", "--optim", "striped_adamw")
-    run_here("compare_optimizers.py", *arguments, fails="no.py does not exist")
+    run_here(SCRIPT, *arguments, fails="no.py does not exist")

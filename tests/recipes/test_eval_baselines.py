@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from recipes.eval_baselines import render
 from striped_hf.data import write_data_set
 from striped_hf.data.prepare import character_tokenizer, write_characters
 
-RECIPE = "eval_baselines.py"
+RECIPE = "recipes/eval_baselines.py"
 SMALL = ("--block_size", 8, "--results", "results.json")
 
 
@@ -137,10 +138,7 @@ def test_models_of_one_name(model, data, run_here, tmp_path):
     assert found == [(name, split) for name in ("model", "renamed") for split in ("train", "val")]
 
 
-def test_table_names_what_was_not_run(monkeypatch):
-    monkeypatch.syspath_prepend("recipes")
-    from eval_baselines import render
-
+def test_table_names_what_was_not_run():
     loss = {"loss": 3.1234, "standard_error": 0.01, "tokens": 1, "blocks": 1, "blocks_in_split": 1}
     row = {"model": "gpt2", "parameters": 124_439_808, **loss}
     results = {

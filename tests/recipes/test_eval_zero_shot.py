@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from recipes.eval_zero_shot import read_wikitext
 from striped_hf.data.prepare import character_tokenizer
 
-RECIPE = "eval_zero_shot.py"
+RECIPE = "recipes/eval_zero_shot.py"
 REPOSITORY = Path(__file__).resolve().parents[2]
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None,
@@ -59,10 +60,7 @@ def test_wikitext_is_the_mean_over_tokens(model, run_here, tmp_path, window, str
     assert f"windows of {window} tokens and strides of {stride}, float32" in printed
 
 
-def test_text_is_joined_as_the_guide_does(test_data, monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "recipes")
-    from eval_zero_shot import read_wikitext
-
+def test_text_is_joined_as_the_guide_does(test_data):
     text = read_wikitext(test_data / "wikitext-2-raw" / "wiki.test.raw")
     tokenizer = AutoTokenizer.from_pretrained(test_data / "gpt2_tokenizer")
     assert len(tokenizer(text, verbose=False)["input_ids"]) == 287_644

@@ -49,4 +49,4 @@ def test_real_model_on_shakespeare_in_its_own_tokens(test_data, run_script, tmp_
 )
 def test_mistakes_are_one_line(tiny_run, docs_data, run_here, flags, message):
     common = ("--model_name_or_path", tiny_run, "--data_dir", docs_data)
-    run_here("finetune_shakespeare.py", *common, *flags, fails=message)
+    run_here(RECIPE, *common, *flags, fails=message)

@@ -8,10 +8,7 @@ from pathlib import Path
 import pytest
 from matplotlib import pyplot as plt
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY / "recipes"))
-
-import plot_run  # noqa: E402
+from recipes import plot_run
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

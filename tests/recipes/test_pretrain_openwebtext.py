@@ -15,18 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from striped_hf.data import prepare
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-RECIPE = "pretrain_openwebtext.py"
+RECIPE = "recipes/pretrain_openwebtext.py"
 # 8 windows of 32 a full step, 12 full steps; the batch grows over the first 4 of them
 FEW = ("--block_size", 32, "--per_device_train_batch_size", 2, "--max_steps", 12)
 FEW += ("--warmup_steps", 2, "--logging_steps", 1, "--eval_steps", 6, "--save_steps", 6)
 FEW += ("--batch_size_warmup", 1024, "--optim", "striped_adamw", "--save_total_limit", 5)
 FEW += ("--per_device_eval_batch_size", 256, *QUIET)
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def beside_the_recipe(monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "recipes")
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +47,7 @@ def flags(letters, tmp_path_factory):
 def one_process(flags, run_script, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     accumulation = ("--gradient_accumulation_steps", 4)
-    done = run_script(
-        f"recipes/{RECIPE}", *flags, *accumulation, "--output_dir", folder, cwd=folder
-    )
+    done = run_script(RECIPE, *flags, *accumulation, "--output_dir", folder, cwd=folder)
     return folder, done.stdout
 
 
@@ -88,8 +81,8 @@ def test_two_processes_have_the_losses_of_one(one_process, flags, run_script, tm
     results = tmp_path / "results.json"
     own = ("--batch_size", 2, "--processes", 2, "--optim", "striped_adamw", "--results", results)
     own += ("--", *flags, "--gradient_accumulation_steps", 4)
-    recipe = REPOSITORY / "recipes" / RECIPE
-    run_script("recipes/compare_processes.py", recipe, *own, cwd=tmp_path)
+    recipe = REPOSITORY / RECIPE
+    run_script("benchmarks.processes", recipe, *own, cwd=tmp_path)
     (two,) = json.loads(results.read_text())["runs"]
     one = history(one_process[0])
     assert two["processes"] == 2
@@ -100,7 +93,7 @@ def test_two_processes_have_the_losses_of_one(one_process, flags, run_script, tm
 
 def test_windows_that_cannot_be_shared_are_refused(run_here):
     own = ("--batch_size", 3, "--processes", 1, 2)
-    run_here("compare_processes.py", RECIPE, *own, fails="shared evenly by 2 processes")
+    run_here("benchmarks.processes", RECIPE, *own, fails="shared evenly by 2 processes")
 
 
 def test_resumed_run_equals_the_uninterrupted_one(one_process, flags, tmp_path, run_here):
@@ -143,7 +136,7 @@ def test_defaults_are_nanogpts(monkeypatch):
     """Without a flag, on one process and on 8: what nanoGPT's arithmetic says."""
     for processes in (1, 8):
         monkeypatch.setenv("WORLD_SIZE", str(processes))
-        defaults = runpy.run_path(str(REPOSITORY / "recipes" / RECIPE))["DEFAULTS"]
+        defaults = runpy.run_path(str(REPOSITORY / RECIPE))["DEFAULTS"]
         batch = defaults["per_device_train_batch_size"] * defaults["gradient_accumulation_steps"]
         assert batch * processes * 1024 == 491_520
     assert defaults["max_steps"] * 491_520 == 294_912_000_000

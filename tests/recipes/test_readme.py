@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from tiny import QUIET
 
+from benchmarks import render_tables
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
@@ -30,10 +32,10 @@ SMALL = {
         # the harness is an extra
         *(["lambada"] if importlib.util.find_spec("lm_eval") else []),
     ),
-    "bench_optimizers.py": (
+    "benchmarks.optimizers": (
         *("--optimizers", "striped_int8", "--block_size", "32", "--results", "memory.json"),
     ),
-    "bench.py": (
+    "benchmarks.training_step": (
         *("--rounds", "1", "--steps", "2", "--variants", "recipe", "--results", "step.json"),
     ),
 }
@@ -49,11 +51,8 @@ def bash_commands() -> list[str]:
     ]
 
 
-def test_tables_are_those_of_the_results_files(monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "recipes")
-    import render_readme
-
-    assert render_readme.render(README) == README
+def test_tables_are_those_of_the_results_files():
+    assert render_tables.render(README) == README
 
 
 def test_finetune_prose_is_that_of_the_results_file():
@@ -85,7 +84,7 @@ def test_python_examples_run(tiny_run, tmp_path, docs_data):
 def test_commands_run(test_data, tmp_path):
     """Every command, in order, in a folder where a reader would stand; scripts' own tests cover the
     ones marked as needing a GPU. Downloads are replaced by --input."""
-    for name in ("recipes", "data_scripts"):
+    for name in ("benchmarks", "recipes", "data_scripts"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     (tmp_path / "stories260K").symlink_to(test_data / "stories260K")
     (tmp_path / "novels.parquet").symlink_to(test_data / "novels" / "val.parquet")
@@ -100,8 +99,11 @@ def test_commands_run(test_data, tmp_path):
         if words[0] == "make":  # the demo and the tests themselves
             assert words[1] in ("demo", "test", "bench", "gpu")
             continue
-        path = next(word for word in words if word.endswith(".py"))
+        path = next((word for word in words if word.endswith(".py")), "")
         script = Path(path).name
+        if words[1] == "-m":
+            script = words[2]
+            path = f"{script.replace('.', '/')}.py"
         assert (REPOSITORY / path).is_file(), line
         if "GPU" in needs or ("network" in needs and "data_scripts" not in path):
             continue

@@ -24,16 +24,14 @@ def test_samples_go_on_past_the_context(tiny_run, run_script, tmp_path):
 def test_seed_and_prompt_file(tiny_run, run_here, tmp_path):
     (tmp_path / "prompt.txt").write_text("A module\n", encoding="utf-8")
     flags = ("--start", "FILE:prompt.txt", "--num_samples", 1, "--max_new_tokens", 10, "--seed")
-    once, again, other = (
-        samples(run_here("sample.py", tiny_run, *flags, seed)) for seed in (1, 1, 2)
-    )
+    once, again, other = (samples(run_here(SCRIPT, tiny_run, *flags, seed)) for seed in (1, 1, 2))
     assert once == again != other
     assert once[0].startswith("A module\n")
 
 
 def test_top_k_of_one_is_greedy(tiny_run, run_here):
     flags = ("--start", "The ", "--num_samples", 2, "--max_new_tokens", 20, "--top_k", 1)
-    first, second = samples(run_here("sample.py", tiny_run, *flags))
+    first, second = samples(run_here(SCRIPT, tiny_run, *flags))
     assert first == second
 
 
@@ -46,7 +44,7 @@ def test_top_k_of_one_is_greedy(tiny_run, run_here):
     ],
 )
 def test_bad_prompts_are_one_line(tiny_run, run_here, flags, message):
-    run_here("sample.py", tiny_run, *flags, fails=message)
+    run_here(SCRIPT, tiny_run, *flags, fails=message)
 
 
 def test_hub_name_without_network(run_script, tmp_path):

@@ -79,7 +79,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tiny_run, docs_data, run_scrip
 
 def test_resume_without_a_checkpoint(docs_data, run_here, tmp_path):
     flags = ("--data_dir", docs_data, "--output_dir", tmp_path, "--resume_from_checkpoint", "last")
-    run_here("train_shakespeare_char.py", *flags, fails="has no checkpoint yet")
+    run_here(RECIPE, *flags, fails="has no checkpoint yet")
 
 
 def test_reads_what_nanogpt_prepared(docs_data, run_script, tmp_path):
@@ -119,7 +119,7 @@ def test_damaged_data_is_one_line(docs_data, run_here, tmp_path):
     data = shutil.copytree(docs_data, tmp_path / "data")
     with (data / "train.bin").open("r+b") as file:
         file.truncate(1000)
-    run_here("train_shakespeare_char.py", "--data_dir", data, fails="holds 500 tokens")
+    run_here(RECIPE, "--data_dir", data, fails="holds 500 tokens")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_damaged_data_is_one_line(docs_data, run_here, tmp_path):
     ],
 )
 def test_wrong_flags_are_named(run_here, flags, message):
-    run_here("train_shakespeare_char.py", *flags, fails=message)
+    run_here(RECIPE, *flags, fails=message)
 
 
 def test_logs_hold_both_losses(tiny_run):

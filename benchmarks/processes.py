@@ -1,15 +1,15 @@
 """Run one recipe on one process and on several, and compare the losses.
 
     python data_scripts/openwebtext.py --data_files novels.parquet --output_dir data/novels
-    python recipes/compare_processes.py recipes/pretrain_openwebtext.py --batch_size 4 -- \\
+    python -m benchmarks.processes recipes/pretrain_openwebtext.py --batch_size 4 -- \\
         --data_dir data/novels --config_name recipes/configs/gpt2_tiny.json --block_size 128 \\
         --gradient_accumulation_steps 4 --batch_size_warmup 20480 --max_steps 40 \\
         --warmup_steps 10 --eval_steps 20 --save_steps 20
 
 What stands behind `--` goes to the recipe. The window batch is shared among the processes, so that
 every run sees the same windows in each step; each process has one thread, and where there is no
-GPU they run on the CPU. The results go to recipes/results/pretrain_novels.json, which the README's
-table is rendered from.
+GPU they run on the CPU. The README's table is rendered from
+benchmarks/results/pretrain_novels.json, which it writes.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from typing import Any
 from striped_hf.cli import UserError, run
 from striped_hf.results import markdown_table, write_json
 
-RESULTS = "recipes/results/pretrain_novels.json"
-CONFIG = Path(__file__).parent / "accelerate" / "ddp.yaml"
+RESULTS = "benchmarks/results/pretrain_novels.json"
+CONFIG = Path(__file__).resolve().parents[1] / "recipes" / "accelerate" / "ddp.yaml"
 
 
 def train(args: argparse.Namespace, optim: str, processes: int) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def main() -> None:
         "--batch_size", type=int, required=True, help="windows a forward pass, on all processes"
     )
     parser.add_argument("--optim", nargs="+", default=["adamw_torch_fused", "striped_adamw_8bit"])
-    parser.add_argument("--output_dir", type=Path, default=Path("out", "compare_processes"))
+    parser.add_argument("--output_dir", type=Path, default=Path("out", "processes"))
     parser.add_argument("--results", default=RESULTS, help="the results file")
     own = sys.argv[1:]
     behind = own.index("--") if "--" in own else len(own)

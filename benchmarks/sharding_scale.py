@@ -1,6 +1,6 @@
 """Compute what StripedAdamW keeps and sends on many devices, beside AdamW.
 
-    python recipes/scale_sharding.py     # arithmetic, and GPT-2 on 2 and 3 processes; 3 minutes
+    python -m benchmarks.sharding_scale     # arithmetic, and GPT-2 on 2 and 3 processes; 3 minutes
 
 Parameters are float32 and sharded by rows over all N devices, as FSDP2 shards them. The device with
 the most then keeps, of a matrix of R rows and C columns in br x bc blocks,
@@ -25,17 +25,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from model_shapes import Weight, allocate, meta_model, meta_weights
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from benchmarks.model_shapes import Weight, allocate, meta_model, meta_weights
 from striped_hf.optim import StripedAdamW
 from striped_hf.optim.momentum import MOMENTUM_DTYPES
 from striped_hf.optim.state import init_state
 from striped_hf.results import environment, markdown_table, write_json
 
-RESULTS = "recipes/results/scale_sharding.json"
+RESULTS = "benchmarks/results/sharding_scale.json"
 MODELS = ("gpt2-xl", "llama-8b", "llama-70b", "llama-405b")
 DEVICES = (8, 64, 512, 4096)
 MEASURED, STEPS = "gpt2", 5

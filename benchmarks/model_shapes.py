@@ -1,4 +1,4 @@
-"""The models whose shapes the recipes measure on: built on the meta device, without weights."""
+"""The models whose shapes are measured: built on the meta device, without weights."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,15 +14,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from recipes.pretrain_openwebtext import GPT2_SIZES
 from striped_hf.cli import load_pretrained
 from striped_hf.trainer import param_groups
 
-GPT2_SIZES = {  # the configurations that the hub has under these names
-    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
-    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
-    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
-    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
-}
 LLAMA_SIZES = {  # Llama 3.2 1B's, and Llama 3.1 8B's, 70B's and 405B's, as published
     name: {
         "vocab_size": 128256,

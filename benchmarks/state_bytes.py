@@ -1,20 +1,21 @@
 """Count the bytes of optimizer state of GPT-2's four sizes, without allocating them.
 
-    python recipes/count_state_bytes.py
+    python -m benchmarks.state_bytes
 
 AdamW keeps two float32 numbers per parameter; StripedAdamW is counted from the tensors that its own
 initialisation makes, on torch's meta device, with the param groups that Trainer would give it.
 """
 
-from model_shapes import GPT2_SIZES, meta_model
 from transformers import PreTrainedModel
 
+from benchmarks.model_shapes import meta_model
+from recipes.pretrain_openwebtext import GPT2_SIZES
 from striped_hf.optim.momentum import MOMENTUM_DTYPES
 from striped_hf.optim.state import init_state
 from striped_hf.results import environment, markdown_table, write_json
 from striped_hf.trainer import param_groups
 
-RESULTS = "recipes/results/state_bytes.json"
+RESULTS = "benchmarks/results/state_bytes.json"
 
 
 def count(model: PreTrainedModel, momentum_dtype: str) -> int:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from model_shapes import Weight
 from torch import Tensor
 
+from benchmarks.model_shapes import Weight
 from striped_hf.optim import StripedAdamW
 from striped_hf.optim.backends import resolve
 from striped_hf.optim.momentum import MOMENTUM_DTYPES

@@ -1,11 +1,11 @@
 """Measure how data_scripts/openwebtext.py makes tokens: its speed and its memory.
 
-    python recipes/bench_tokenization.py documents.parquet
+    python -m benchmarks.tokenization documents.parquet
 
 Speed beside the obvious loop, one document after another with tiktoken: the variants take turns,
 each in a process of its own, and what counts is processor time, of all processes that take part.
 Memory of the whole script, all its processes together, on the file and on four times the file. The
-results go to recipes/results/openwebtext_novels.json, which the README's table is rendered from;
+results go to benchmarks/results/openwebtext_novels.json, which the README's table is rendered from;
 tiktoken's vocabulary comes from its cache (TIKTOKEN_CACHE_DIR) or the network.
 """
 
@@ -33,7 +33,7 @@ from striped_hf.data.documents import load_documents, write_documents
 from striped_hf.results import environment, markdown_table, write_json
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data_scripts" / "openwebtext.py"
-RESULTS = "recipes/results/openwebtext_novels.json"
+RESULTS = "benchmarks/results/openwebtext_novels.json"
 VARIANTS = {"the plain loop": 0, "one process encodes": 1, "two processes encode": 2}
 REPEATS = (1, 4)  # how often the memory's data has the file
 ROW_GROUP = 1000  # rows, as `datasets` writes parquet; a group is read at once

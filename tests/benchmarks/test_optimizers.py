@@ -3,22 +3,19 @@
 import argparse
 import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-sys.path.insert(0, str(RECIPES))
+from benchmarks import (
+    memory_budget,
+    model_shapes,
+    optimizer_peers,
+    optimizer_tables,
+    optimizers,
+)
 
-import bench_optimizers as bench  # noqa: E402
-import bench_tables  # noqa: E402
-import memory_budget  # noqa: E402
-import model_shapes  # noqa: E402
-import optimizer_peers  # noqa: E402
-
-SCRIPT = "recipes/bench_optimizers.py"
+SCRIPT = "benchmarks.optimizers"
 CPU = torch.device("cpu")
 # all but those that compile for a minute
 QUICK = (
@@ -128,16 +125,16 @@ def test_a_coded_state_needs_no_more_than_its_room():
     assert tuple(optimizer_peers.STRIPED_ROOM) == ("float32", "bfloat16", "int8", "int4")
 
 
-def contender(name: str, times: list[float]) -> bench.Contender:
+def contender(name: str, times: list[float]) -> optimizers.Contender:
     peer = next(p for p in optimizer_peers.all_peers(["auto"]) if p.name == name)
-    entry = bench.Contender(peer, times=dict(enumerate(times, start=1)))
+    entry = optimizers.Contender(peer, times=dict(enumerate(times, start=1)))
     entry.row |= {"state_bytes_per_param": 8.0, "checkpoint_bytes": 80, "temporary_bytes": 0}
     entry.row |= {"first_step_s": 0.5}
     return entry
 
 
-def finished(*entries: bench.Contender) -> dict:
-    bench.finish(list(entries), parameters=10_000_000, itemsize=4)
+def finished(*entries: optimizers.Contender) -> dict:
+    optimizers.finish(list(entries), parameters=10_000_000, itemsize=4)
     return {
         "environment": {"device": "a device"},
         "shapes": "gpt2",
@@ -162,7 +159,7 @@ def test_ratios_are_taken_within_rounds():
     assert foreach["step_ms"] == pytest.approx(21)
     # (2 + 1) x 4 bytes of parameter and gradient and 2 x 8 of state, over 21 ms
     assert foreach["gb_s"] == pytest.approx(28 * 10_000_000 / 0.021 / 1e9)
-    table = bench_tables.render(results)
+    table = optimizer_tables.render(results)
     assert "| `adamw_foreach` | 8.00 | 21.0 | 2.00 (2.00 to 2.00) |" in table
     assert "nusable" not in table
 
@@ -173,18 +170,18 @@ def test_an_unstable_baseline_makes_times_unusable(slow, usable, tmp_path):
     baseline = contender("adamw_fused", [0.01, slow] * 5)
     results = finished(baseline, contender("striped_int8", [0.02] * 10))
     assert [row["usable"] for row in results["optimizers"]] == [usable] * 2
-    table = bench_tables.render(results)
+    table = optimizer_tables.render(results)
     if usable:
         assert "20.0" in table
     else:
         assert "20.0 |" not in table
-        assert table.count(bench_tables.UNUSABLE) == 6
+        assert table.count(optimizer_tables.UNUSABLE) == 6
         assert "varied by more than 15%" in table
 
 
 def test_the_limit_is_of_the_median():
-    assert bench.is_steady([1.0, 1.0, 1.15, 1.15, 1.15])
-    assert not bench.is_steady([1.0, 1.0, 1.0, 1.16, 1.16])
+    assert optimizers.is_steady([1.0, 1.0, 1.15, 1.15, 1.15])
+    assert not optimizers.is_steady([1.0, 1.0, 1.0, 1.16, 1.16])
 
 
 def test_slow_optimizers_take_fewer_turns_evenly_and_the_baseline_all():
@@ -196,9 +193,9 @@ def test_slow_optimizers_take_fewer_turns_evenly_and_the_baseline_all():
             self.calls += 1
 
     peers = {peer.name: peer for peer in optimizer_peers.all_peers(["auto"])}
-    fused = bench.Contender(peers["adamw_fused"], Counting(), steps=2, turns=12)
-    muon = bench.Contender(peers["muon"], Counting(), steps=1, turns=3)
-    bench.race([fused, muon], CPU, rounds=12)
+    fused = optimizers.Contender(peers["adamw_fused"], Counting(), steps=2, turns=12)
+    muon = optimizers.Contender(peers["muon"], Counting(), steps=1, turns=3)
+    optimizers.race([fused, muon], CPU, rounds=12)
     assert list(fused.times) == list(range(1, 13))
     assert fused.optimizer.calls == 2 * 13  # round 0 warms up
     assert list(muon.times) == [4, 8, 12]
@@ -211,8 +208,8 @@ def test_render_reads_a_results_file(tmp_path, run_here):
         {"name": "flashoptim_adamw", "package": "flashoptim", "version": None, "reason": "no GPU"}
     )
     (tmp_path / "r.json").write_text(json.dumps(results), encoding="utf-8")
-    printed = run_here("bench_optimizers.py", "--render", "r.json")
-    assert printed.strip() == bench_tables.render(results)
+    printed = run_here(SCRIPT, "--render", "r.json")
+    assert printed.strip() == optimizer_tables.render(results)
     assert "Not run: `flashoptim_adamw` (no GPU)." in printed
     assert "a plain copy moves 20.0 GB/s" in printed
     image = pytest.importorskip("PIL.Image")
@@ -239,19 +236,21 @@ def arguments(**changes) -> argparse.Namespace:
 
 
 def test_shapes_that_do_not_fit_are_one_line(monkeypatch):
-    monkeypatch.setattr(bench, "available_bytes", lambda device: 20 << 30)
-    with pytest.raises(bench.UserError, match=r"gpt2-xl .* takes 23.2 GiB .* 20.0 GiB are free"):
-        bench.benchmark(arguments(shapes="gpt2-xl"))
+    monkeypatch.setattr(optimizers, "available_bytes", lambda device: 20 << 30)
+    with pytest.raises(
+        optimizers.UserError, match=r"gpt2-xl .* takes 23.2 GiB .* 20.0 GiB are free"
+    ):
+        optimizers.benchmark(arguments(shapes="gpt2-xl"))
 
 
 @pytest.mark.slow
 def test_optimizers_wait_for_room_with_a_baseline_in_every_group(monkeypatch, tiny_config):
     """Room for one beside the baseline: three groups, and one optimizer that never fits."""
     groups = []
-    real = bench.race
-    monkeypatch.setattr(bench, "copy_gb_s", lambda device: 1.0)
+    real = optimizers.race
+    monkeypatch.setattr(optimizers, "copy_gb_s", lambda device: 1.0)
     monkeypatch.setattr(
-        bench,
+        optimizers,
         "race",
         lambda group, *rest: (groups.append([c.peer.name for c in group]), real(group, *rest)),
     )
@@ -263,14 +262,14 @@ def test_optimizers_wait_for_room_with_a_baseline_in_every_group(monkeypatch, ti
         return free[min(alive, 2)] * parameters
 
     events: list[str] = []
-    prepare = bench.prepare
+    prepare = optimizers.prepare
     monkeypatch.setattr(
-        bench, "prepare", lambda *args: (events.append("prepared"), prepare(*args))[1]
+        optimizers, "prepare", lambda *args: (events.append("prepared"), prepare(*args))[1]
     )
-    monkeypatch.setattr(bench, "free_memory", lambda device: events.clear())
-    monkeypatch.setattr(bench, "available_bytes", available)
+    monkeypatch.setattr(optimizers, "free_memory", lambda device: events.clear())
+    monkeypatch.setattr(optimizers, "available_bytes", available)
     names = ["muon", "striped_int8", "adamw_foreach"]
-    results = bench.benchmark(arguments(shapes=str(tiny_config), optimizers=names))
+    results = optimizers.benchmark(arguments(shapes=str(tiny_config), optimizers=names))
     assert groups == [["adamw_fused", "muon"], ["adamw_fused", "striped_int8"]] or groups == [
         ["adamw_fused", "muon"],
         ["adamw_fused", "striped_int8"],
@@ -327,7 +326,7 @@ def test_memory_budget_against_a_real_finetune(tmp_path, run_script):
     (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
     names = ("adamw_torch_fused", "striped_adamw_8bit")
     flags = ("--model", model, "--accumulation", 2, "--block_size", 256, "--steps", 2)
-    script = "recipes/measure_training.py"
+    script = "benchmarks.training_memory"
     run_script(script, *flags, "--optim", *names, "--results", "training.json", cwd=tmp_path)
     trained = json.loads((tmp_path / "training.json").read_text(encoding="utf-8"))
     flags = ("--memory", model, "--block_size", 256, "--optimizers", "striped_int8")

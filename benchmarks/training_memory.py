@@ -1,13 +1,13 @@
 """Measure the memory and the time of training a model from random weights, per optimizer.
 
-    python recipes/measure_training.py --device cuda                      # GPT-2 XL's finetuning
-    python recipes/measure_training.py --device cuda --model gpt2 --batch_size 16 --accumulation 1
+    python -m benchmarks.training_memory --device cuda                      # GPT-2 XL's finetuning
+    python -m benchmarks.training_memory --device cuda --model gpt2 --batch_size 16 --accumulation 1
 
 The setting is that of finetune_shakespeare.py (1 window x 1,024 tokens x 32 accumulation steps), on
 random tokens, with bfloat16 autocast on a GPU; nothing is downloaded. Each optimizer trains in a
 process of its own, whose peak memory is measured: on a GPU that of torch's allocator, on a CPU what
 the process takes above what it had before it made the model, with malloc keeping nothing (which
-makes the steps slower). Beside it stands the prediction of `bench_optimizers.py --memory`.
+makes the steps slower). Beside it stands the prediction of `optimizers.py --memory`.
 """
 
 import argparse
@@ -17,17 +17,18 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
-from finetune_shakespeare import DEFAULTS
-from memory_budget import budget
-from model_shapes import load_config, meta_model, slug
-from optimizer_peers import all_peers
-from synthetic_run import RandomTokens, make_trainer
 from transformers import AutoModelForCausalLM, set_seed
 
+from benchmarks.measuring import return_freed_memory
+from benchmarks.memory_budget import budget
+from benchmarks.model_shapes import load_config, meta_model, slug
+from benchmarks.optimizer_peers import all_peers
+from benchmarks.synthetic_run import RandomTokens, make_trainer
+from recipes.finetune_shakespeare import DEFAULTS
 from striped_hf.cli import UserError, one_line, run
-from striped_hf.measuring import return_freed_memory
 from striped_hf.results import environment, markdown_table, write_json
-from striped_hf.trainer.callbacks import RunMeasurements, peak_memory_mib
+from striped_hf.trainer.callbacks import RunMeasurements
+from striped_hf.trainer.memory import peak_memory_mib
 
 OPTIMIZERS = {  # by the names that Trainer knows, and what the benchmark calls them
     "adamw_torch_fused": "adamw_fused",
@@ -145,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="gpt2-xl", help="as bench_optimizers.py takes it")
+    parser.add_argument("--model", default="gpt2-xl", help="as optimizers.py takes it")
     parser.add_argument(
         "--optim", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS)[:3], metavar="NAME"
     )
@@ -154,12 +155,12 @@ def main() -> None:
     parser.add_argument("--accumulation", type=int, default=DEFAULTS["gradient_accumulation_steps"])
     parser.add_argument("--block_size", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--results", help="default: recipes/results/, named after the run")
+    parser.add_argument("--results", help="default: benchmarks/results/, named after the run")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here: pass --device cpu")
     name = f"training_{slug(args.model)}_{args.device}.json"
-    results = measure(args, args.results or f"recipes/results/{name}")
+    results = measure(args, args.results or f"benchmarks/results/{name}")
     print(render(results))
     if all("reason" in row for row in results["optimizers"]):
         raise UserError("no optimizer could be measured: the reasons are above")

@@ -1,11 +1,11 @@
 """Compare StripedAdamW's steps on sharded parameters with those of one process.
 
-    python recipes/compare_sharding.py     # 2, 3 and 4 processes on this machine, two minutes
+    python -m benchmarks.sharding     # 2, 3 and 4 processes on this machine, two minutes
 
 Every process holds its shards of some parameters, and the first one, beside them, all of the same
 parameters whole. Both get the same gradients for 50 steps; then the largest differences are noted,
 for each momentum format, backend and way of sharding. The results go to
-recipes/results/sharding_cpu.json, which the README's table is rendered from.
+benchmarks/results/sharding_cpu.json, which the README's table is rendered from.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from striped_hf.optim import StripedAdamW
 from striped_hf.optim.momentum import MOMENTUM_DTYPES
 from striped_hf.results import environment, markdown_table, write_json
 
-RESULTS = "recipes/results/sharding_cpu.json"
+RESULTS = "benchmarks/results/sharding_cpu.json"
 MESHES = {2: (2,), 3: (3,), 4: (2, 2)}  # by the number of processes
 BACKENDS = ("reference", "cpu")
 ROWS, COLUMNS = (Shard(0),), (Shard(1),)

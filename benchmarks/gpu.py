@@ -1,6 +1,6 @@
 """Run everything in this project that needs a GPU, in one command.
 
-    make gpu              # results go where $OUT says, else into recipes/results/
+    make gpu              # results go where $OUT says, else into benchmarks/results/
 
 It installs nothing and needs no network: it runs from the tree with whatever torch, transformers
 and triton there are; optimizers whose packages are missing are named with that reason. Each part is
@@ -21,11 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import bench
-import bench_tables
-import measure_training
 import torch
 
+from benchmarks import optimizer_tables, training_memory, training_step
 from striped_hf.cli import UserError, run
 from striped_hf.results import environment, write_json
 
@@ -58,16 +56,18 @@ def parts(out: Path, device: str = "cuda") -> list[Part]:
 
     def optimizers(model: str, dtype: str, limit_s: float) -> Part:
         name = model.replace("-", "_")
-        results = out / f"bench_optimizers_{name}_{device}_{dtype}.json"
+        results = out / f"optimizers_{name}_{device}_{dtype}.json"
         flags = ("--shapes", model, "--device", device, "--dtype", dtype, "--results", str(results))
-        command = ("recipes/bench_optimizers.py", *flags)
-        return Part(f"optimizers, {model}, {dtype}", command, limit_s, results, bench_tables.render)
+        command = ("-m", "benchmarks.optimizers", *flags)
+        return Part(
+            f"optimizers, {model}, {dtype}", command, limit_s, results, optimizer_tables.render
+        )
 
     def training(name: str, model: str, limit_s: float, *flags: str) -> Part:
         results = out / f"{name}_{device}.json"
-        command = ("recipes/measure_training.py", "--device", device, "--model", model, *flags)
+        command = ("-m", "benchmarks.training_memory", "--device", device, "--model", model, *flags)
         command += ("--results", str(results))
-        return Part(name, command, limit_s, results, measure_training.render)
+        return Part(name, command, limit_s, results, training_memory.render)
 
     steps = out / f"training_step_gpt2_{device}.json"
     step_flags = ("--preset", "gpt2", "--device", device, "--rounds", "5", "--steps", "20")
@@ -84,8 +84,11 @@ def parts(out: Path, device: str = "cuda") -> list[Part]:
         ),
         # 12 windows x 1,024 tokens, and what each thing that makes it fast is worth
         Part(
-            *("training_step_gpt2", ("recipes/bench.py", *step_flags, "--results", str(steps))),
-            *(240, steps, bench.render),
+            *(
+                "training_step_gpt2",
+                ("-m", "benchmarks.training_step", *step_flags, "--results", str(steps)),
+            ),
+            *(240, steps, training_step.render),
         ),
         optimizers("gpt2-xl", "float32", 110),
         optimizers("gpt2-xl", "bfloat16", 110),
@@ -146,7 +149,7 @@ def run_parts(planned: Sequence[Part], out: Path, budget_s: float = BUDGET_S) ->
 def main() -> None:
     if not torch.cuda.is_available():
         raise UserError("there is no CUDA device here: run it where there is one")
-    out = Path(os.environ.get("OUT") or REPOSITORY / "recipes" / "results").resolve()
+    out = Path(os.environ.get("OUT") or REPOSITORY / "benchmarks" / "results").resolve()
     if not run_parts(parts(out), out):
         sys.exit(1)
 

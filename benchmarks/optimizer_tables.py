@@ -1,10 +1,10 @@
-"""The Markdown table and the plot of a run of ``bench_optimizers.py``."""
+"""The Markdown table and the plot of a run of ``optimizers.py``."""
 
 import os
 from pathlib import Path
 from typing import Any
 
-from striped_hf.measuring import STEADY
+from benchmarks.measuring import STEADY
 from striped_hf.results import markdown_table
 
 HEADER = (

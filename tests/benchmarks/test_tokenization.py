@@ -1,20 +1,11 @@
 """The benchmark of tokenization measures what it says, on a few real documents."""
 
-from pathlib import Path
-
 import pyarrow.parquet as pq
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from benchmarks import tokenization
+
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "recipes")
-    import bench_tokenization
-
-    return bench_tokenization
 
 
 @pytest.fixture
@@ -26,16 +17,16 @@ def file(test_data, tmp_path, monkeypatch):
     return str(tmp_path / "texts.parquet")
 
 
-def test_measures_both_ways_and_memory(bench, file):
-    speed = bench.measure_speed(file, rounds=1)
+def test_measures_both_ways_and_memory(file):
+    speed = tokenization.measure_speed(file, rounds=1)
     assert [row["num_proc"] for row in speed] == [0, 1, 2]
     for row in speed:
         (turn,) = row["turns"]
         assert turn["tokens"] > 200_000
         # what the processes that encode take counts too: 5 million tokens a second is no core's
         assert turn["tokens"] / turn["cpu_seconds"] < 5e6
-    memory = bench.measure_memory(file, repeat=2)
+    memory = tokenization.measure_memory(file, repeat=2)
     assert memory["text_bytes"] > 2e6
     assert 200 * 2**20 < memory["peak_bytes"] < 4 * 2**30
     results = {"speed": speed, "memory": [memory, memory]}
-    assert "the plain loop | " in bench.render(results)
+    assert "the plain loop | " in tokenization.render(results)

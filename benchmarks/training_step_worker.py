@@ -1,6 +1,6 @@
-"""Train for bench.py, as one line of JSON says, until it is ended; prints a line of JSON a log.
+"""Train for training_step.py, as one line of JSON says, and print a line of JSON a log.
 
-python recipes/bench_worker.py '{"device": "cpu", "sizes": {...}, ...}'
+python -m benchmarks.training_step_worker '{"device": "cpu", "sizes": {...}, ...}'
 """
 
 import functools
@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from synthetic_run import RandomTokens, make_trainer
 from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging
 
-from striped_hf.measuring import return_freed_memory
-from striped_hf.trainer.callbacks import peak_memory_mib
+from benchmarks.measuring import return_freed_memory
+from benchmarks.synthetic_run import RandomTokens, make_trainer
 from striped_hf.trainer.causal_lm import CausalLMTrainer
 from striped_hf.trainer.flops import device_peak_tflops, flops_per_token
 from striped_hf.trainer.gradient_health import GradientHealth
+from striped_hf.trainer.memory import peak_memory_mib
 from striped_hf.trainer.watching import MemoryUse, Throughput
 
 ENDLESS = 10**8  # steps

@@ -1,18 +1,16 @@
 """``make gpu``'s driver: order, failures, time limits, where results go, and the summary."""
 
 import json
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY / "recipes"))
+from benchmarks import gpu
+from benchmarks.gpu import Part, run_parts
 
-import gpu  # noqa: E402
-from gpu import Part, run_parts  # noqa: E402
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def python(code: str, name: str = "part", limit_s: float = 30, **results) -> Part:
@@ -99,7 +97,7 @@ def test_parts_fit_into_nine_minutes_and_write_where_they_are_told(tmp_path):
     for part in parts[1:]:
         assert part.results.parent == tmp_path
         assert str(part.results) == part.command[-1]
-        assert (REPOSITORY / part.command[0]).is_file()
+        assert (REPOSITORY / f"{part.command[1].replace('.', '/')}.py").is_file()
         assert part.render is not None
         assert "cuda" in part.command
     # the setting whose memory the origin of the project measured
@@ -134,7 +132,7 @@ def test_real_parts_run_on_a_cpu_with_a_tiny_model(tmp_path, monkeypatch, capfd,
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_says_so(run_script, tmp_path):
-    done = run_script("recipes/gpu.py", cwd=tmp_path, status=1, OUT=str(tmp_path / "out"))
+    done = run_script("benchmarks.gpu", cwd=tmp_path, status=1, OUT=str(tmp_path / "out"))
     assert done.stderr.splitlines()[-1] == (
         "gpu.py: error: there is no CUDA device here: run it where there is one"
     )
@@ -149,6 +147,6 @@ def test_results_go_where_out_says(monkeypatch, tmp_path, given):
     with pytest.raises(SystemExit) as ended:
         gpu.main()
     assert ended.value.code == 1
-    (parts, out), wanted = seen[0], tmp_path if given else REPOSITORY / "recipes" / "results"
+    (parts, out), wanted = seen[0], tmp_path if given else REPOSITORY / "benchmarks" / "results"
     assert out == wanted
     assert all(part.results.parent == wanted for part in parts if part.results)

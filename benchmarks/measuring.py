@@ -4,16 +4,16 @@ Memory on a CPU is the process's own resident memory, as Linux counts it, and so
 code allocates; on a GPU it is what torch's allocator has handed out.
 """
 
+import contextlib
 import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 # glibc's mallopt: from how many bytes on an allocation is a mapping of its own, which goes back to
 # the system when it is freed, and how much free memory at the heap's end is kept
@@ -71,6 +71,7 @@ def temporary_bytes(device: torch.device, call: Callable[[], Any]) -> int | None
         call()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    _trim()
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
         before = _status("VmRSS")
@@ -91,9 +92,15 @@ def return_freed_memory() -> None:
         libc.mallopt(_M_MMAP_THRESHOLD, 128 << 10)
         libc.mallopt(_M_TRIM_THRESHOLD, 0)
         libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
-        libc.malloc_trim(0)
     except (OSError, AttributeError, TypeError):
         return
+    _trim()
+
+
+def _trim() -> None:
+    """Returns the pages of free chunks inside malloc's heap: an allocation there counts again."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status(key: str) -> int:
@@ -102,39 +109,6 @@ def _status(key: str) -> int:
         if line.startswith(f"{key}:"):
             return 1024 * int(line.split()[1])
     raise OSError(f"/proc/self/status has no {key}")
-
-
-def tensor_bytes(value: Any, whole: bool = False) -> int:
-    """Counts the bytes of all tensors in a value: what they store, not what they stand for.
-
-    Looks into dicts, lists and tuples, and into tensor subclasses that wrap others, as the coded
-    states of torchao do, whose own ``nbytes`` are those of the decoded tensor. A tensor that is
-    there more than once counts once.
-
-    Args:
-        value: What holds the tensors.
-        whole: Of a ``DTensor``, counts all of the tensor, as one process without shards would have
-            it; otherwise this process's part.
-    """
-    tensors = {id(tensor): tensor for tensor in _tensors(value, whole)}
-    return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def _tensors(value: Any, whole: bool) -> Iterator[torch.Tensor]:
-    if whole and isinstance(value, DTensor):
-        yield value  # whose nbytes are of its whole shape
-    elif hasattr(value, "__tensor_flatten__"):
-        names, _ = value.__tensor_flatten__()
-        for name in names:
-            yield from _tensors(getattr(value, name), whole)
-    elif isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item, whole)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item, whole)
 
 
 class _Counter:

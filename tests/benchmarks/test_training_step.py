@@ -10,10 +10,7 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY / "recipes"))
-
-import bench  # noqa: E402
+from benchmarks import training_step
 
 # What nanoGPT's train.py is for the benchmark: flags that it knows, its data, its lines.
 STAND_IN = """\
@@ -44,12 +41,12 @@ def checkout(tmp_path):
     return folder
 
 
-def script(name: str, step_s: float, count: Path) -> bench.Variant:
+def script(name: str, step_s: float, count: Path) -> training_step.Variant:
     code = (
         f"import time\nfor i in range(9999):\n  time.sleep({step_s})\n  print('iter 1: loss')\n"
         f"  open({str(count)!r}, 'a').write('.')"
     )
-    return bench.Variant(name, [sys.executable, "-u", "-c", code], r"iter \d+: loss")
+    return training_step.Variant(name, [sys.executable, "-u", "-c", code], r"iter \d+: loss")
 
 
 def arguments(**changes):
@@ -61,7 +58,7 @@ def test_turns_are_timed_without_the_time_of_the_others(tmp_path):
     # a bit longer than is asserted: what follows a line that arrives late is shorter
     fast, slow = script("fast", 0.023, tmp_path / "fast"), script("slow", 0.085, tmp_path / "slow")
     begin = time.perf_counter()
-    bench.race([fast, slow], arguments())
+    training_step.race([fast, slow], arguments())
     took = time.perf_counter() - begin
     assert len(fast.ms) == len(slow.ms) == 3
     assert 20 <= min(fast.ms) < 90  # on a busy machine some are longer; with the slow one's 100
@@ -77,7 +74,7 @@ def test_a_benchmark_that_is_ended_leaves_no_process_behind(tmp_path):
     threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
     try:
         with pytest.raises(SystemExit):
-            bench.race([script("endless", 0.02, alive)], arguments(rounds=9999))
+            training_step.race([script("endless", 0.02, alive)], arguments(rounds=9999))
     finally:
         signal.signal(signal.SIGTERM, before)
     size = alive.stat().st_size
@@ -86,13 +83,15 @@ def test_a_benchmark_that_is_ended_leaves_no_process_behind(tmp_path):
 
 
 def test_a_process_that_fails_says_why():
-    broken = bench.Variant("broken", [sys.executable, "-c", "raise SystemExit('no such flag')"])
-    with pytest.raises(bench.UserError, match="broken ended: no such flag"):
-        bench.race([broken], arguments())
+    broken = training_step.Variant(
+        "broken", [sys.executable, "-c", "raise SystemExit('no such flag')"]
+    )
+    with pytest.raises(training_step.UserError, match="broken ended: no such flag"):
+        training_step.race([broken], arguments())
 
 
 def test_variants_take_one_thing_away_each():
-    every = bench.variants(
+    every = training_step.variants(
         arguments(preset="gpt2", device="cuda", variants=None, steps_per_line=10)
     )
     features = [set(v.settings["features"]) for v in every]
@@ -100,19 +99,26 @@ def test_variants_take_one_thing_away_each():
     assert features[0] == whole
     taken = [whole - each for each in features if each != whole]
     assert sorted(map(sorted, taken)) == sorted([[name] for name in whole])
-    cpu = bench.variants(arguments(preset="cpu", device="cpu", variants=["recipe", "SDPA"]))
+    cpu = training_step.variants(arguments(preset="cpu", device="cpu", variants=["recipe", "SDPA"]))
     assert [v.name for v in cpu] == ["recipe", "without SDPA (with eager attention)"]
 
 
 def test_an_unsteady_baseline_is_not_quoted():
-    assert bench.is_steady([10.0, 10.5, 11.0, 10.2])
-    assert not bench.is_steady([10.0, 14.0, 10.0, 15.0])
+    assert training_step.is_steady([10.0, 10.5, 11.0, 10.2])
+    assert not training_step.is_steady([10.0, 14.0, 10.0, 15.0])
     row = {
         "variant": "recipe", "step_ms": 10.0, "ratio": 1.0, "ratio_quartiles": [0.98, 1.02],
         "tokens_per_s": 76800.0, "mfu": 0.5, "peak_mib": 60.0, "parts_ms": {"batch": 1.0},
     }  # fmt: skip
-    results = {"sizes": bench.SIZES["cpu"], "rounds": 4, "steps_per_turn": 40, "variants": [row]}
-    steady, unsteady = (bench.render({**results, "usable": usable}) for usable in (True, False))
+    results = {
+        "sizes": training_step.SIZES["cpu"],
+        "rounds": 4,
+        "steps_per_turn": 40,
+        "variants": [row],
+    }
+    steady, unsteady = (
+        training_step.render({**results, "usable": usable}) for usable in (True, False)
+    )
     assert "| recipe | 10.00 | 1.00 (0.98 to 1.02) | 76,800 | 50.0% | 60 |" in steady
     assert "| batch | 1.00 |" in steady
     assert "| recipe | unusable | 1.00 (0.98 to 1.02) | unusable | unusable | 60 |" in unsteady
@@ -123,7 +129,7 @@ def test_an_unsteady_baseline_is_not_quoted():
 def test_the_recipe_beside_nanogpt(run_script, checkout, tmp_path):
     results = tmp_path / "results.json"
     printed = run_script(
-        "recipes/bench.py",
+        "benchmarks.training_step",
         *("--device", "cpu", "--rounds", 2, "--steps", 4, "--peak_tflops", 0.1),
         *("--variants", "recipe", "timed", "--against", checkout, "--results", results),
         cwd=tmp_path,
@@ -149,7 +155,7 @@ def test_the_recipe_beside_nanogpt(run_script, checkout, tmp_path):
 @pytest.mark.slow
 def test_a_profile(run_script, tmp_path):
     folder = tmp_path / "profile"
-    run_script("recipes/bench.py", "--device", "cpu", "--profile", folder, cwd=tmp_path)
+    run_script("benchmarks.training_step", "--device", "cpu", "--profile", folder, cwd=tmp_path)
     assert "aten::addmm" in (folder / "profile.txt").read_text(encoding="utf-8")
     assert (folder / "trace.json").stat().st_size > 10_000
 
@@ -163,6 +169,6 @@ def test_a_profile(run_script, tmp_path):
     ],
 )
 def test_wrong_flags_are_one_line(monkeypatch, flags, message):
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--device", "cpu", *flags])
-    with pytest.raises(bench.UserError, match=message):
-        bench.main()
+    monkeypatch.setattr(sys, "argv", ["training_step.py", "--device", "cpu", *flags])
+    with pytest.raises(training_step.UserError, match=message):
+        training_step.main()

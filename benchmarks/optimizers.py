@@ -1,10 +1,10 @@
 """Benchmark optimizers side by side on a model's shapes, or compute what finetuning it takes.
 
     make bench                                          # GPT-2's shapes on the CPU, all peers
-    python recipes/bench_optimizers.py --shapes gpt2-xl --device cuda --dtype bfloat16
-    python recipes/bench_optimizers.py --memory gpt2-xl --device cuda
-    python recipes/bench_optimizers.py --memory gpt2-xl --devices 2 4 8
-    python recipes/bench_optimizers.py --render FILE    # a results file's table and plot
+    python -m benchmarks.optimizers --shapes gpt2-xl --device cuda --dtype bfloat16
+    python -m benchmarks.optimizers --memory gpt2-xl --device cuda
+    python -m benchmarks.optimizers --memory gpt2-xl --devices 2 4 8
+    python -m benchmarks.optimizers --render FILE    # a results file's table and plot
 
 A model is one of gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama-1b, a local folder or a name on the
 hub; only its configuration is read. Weights and gradients are random, and all optimizers share
@@ -42,17 +42,12 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":  # before torch reads them: the first step is to compile for real
-    caches = tempfile.TemporaryDirectory(prefix="bench_optimizers_", ignore_cleanup_errors=True)
+    caches = tempfile.TemporaryDirectory(prefix="optimizers_", ignore_cleanup_errors=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["TRITON_CACHE_DIR"] = caches.name
 
 import torch
-from bench_tables import draw, render
-from memory_budget import run_memory
-from model_shapes import Weight, allocate, meta_model, meta_weights, slug
-from optimizer_peers import BASELINE, Peer, all_peers, states
 
-from striped_hf.cli import UserError, one_line, run
-from striped_hf.measuring import (
+from benchmarks.measuring import (
     available_bytes,
     checkpoint_bytes,
     copy_gb_s,
@@ -61,10 +56,15 @@ from striped_hf.measuring import (
     return_freed_memory,
     seconds,
     temporary_bytes,
-    tensor_bytes,
 )
+from benchmarks.memory_budget import run_memory
+from benchmarks.model_shapes import Weight, allocate, meta_model, meta_weights, slug
+from benchmarks.optimizer_peers import BASELINE, Peer, all_peers, states
+from benchmarks.optimizer_tables import draw, render
+from striped_hf.cli import UserError, one_line, run
 from striped_hf.optim.backends import BACKENDS, resolve
 from striped_hf.results import environment, write_json
+from striped_hf.trainer.memory import tensor_bytes
 
 # by device: a turn is as many steps as fit, at least one and at most 20
 TURN_SECONDS = {"cpu": 0.4, "cuda": 0.1}
@@ -286,7 +286,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--devices", nargs="+", type=int, metavar="N", help="for --memory: on each of so many, too"
     )
-    parser.add_argument("--results", help="default: recipes/results/, named after the run")
+    parser.add_argument("--results", help="default: benchmarks/results/, named after the run")
     return parser.parse_args()
 
 
@@ -305,8 +305,8 @@ def main() -> None:
         run_memory(args, chosen(args))
         return
     results = benchmark(args)
-    name = f"bench_optimizers_{slug(args.shapes)}_{args.device}_{args.dtype}.json"
-    write_json(args.results or f"recipes/results/{name}", results)
+    name = f"optimizers_{slug(args.shapes)}_{args.device}_{args.dtype}.json"
+    write_json(args.results or f"benchmarks/results/{name}", results)
     print(render(results))
 
 

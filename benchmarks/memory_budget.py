@@ -1,4 +1,4 @@
-"""The memory that finetuning a model takes, per optimizer: ``bench_optimizers.py --memory``.
+"""The memory that finetuning a model takes, per optimizer: ``benchmarks/optimizers.py --memory``.
 
     weights + gradients + optimizer state + the larger of two temporaries:
         activations     what the forward and backward passes hold at their peak
@@ -27,16 +27,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from model_shapes import Weight, allocate, load_config, meta_model, meta_weights, slug
-from optimizer_peers import Peer, states
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from benchmarks.measuring import temporary_bytes
+from benchmarks.model_shapes import Weight, allocate, load_config, meta_model, meta_weights, slug
+from benchmarks.optimizer_peers import Peer, states
 from striped_hf.cli import one_line
-from striped_hf.measuring import temporary_bytes, tensor_bytes
 from striped_hf.results import environment, markdown_table, write_json
+from striped_hf.trainer.memory import tensor_bytes
 
 CARDS_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 141)
 CONTEXT_GIB = 1  # what CUDA and the kernels themselves take of a card
@@ -224,7 +225,7 @@ def run_memory(args: argparse.Namespace, peers: list[Peer]) -> None:
     results = budget(args.memory, peers, device, args.batch_size, args.block_size)
     results = {"environment": environment(args.device), **results}
     name = f"memory_{slug(args.memory)}_{args.device}.json"
-    write_json(args.results or f"recipes/results/{name}", results)
+    write_json(args.results or f"benchmarks/results/{name}", results)
     print(render_memory(results))
     if args.devices:
         print(f"\n{render_devices(results, args.devices)}")

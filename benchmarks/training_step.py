@@ -1,9 +1,9 @@
 """Time a training step: with and without what makes it fast, beside a plain loop and nanoGPT.
 
-    python recipes/bench.py                                     # the CPU command's sizes
-    python recipes/bench.py --preset gpt2                       # 124M, 12 x 1,024 tokens; GPU
-    python recipes/bench.py --against ~/nanoGPT                 # and its train.py, turn by turn
-    python recipes/bench.py --profile out/profile               # where the time goes, for a browser
+    python -m benchmarks.training_step                             # the CPU command's sizes
+    python -m benchmarks.training_step --preset gpt2               # 124M, 12 x 1,024 tokens; GPU
+    python -m benchmarks.training_step --against ~/nanoGPT         # and its train.py
+    python -m benchmarks.training_step --profile out/profile       # where the time goes
 
 Each variant trains in a process of its own, from random weights on random tokens. The processes
 are stopped, and in every round each has its turn, so that what else the machine does falls on all
@@ -34,15 +34,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_tables import ratio_cell
-from train_shakespeare_char import PRESETS
 
+from benchmarks.measuring import STEADY, is_steady, quartiles
+from benchmarks.optimizer_tables import ratio_cell
+from recipes.train_shakespeare_char import PRESETS
 from striped_hf.cli import UserError, run
 from striped_hf.losses import is_worthwhile
-from striped_hf.measuring import STEADY, is_steady, quartiles
 from striped_hf.results import environment, markdown_table, write_json
 
-WORKER = Path(__file__).with_name("bench_worker.py")
+REPOSITORY = Path(__file__).resolve().parents[1]
 KEYS = ("n_layer", "n_head", "n_embd", "block_size", "dropout", "per_device_train_batch_size")
 SIZES = {
     **{
@@ -80,7 +80,7 @@ class Variant:
     name: str
     command: list[str]
     line: str = r"\{.*\}"
-    cwd: Path | None = None
+    cwd: Path = REPOSITORY
     settings: dict[str, Any] | None = None
     ms: list[float] = field(default_factory=list)
     printed: list[dict[str, Any]] = field(default_factory=list)
@@ -95,7 +95,7 @@ class Racer:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115, as long as the process
         self._process = subprocess.Popen(
             variant.command,
-            cwd=variant.cwd,
+            cwd=variant.cwd,  # the repository, or a checkout of nanoGPT
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
@@ -192,7 +192,7 @@ def variants(args: argparse.Namespace) -> list[Variant]:
 
 
 def worker(settings: dict[str, Any]) -> list[str]:
-    return [sys.executable, str(WORKER), json.dumps(settings)]
+    return [sys.executable, "-m", "benchmarks.training_step_worker", json.dumps(settings)]
 
 
 def nanogpt(checkout: Path, args: argparse.Namespace, folder: Path) -> Variant:
@@ -252,7 +252,7 @@ def memory_mib(variant: Variant) -> float | None:
     if variant.settings is None or variant.settings["loop"] != "trainer":
         return None
     command = worker(variant.settings | {"memory": True})
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     if done.returncode != 0:
         raise UserError(f"{variant.name} failed: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])["peak_mib"]
@@ -359,7 +359,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="steps in each turn")
     parser.add_argument("--peak_tflops", type=float, help="the device's, where its table has none")
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="profile the recipe instead")
-    parser.add_argument("--results", help="default: recipes/results/, named after the run")
+    parser.add_argument("--results", help="default: benchmarks/results/, named after the run")
     args = parser.parse_args()
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -374,12 +374,13 @@ def main() -> None:
     if args.profile:
         settings = variants(args)[0].settings
         assert settings is not None
-        subprocess.run(worker(settings | {"profile": str(args.profile)}), check=True)
+        command = worker(settings | {"profile": str(args.profile.resolve())})
+        subprocess.run(command, cwd=REPOSITORY, check=True)
         print(f"profile.txt and trace.json (for ui.perfetto.dev) are in {args.profile}")
         return
     results = measure(args)
     name = f"training_step_{args.preset}_{args.device}.json"
-    write_json(args.results or f"recipes/results/{name}", results)
+    write_json(args.results or f"benchmarks/results/{name}", results)
     print(render(results))
 
 

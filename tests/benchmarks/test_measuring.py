@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from striped_hf.measuring import checkpoint_bytes, seconds, tensor_bytes
+from benchmarks.measuring import checkpoint_bytes, seconds
+from striped_hf.trainer.memory import tensor_bytes
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -17,7 +18,7 @@ MIB = 2**20
 # in a process of its own: what other tests have left in malloc's hands would count
 SCRIPT = """
 import ctypes, json, torch
-from striped_hf.measuring import return_freed_memory, temporary_bytes
+from benchmarks.measuring import return_freed_memory, temporary_bytes
 
 return_freed_memory()
 libc = ctypes.CDLL(None)

@@ -1,0 +1,1 @@
+"""What measures. Run each from the repository's root: ``python -m benchmarks.optimizers``."""
