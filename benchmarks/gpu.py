@@ -1,157 +1,233 @@
 """Run everything in this project that needs a GPU, in one command.
 
-    make gpu              # results go where $OUT says, else into benchmarks/results/
+    make gpu-smoke        # 2 minutes: the kernel tests and the kernel times
+    make gpu              # 9 minutes: everything
+    make gpu-check        # without a GPU: every part, tiny, in an environment like a GPU machine's
+    python -m benchmarks.gpu --collect out/gpu/gpu.json      # into benchmarks/results/
 
-It installs nothing and needs no network: it runs from the tree with whatever torch, transformers
-and triton there are; optimizers whose packages are missing are named with that reason. Each part is
-a process with its own time limit. One that fails does not stop the next, and the command ends in
-error where any did. A part begins only while there is time left, so that the whole ends within 9
-minutes. The summary comes last. To add a part, add it to ``parts``.
+It installs nothing and needs no network. Each part is a process with its own time limit. Parts run
+in the order of their value; one that fails does not stop the next, and the command ends in error
+where any did. ``gpu.json`` has the results of all parts. It is written every two seconds while a
+part runs, so that a part or the whole run can be cut off at any moment and what was measured stays.
+``gpu.log`` has everything that was printed. Both go to the folder $OUT, else to out/gpu/.
+
+benchmarks/gpu.md says how to spend a quarter of an hour on a GPU. To add a part, add it to
+``benchmarks/gpu_parts.py``.
 """
 
+import argparse
 import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from benchmarks import optimizer_tables, training_memory, training_step
+from benchmarks.gpu_parts import RENDER, Part, full, smoke
 from striped_hf.cli import UserError, run
 from striped_hf.results import environment, write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-BUDGET_S = 530  # of all parts; imports and the summary take the rest of 9 minutes
-SHORTEST_S = 15  # a part with less time than this left is not begun
+RESULTS = REPOSITORY / "benchmarks" / "results"
+BUDGET_S = {"full": 525.0, "smoke": 110.0}  # of all parts; the start takes some seconds more
+SHORTEST_S = 15.0  # a part with less time than this left is not begun
+WRITE_EVERY_S = 2.0
 
 
-@dataclass(frozen=True)
-class Part:
-    """One process to run.
+def run_part(part: Part, limit_s: float, log: IO[str], save: Any) -> dict[str, Any]:
+    """Runs a part, and kills its processes when its time is over.
 
     Args:
-        name: What the summary calls it.
-        command: Its arguments, for the Python that runs this.
-        limit_s: After so many seconds it is ended, and has failed.
-        results: The file that it writes, shown in the summary.
-        render: What makes a table of that file.
+        part: What to run.
+        limit_s: The seconds it may take.
+        log: Gets what the part prints, as standard output does.
+        save: Called every few seconds with how the part stands.
+
+    Returns:
+        How it ended: ``part``, ``ended`` and ``seconds``.
     """
-
-    name: str
-    command: tuple[str, ...]
-    limit_s: float
-    results: Path | None = None
-    render: Callable[[dict[str, Any]], str] | None = None
-
-
-def parts(out: Path, device: str = "cuda") -> list[Part]:
-    """Lists the parts, in order of importance: the last are the first to find no time left."""
-
-    def optimizers(model: str, dtype: str, limit_s: float) -> Part:
-        name = model.replace("-", "_")
-        results = out / f"optimizers_{name}_{device}_{dtype}.json"
-        flags = ("--shapes", model, "--device", device, "--dtype", dtype, "--results", str(results))
-        command = ("-m", "benchmarks.optimizers", *flags)
-        return Part(
-            f"optimizers, {model}, {dtype}", command, limit_s, results, optimizer_tables.render
-        )
-
-    def training(name: str, model: str, limit_s: float, *flags: str) -> Part:
-        results = out / f"{name}_{device}.json"
-        command = ("-m", "benchmarks.training_memory", "--device", device, "--model", model, *flags)
-        command += ("--results", str(results))
-        return Part(name, command, limit_s, results, training_memory.render)
-
-    steps = out / f"training_step_gpt2_{device}.json"
-    step_flags = ("--preset", "gpt2", "--device", device, "--rounds", "5", "--steps", "20")
-    return [
-        Part("tests", ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"), 180),
-        # finetune_shakespeare.py's setting: 1 window x 1,024 tokens x 32 accumulation steps
-        training("finetune_gpt2_xl", "gpt2-xl", 160, "--steps", "4"),
-        optimizers("gpt2", "float32", 90),
-        optimizers("gpt2", "bfloat16", 90),
-        # 16 windows x 1,024 tokens
-        training(
-            *("throughput_gpt2", "gpt2", 60, "--steps", "30"),
-            *("--batch_size", "16", "--accumulation", "1"),
-        ),
-        # 12 windows x 1,024 tokens, and what each thing that makes it fast is worth
-        Part(
-            *(
-                "training_step_gpt2",
-                ("-m", "benchmarks.training_step", *step_flags, "--results", str(steps)),
-            ),
-            *(240, steps, training_step.render),
-        ),
-        optimizers("gpt2-xl", "float32", 110),
-        optimizers("gpt2-xl", "bfloat16", 110),
-    ]
-
-
-def run_part(part: Part, limit_s: float) -> dict[str, Any]:
-    """Runs a part, ends all its processes when its time is over, and returns how it ended."""
     begin = time.monotonic()
-    if part.results is not None:
-        part.results.unlink(missing_ok=True)  # what the summary shows is to be of this run
+    python_path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(
         [sys.executable, *part.command],
         cwd=REPOSITORY,
-        # one GPU, unless told which: Trainer would spread over all
-        env={"CUDA_VISIBLE_DEVICES": "0", **os.environ, "PYTHONPATH": str(REPOSITORY)},
-        start_new_session=True,  # so that its own children can be ended with it
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={
+            "CUDA_VISIBLE_DEVICES": "0",  # one GPU, unless told which: Trainer would use all
+            "HF_HUB_OFFLINE": "1",
+            **os.environ,
+            "PYTHONPATH": python_path,
+            "PYTHONUNBUFFERED": "1",
+        },
+        start_new_session=True,  # so that its own children can be killed with it
     )
+
+    def copy_output() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            for stream in (sys.stdout, log):
+                stream.write(line)
+                stream.flush()
+
+    reader = threading.Thread(target=copy_output, daemon=True)
+    reader.start()
+    outcome = {"part": part.name, "ended": "was running when the run was cut off"}
     try:
-        status = process.wait(limit_s)
-        ended = "passed" if status == 0 else f"failed with status {status}"
-    except subprocess.TimeoutExpired:
-        ended = f"ended after its limit of {limit_s:.0f} s"
+        while True:
+            seconds = time.monotonic() - begin
+            save({**outcome, "seconds": seconds})
+            if seconds >= limit_s:
+                outcome["ended"] = f"ended after its limit of {limit_s:.0f} s"
+                break
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = process.wait(min(WRITE_EVERY_S, limit_s - seconds))
+                outcome["ended"] = "passed" if status == 0 else f"failed with status {status}"
+                break
     finally:
         with contextlib.suppress(ProcessLookupError):  # they have all ended
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    return {"part": part.name, "ended": ended, "seconds": time.monotonic() - begin}
+        reader.join(timeout=5)
+    return {**outcome, "seconds": time.monotonic() - begin}
 
 
-def run_parts(planned: Sequence[Part], out: Path, budget_s: float = BUDGET_S) -> bool:
-    """Runs parts one after another and prints the summary; returns whether all passed."""
+def run_parts(planned: Sequence[Part], out: Path, folder: Path, budget_s: float) -> bool:
+    """Runs parts one after another and prints the summary; returns whether all passed.
+
+    Args:
+        planned: The parts, the most valuable first.
+        out: Where gpu.json and gpu.log go.
+        folder: Where the parts write their own results files.
+        budget_s: The seconds that all of them together may take.
+    """
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + budget_s
-    outcomes = []
-    for part in planned:
-        left = deadline - time.monotonic()
-        if left < min(SHORTEST_S, part.limit_s):
-            outcomes.append({"part": part.name, "ended": "not begun: no time left", "seconds": 0.0})
-            continue
-        print(f"\n== {part.name}", flush=True)
-        outcomes.append(run_part(part, min(left, part.limit_s)))
+    outcomes: list[dict[str, Any]] = []
+    where = environment()
 
-    print("\n== results", flush=True)
+    def save(running: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Writes gpu.json, with the results of every part so far."""
+        found = {}
+        for part in planned:
+            path = folder / f"{part.name}.json"
+            if path.is_file():
+                found[part.name] = json.loads(path.read_text(encoding="utf-8"))
+        ended = [*outcomes, *([running] if running else [])]
+        written = {"environment": where, "parts": ended, "results": found}
+        write_json(out / "gpu.json", written)
+        return written
+
+    with (out / "gpu.log").open("w", encoding="utf-8") as log:
+        for part in planned:
+            left = deadline - time.monotonic()
+            if left < min(SHORTEST_S, part.limit_s):
+                ended = {"part": part.name, "ended": "not begun: no time left", "seconds": 0.0}
+                outcomes.append(ended)
+                continue
+            print(f"\n== {part.name}", flush=True)
+            log.write(f"\n== {part.name}\n")
+            limit_s = left if part.takes_the_rest else min(left, part.limit_s)
+            outcomes.append(run_part(part, limit_s, log, save))
+            save()
+        results = save()["results"]
+        for text in summary(planned, outcomes, results):
+            print(text, flush=True)
+            log.write(f"{text}\n")
+    print(f"everything is in {out}/gpu.json and {out}/gpu.log")
+    return all(outcome["ended"] == "passed" for outcome in outcomes)
+
+
+def summary(
+    planned: Sequence[Part], outcomes: Sequence[dict[str, Any]], results: dict[str, Any]
+) -> list[str]:
+    """Returns the tables of all results, and last how each part ended."""
+    lines = ["\n== results"]
     for part in planned:
-        if part.results is not None and part.results.is_file() and part.render is not None:
-            table = part.render(json.loads(part.results.read_text(encoding="utf-8")))
-            print(f"\n{part.name}:\n\n{table}")
-    write_json(out / "gpu.json", {"environment": environment(), "parts": outcomes})
+        if part.name in results:
+            try:
+                table = part.render(results[part.name])
+            except Exception as error:  # cut off too early for a table: its figures are kept
+                table = f"no table: {error!r}"
+            lines.append(f"\n{part.name}:\n\n{table}")
     passed = all(outcome["ended"] == "passed" for outcome in outcomes)
-    print(f"\n== summary: {'all parts passed' if passed else 'FAILED'}; results are in {out}")
+    lines.append(f"\n== summary: {'all parts passed' if passed else 'FAILED'}")
     for outcome in outcomes:
-        print(f"{outcome['part']}: {outcome['ended']} ({outcome['seconds']:.0f} s)")
-    sys.stdout.flush()
-    return passed
+        found = results.get(outcome["part"])
+        note = "no result" if found is None else "" if found.get("complete") else "cut off"
+        note = f", {note}" if note else ""
+        lines.append(f"{outcome['part']}: {outcome['ended']} ({outcome['seconds']:.0f} s){note}")
+    return lines
+
+
+def collect(path: Path) -> None:
+    """Writes each part's results of a gpu.json into benchmarks/results/, for the tables.
+
+    Raises:
+        UserError: It is no gpu.json.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))["results"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--collect {path}: pass a gpu.json that `make gpu` wrote") from error
+    for name in RENDER:  # names of this program, never of the file
+        if name in results:
+            write_json(RESULTS / f"{name}.json", results[name])
+            print(f"written: {RESULTS / name}.json")
+    print("now run `python -m benchmarks.render_tables`")
 
 
 def main() -> None:
-    if not torch.cuda.is_available():
-        raise UserError("there is no CUDA device here: run it where there is one")
-    out = Path(os.environ.get("OUT") or REPOSITORY / "benchmarks" / "results").resolve()
-    if not run_parts(parts(out), out):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--smoke", action="store_true", help="the kernel tests and times only")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="everything tiny, on the CPU, kernels interpreted"
+    )
+    parser.add_argument("--collect", type=Path, metavar="FILE", help="take over a gpu.json")
+    args = parser.parse_args()
+    if args.collect:
+        collect(args.collect)
+        return
+    if not args.rehearse and not torch.cuda.is_available():
+        raise UserError(
+            "there is no CUDA device here: run it where there is one, or rehearse it with "
+            "`make gpu-check`"
+        )
+    out = Path(os.environ.get("OUT") or REPOSITORY / "out" / "gpu").resolve()
+    with tempfile.TemporaryDirectory(prefix="gpu_parts_") as name:
+        folder = Path(name)
+        planned = (smoke if args.smoke else full)(folder, args.rehearse)
+        budget_s = BUDGET_S["smoke" if args.smoke else "full"] * (20 if args.rehearse else 1)
+        passed = run_parts(planned, out, folder, budget_s)
+    if args.rehearse:
+        written = json.loads((out / "gpu.json").read_text(encoding="utf-8"))
+        without = [part.name for part in planned if not has_result(written, part.name)]
+        if without:
+            sys.exit(f"without a whole result: {', '.join(without)}")
+        print("every part ended with a whole result")
+    if not passed:
         sys.exit(1)
+
+
+def has_result(written: dict[str, Any], name: str) -> bool:
+    """Tells whether a part ran to its end and measured something in every row it can."""
+    found = written["results"].get(name, {})
+    rows = found.get("rows") or found.get("optimizers") or found.get("variants") or [{}]
+    reasons = [row["reason"] for row in rows if "reason" in row]
+    unexpected = [reason for reason in reasons if not reason.endswith("is not installed")]
+    return bool(found.get("complete")) and not unexpected and len(reasons) < len(rows)
 
 
 if __name__ == "__main__":

@@ -142,17 +142,18 @@ def optimi_adamw(weights: list[Weight]) -> Any:
     return AdamW(plain_groups(weights), lr=LR)  # takes Triton or foreach where they can run
 
 
-def striped(
-    momentum_dtype: str, backend: str, lagged: bool = False
-) -> Callable[[list[Weight]], Any]:
+def striped(momentum_dtype: str, backend: str, **settings: bool) -> Callable[[list[Weight]], Any]:
+    """Returns what makes a StripedAdamW; ``settings`` are further ones of its own."""
+
     def build(weights: list[Weight]) -> Any:
         # a named backend that cannot run is to raise here, with its reason
         resolve(backend, weights[0].param.device.type)
         groups = plain_groups(weights)
         for group in groups:
             group["blocks"] = [w.blocks for w in weights if w.weight_decay == group["weight_decay"]]
-        settings = {"momentum_dtype": momentum_dtype, "backend": backend, "lagged": lagged}
-        return StripedAdamW(groups, lr=LR, **settings)
+        return StripedAdamW(
+            groups, lr=LR, momentum_dtype=momentum_dtype, backend=backend, **settings
+        )
 
     return build
 

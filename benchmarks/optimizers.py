@@ -168,7 +168,7 @@ def finish(group: list[Contender], parameters: int, itemsize: int) -> None:
 
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs the benchmark and returns its results."""
+    """Runs the benchmark, writes what it has after each group, and returns the results."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     shapes = meta_weights(meta_model(args.shapes))
     parameters = sum(weight.param.numel() for weight in shapes)
@@ -207,6 +207,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
             waiting = [other for other in waiting if other is not peer]
         race(group, device, args.rounds)
         finish(group, parameters, dtype.itemsize)
+        write_json(args.results, described(args, parameters, bandwidth, rows))
         del group, entry
         free_memory(device)
     if device.type == "cpu":
@@ -217,6 +218,15 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as process:
             for name, found in process.submit(temporaries, args).result().items():
                 rows[name]["temporary_bytes"] = found
+    results = {**described(args, parameters, bandwidth, rows), "complete": True}
+    write_json(args.results, results)
+    return results
+
+
+def described(
+    args: argparse.Namespace, parameters: int, bandwidth: float, rows: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Returns what the results file holds of the optimizers that have a row by now."""
     return {
         "environment": environment(args.device),
         "shapes": args.shapes,
@@ -225,7 +235,8 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": args.dtype,
         "rounds": args.rounds,
         "copy_gb_s": bandwidth,
-        "optimizers": [rows[peer.name] for peer in chosen(args)],
+        "complete": False,
+        "optimizers": [rows[peer.name] for peer in chosen(args) if peer.name in rows],
     }
 
 
@@ -304,10 +315,9 @@ def main() -> None:
         return_freed_memory()
         run_memory(args, chosen(args))
         return
-    results = benchmark(args)
     name = f"optimizers_{slug(args.shapes)}_{args.device}_{args.dtype}.json"
-    write_json(args.results or f"benchmarks/results/{name}", results)
-    print(render(results))
+    args.results = args.results or f"benchmarks/results/{name}"
+    print(render(benchmark(args)))
 
 
 if __name__ == "__main__":

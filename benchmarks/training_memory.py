@@ -86,6 +86,7 @@ def measure(args: argparse.Namespace, path: str) -> dict[str, Any]:
         "environment": environment(args.device),
         **{key: getattr(args, key) for key in setting},
         "parameters": meta_model(args.model).num_parameters(),
+        "complete": False,
         "optimizers": [],
     }
     spawn = multiprocessing.get_context("spawn")
@@ -106,6 +107,7 @@ def measure(args: argparse.Namespace, path: str) -> dict[str, Any]:
     )
     for row, predicted in zip(results["optimizers"], prediction["optimizers"], strict=True):
         row["predicted_mib"] = predicted["peak"] / 2**20 if "peak" in predicted else None
+    results["complete"] = True
     write_json(path, results)
     return results
 

@@ -259,18 +259,42 @@ def memory_mib(variant: Variant) -> float | None:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Times all variants, then measures their memory; returns what the results file holds."""
+    """Times all variants and measures their memory; writes the results file.
+
+    On a GPU, whose memory may not hold two of them, one variant runs after another, and the file is
+    written after each. Elsewhere all take turns.
+    """
+    peaks: list[float | None] = []
     with tempfile.TemporaryDirectory() as folder:
         racing = variants(args)
         if args.against:
             racing.append(nanogpt(args.against.expanduser().resolve(), args, Path(folder)))
-        race(racing, args)
+        alone = args.device == "cuda"
+        for group in [[variant] for variant in racing] if alone else [racing]:
+            race(group, args)
+            peaks += [memory_mib(variant) for variant in group]
+            done = racing[: len(peaks)]
+            results = {**summarize(done, peaks, args), "complete": len(done) == len(racing)}
+            write_json(args.results, results)
+    return results
+
+
+def summarize(
+    racing: list[Variant], peaks: list[float | None], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Returns what the results file holds of variants that were timed, the recipe first.
+
+    Args:
+        racing: The variants.
+        peaks: The memory of each, in MiB.
+        args: The command line's.
+    """
     sizes, first = SIZES[args.preset], racing[0]
     constants = first.printed[0]
     tokens = sizes["block_size"] * sizes[KEYS[-1]]
     peak = args.peak_tflops or constants["peak_tflops"]
     rows = []
-    for variant in racing:
+    for variant, peak_mib in zip(racing, peaks, strict=True):
         ms = statistics.median(variant.ms)
         mfu = None
         if peak:
@@ -279,7 +303,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         ratios = [mine / other for mine, other in zip(variant.ms, first.ms, strict=True)]
         low, ratio, high = quartiles(ratios)
         row |= {"ratio": ratio, "ratio_quartiles": [low, high]}
-        row |= {"tokens_per_s": 1e3 * tokens / ms, "mfu": mfu, "peak_mib": memory_mib(variant)}
+        row |= {"tokens_per_s": 1e3 * tokens / ms, "mfu": mfu, "peak_mib": peak_mib}
         rows.append(row | {"parts_ms": parts_ms(variant)})
     return {
         "environment": environment(args.device),
@@ -378,10 +402,9 @@ def main() -> None:
         subprocess.run(command, cwd=REPOSITORY, check=True)
         print(f"profile.txt and trace.json (for ui.perfetto.dev) are in {args.profile}")
         return
-    results = measure(args)
     name = f"training_step_{args.preset}_{args.device}.json"
-    write_json(args.results or f"benchmarks/results/{name}", results)
-    print(render(results))
+    args.results = args.results or f"benchmarks/results/{name}"
+    print(render(measure(args)))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import find_executable_batch_size
-from datasets import Features, Value
-from evaluate import Metric, MetricInfo
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.data import DataLoader, Dataset
@@ -21,48 +19,40 @@ from striped_hf.losses import head_in_loss, plain_head, token_losses, whole_weig
 _LARGEST_BATCH = 64  # sequences; more of them are no faster on any device
 
 
-class TokenLoss(Metric):
-    """The mean loss of tokens that come in sequences, as a metric of ``evaluate``.
+def mean_token_loss(losses: Sequence[float], tokens: Sequence[int]) -> dict[str, float | None]:
+    """Computes the mean loss of tokens that come in sequences.
 
-    Takes for each sequence ``losses``, the sum of its tokens' losses in nats (float), and
-    ``tokens``, how many there are (int). ``compute`` returns
+    Args:
+        losses: For each sequence the sum of its tokens' losses, in nats.
+        tokens: For each sequence how many tokens were summed.
 
-    - ``loss``, in nats per token, every token weighing the same;
-    - ``standard_error`` of that loss, from the scatter between the sequences, since the tokens of
-      one sequence depend on each other; None where there is but one sequence;
-    - ``perplexity`` = exp(loss), and ``tokens``, all that were counted.
+    Returns:
+        ``loss`` in nats per token, every token weighing the same; its ``standard_error`` from the
+        scatter between sequences, since the tokens of one sequence depend on each other (None for
+        a single sequence); ``perplexity`` = exp(loss); and ``tokens``, the number counted.
+
+    Raises:
+        ValueError: There is no token.
     """
-
-    def _info(self) -> MetricInfo:
-        return MetricInfo(
-            description="Mean loss of tokens, with its standard error and perplexity.",
-            citation="",
-            inputs_description="losses: summed over each sequence; tokens: counted in each.",
-            features=Features({"losses": Value("float64"), "tokens": Value("int64")}),
-        )
-
-    def _compute(self, losses: Sequence[float], tokens: Sequence[int]) -> dict[str, float | None]:
-        # a sequence without tokens, such as what was masked all over, has nothing to say
-        counts = torch.tensor([count for count in tokens if count], dtype=torch.float64)
-        sums = torch.tensor(
-            [loss for loss, count in zip(losses, tokens, strict=True) if count], dtype=torch.float64
-        )
-        total, sequences = int(counts.sum()), len(counts)
-        if total == 0:
-            raise ValueError("the evaluation data holds no targets: pass one that has labels")
-        loss = (sums.sum() / total).item()
-        # of a ratio of two sums over sequences, both of which vary
-        residuals = (sums - loss * counts).square().sum().item()
-        error = (
-            math.sqrt(residuals * sequences / (sequences - 1)) / total if sequences > 1 else None
-        )
-        return {
-            "loss": loss,
-            "standard_error": error,
-            # a diverged model's perplexity is no number worth an OverflowError
-            "perplexity": math.exp(loss) if loss < 700 else math.inf,
-            "tokens": total,
-        }
+    # a sequence without targets, such as a fully masked one, is no observation
+    counts = torch.tensor([count for count in tokens if count], dtype=torch.float64)
+    sums = torch.tensor(
+        [loss for loss, count in zip(losses, tokens, strict=True) if count], dtype=torch.float64
+    )
+    total, sequences = int(counts.sum()), len(counts)
+    if total == 0:
+        raise ValueError("the evaluation data holds no targets: pass data that has labels")
+    loss = (sums.sum() / total).item()
+    # of a ratio of two sums over sequences, both of which vary
+    residuals = (sums - loss * counts).square().sum().item()
+    error = math.sqrt(residuals * sequences / (sequences - 1)) / total if sequences > 1 else None
+    return {
+        "loss": loss,
+        "standard_error": error,
+        # a diverged model's perplexity is infinite, not an OverflowError
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "tokens": total,
+    }
 
 
 @torch.no_grad()
@@ -87,13 +77,11 @@ def evaluate_loss(
         accelerator: Gathers over the processes.
 
     Returns:
-        What :class:`TokenLoss` makes of them: ``loss`` in nats per token, its ``standard_error``,
-        ``perplexity`` = exp(loss), and ``tokens``, the targets counted.
+        As :func:`mean_token_loss`, a sequence being one row of a batch.
 
     Raises:
         ValueError: There was not one target.
     """
-    metric = TokenLoss(keep_in_memory=True)
     was_training = model.training
     model.eval()
     losses_of = _losses(model, accelerator)
@@ -105,7 +93,7 @@ def evaluate_loss(
         sums += sequences.tolist()
         counts += targets.tolist()
     model.train(was_training)
-    return metric.compute(losses=sums, tokens=counts)
+    return mean_token_loss(sums, counts)
 
 
 def _losses(model: nn.Module, accelerator: Accelerator) -> Callable[[Tensor, Tensor], Tensor]:

@@ -14,7 +14,8 @@ from accelerate.state import AcceleratorState
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from striped_hf.data import ContiguousBlocks, open_split, write_data_set
-from striped_hf.evaluation import TokenLoss, evaluate_data_set, evaluate_loss, largest_batch
+from striped_hf.evaluation import evaluate_data_set, evaluate_loss, largest_batch, mean_token_loss
+from striped_hf.metric import TokenLoss
 
 SCRIPT = """
 import json, sys, torch
@@ -102,9 +103,7 @@ def test_chunks_of_a_large_vocabulary_have_the_losses_of_the_whole(kind, mixed_p
     losses = torch.nn.functional.cross_entropy(
         logits.double().flatten(0, 1), labels.flatten(), reduction="none"
     ).view(labels.shape)
-    whole = TokenLoss(keep_in_memory=True).compute(
-        losses=losses.sum(1).tolist(), tokens=(labels != -100).sum(1).tolist()
-    )
+    whole = mean_token_loss(losses.sum(1).tolist(), (labels != -100).sum(1).tolist())
     assert found.pop("standard_error") == pytest.approx(whole.pop("standard_error"), rel=1e-4)
     assert found == pytest.approx(whole, rel=1e-6)
 
@@ -179,7 +178,7 @@ def test_standard_error_is_the_scatter_of_repeated_samples():
     for _ in range(150):
         tokens = torch.randint(1, 40, (50,))
         sums = tokens * (3 + torch.randn(50)) + tokens.sqrt() * torch.randn(50)
-        found = TokenLoss(keep_in_memory=True).compute(losses=sums, tokens=tokens)
+        found = mean_token_loss(sums.tolist(), tokens.tolist())
         means.append(found["loss"])
         errors.append(found["standard_error"])
     scatter = torch.tensor(means).std().item()
@@ -187,13 +186,13 @@ def test_standard_error_is_the_scatter_of_repeated_samples():
 
 
 def test_one_sequence_has_no_standard_error():
-    found = TokenLoss(keep_in_memory=True).compute(losses=[3.0], tokens=[2])
+    found = mean_token_loss([3.0], [2])
     assert found["loss"] == 1.5
     assert found["standard_error"] is None
 
 
 def test_perplexity_of_a_diverged_model():
-    found = TokenLoss(keep_in_memory=True).compute(losses=[1e4, 1e4], tokens=[1, 1])
+    found = mean_token_loss([1e4, 1e4], [1, 1])
     assert found["perplexity"] == math.inf
 
 

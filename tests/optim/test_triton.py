@@ -44,7 +44,8 @@ tl, random_bits, step_key = jit.tl, jit._random_bits, jit._step_key
 DEVICE = kernels.DEVICE_TYPES[0]
 ON_GPU = DEVICE == "cuda"
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="no CUDA device")]
+# on a GPU every test here is one of compiled kernels, which `pytest -m gpu` is to run
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -218,7 +219,19 @@ def synchronise(target: StripedAdamW, source: StripedAdamW) -> None:
                 target.state[p][key].copy_(value)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+def with_smoke_marks(specs: list[Spec]) -> list[Any]:
+    """Marks the first spec of each kernel variant, for a first look on a GPU."""
+    seen, marked = set(), []
+    for spec in specs:
+        variant = (spec.momentum_dtype, spec.dtype, spec.grad_dtype, spec.layout)
+        variant += (len(spec.shape) > 1, spec.flags == LAGGED, spec.blocks != (1, 1))
+        marks = () if variant in seen or spec.flags not in ({}, LAGGED) else pytest.mark.smoke
+        seen |= {variant} if marks else set()
+        marked.append(pytest.param(spec, marks=marks))
+    return marked
+
+
+@pytest.mark.parametrize("spec", with_smoke_marks(SPECS), ids=str)
 def test_every_step_is_the_references(spec: Spec) -> None:
     ours, theirs = optimizer_of(spec, "triton"), optimizer_of(spec, "reference")
     for t in range(3):
@@ -778,6 +791,7 @@ def test_auto_is_triton_on_a_gpu() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(ON_GPU, reason="the other tests compile them for this GPU")
 def test_the_kernels_compile_for_real_gpus(tmp_path: Path) -> None:
     """To PTX of sm_80 and sm_90, which needs no GPU, with vector loads and no local memory."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

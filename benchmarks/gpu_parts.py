@@ -1,0 +1,187 @@
+"""The parts of ``make gpu`` and ``make gpu-smoke``: what each runs, and how long it may take."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import (
+    gpu_kernels,
+    gpu_losses,
+    gpu_tests,
+    optimizer_tables,
+    training_memory,
+    training_step,
+)
+from striped_hf.data import write_data_set
+
+# 300 examples in one process, each with kernels of its own to compile
+TOO_LONG = "tests/optim/test_against_oracle.py::test_every_number_agrees_with_the_oracle"
+
+# how the results of each part are shown; the names are those of the files in benchmarks/results/
+RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
+    "gpu_tests": gpu_tests.render,
+    "gpu_kernels": gpu_kernels.render,
+    "optimizers_gpt2_xl_cuda_float32": optimizer_tables.render,
+    "finetune_gpt2_xl_cuda": training_memory.render,
+    "optimizers_gpt2_cuda_float32": optimizer_tables.render,
+    "throughput_gpt2_cuda": training_memory.render,
+    "training_step_gpt2_cuda": training_step.render,
+    "gpu_losses": gpu_losses.render,
+}
+STRIPED = (
+    *("striped_float32", "striped_bfloat16", "striped_int8", "striped_int4"),
+    *("striped_float32_lagged", "striped_int8_lagged"),
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process to run.
+
+    Args:
+        name: The name of its results, a key of ``RENDER``.
+        command: Its arguments, for the Python that runs this; the last names its results file.
+        limit_s: After so many seconds it is killed.
+        takes_the_rest: Whether it may take all of the time that is left, if that is more.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    limit_s: float
+    takes_the_rest: bool = False
+
+    def render(self, results: dict[str, Any]) -> str:
+        """Makes the Markdown table of its results."""
+        return RENDER[self.name](results)
+
+
+def smoke(folder: Path, rehearsal: bool) -> list[Part]:
+    """Lists the parts of a first look: one shape of each kernel variant, and the kernel times."""
+    return [
+        kernel_tests(folder, 60, rehearsal, smoke=True),
+        kernel_times(folder, 50, rehearsal),
+    ]
+
+
+def full(folder: Path, rehearsal: bool) -> list[Part]:
+    """Lists all parts, the most valuable first: the last are the first to find no time left.
+
+    Args:
+        folder: Where they write their results files.
+        rehearsal: Whether to do as much as a CPU can in a minute: tiny models, few steps.
+    """
+    device = ("--device", "cpu" if rehearsal else "cuda")
+    models = {"gpt2": "gpt2", "gpt2-xl": "gpt2-xl"}
+    data = "data/novels"
+    if rehearsal:
+        models = dict.fromkeys(models, tiny_model(folder))
+        data = tiny_data(folder)
+
+    def part(name: str, limit_s: float, *command: str, tiny: tuple[str, ...]) -> Part:
+        flags = (*device, *(tiny if rehearsal else ()))
+        results = str(folder / f"{name}.json")
+        return Part(name, ("-m", *command, *flags, "--results", results), limit_s)
+
+    return [
+        kernel_tests(folder, 110, rehearsal, smoke=rehearsal),
+        kernel_times(folder, 65, rehearsal),
+        part(
+            *("optimizers_gpt2_xl_cuda_float32", 40),
+            *("benchmarks.optimizers", "--shapes", models["gpt2-xl"]),
+            *("--rounds", "10", "--optimizers", *STRIPED),
+            tiny=("--rounds", "1"),
+        ),
+        # finetune_shakespeare.py's setting: 1 window x 1,024 tokens x 32 accumulation steps
+        part(
+            *("finetune_gpt2_xl_cuda", 95),
+            *("benchmarks.training_memory", "--model", models["gpt2-xl"], "--steps", "3"),
+            tiny=("--accumulation", "2", "--block_size", "32"),
+        ),
+        part(
+            *("optimizers_gpt2_cuda_float32", 45, "benchmarks.optimizers"),
+            *("--shapes", models["gpt2"], "--rounds", "10"),
+            tiny=("--rounds", "1", "--optimizers", "adamw_foreach", "striped_int8"),
+        ),
+        # 16 windows x 1,024 tokens
+        part(
+            *("throughput_gpt2_cuda", 45, "benchmarks.training_memory", "--model", models["gpt2"]),
+            *("--steps", "30", "--batch_size", "16", "--accumulation", "1"),
+            tiny=("--steps", "3", "--batch_size", "2", "--block_size", "32"),
+        ),
+        # 12 windows x 1,024 tokens; each variant compiles for half a minute
+        part(
+            *("training_step_gpt2_cuda", 95, "benchmarks.training_step"),
+            *("--variants", "recipe", "bare loop", "--rounds", "5", "--steps", "20"),
+            *("--preset", "cpu" if rehearsal else "gpt2"),
+            tiny=("--rounds", "1", "--steps", "2"),
+        ),
+        Part(
+            *("gpu_losses", losses(folder, data, models["gpt2"], *device, rehearsal=rehearsal), 30),
+            takes_the_rest=True,
+        ),
+    ]
+
+
+def kernel_tests(folder: Path, limit_s: float, rehearsal: bool, smoke: bool) -> Part:
+    """The comparisons of the kernels with the reference and the oracle.
+
+    Args:
+        folder: Where the results file goes.
+        limit_s: Of the part.
+        rehearsal: Whether the kernels are interpreted.
+        smoke: Whether to run one shape of each kernel variant instead of all tests.
+    """
+    marks = " and ".join(
+        mark for mark, wanted in (("gpu", not rehearsal), ("smoke", smoke)) if wanted
+    )
+    chosen = ("-m", marks, "--deselect", TOO_LONG, "tests/optim")
+    processes = "2" if rehearsal else "8"
+    output = ("-q", "--tb", "short", "-p", "no:cacheprovider", "-n", processes)
+    results = str(folder / "gpu_tests.json")
+    command = ("-m", "benchmarks.gpu_tests", "--results", results, "--", *output, *chosen)
+    return Part("gpu_tests", command, limit_s)
+
+
+def kernel_times(folder: Path, limit_s: float, rehearsal: bool) -> Part:
+    """The time of each striped step and kernel, beside fused AdamW's and a copy's."""
+    flags = ("--seconds", str(limit_s - 12))  # for the imports, and the row that is running
+    if rehearsal:
+        flags = ("--device", "cpu", "--model", tiny_model(folder), "--rounds", "1")
+        flags += ("--seconds", "600")
+    results = ("--results", str(folder / "gpu_kernels.json"))
+    return Part("gpu_kernels", ("-m", "benchmarks.gpu_kernels", *flags, *results), limit_s)
+
+
+def losses(
+    folder: Path, data_dir: str, model: str, *device: str, rehearsal: bool
+) -> tuple[str, ...]:
+    """The command that compares losses, for all of the time that is left."""
+    flags = ("--data_dir", data_dir, "--model", model, *device)
+    if rehearsal:
+        flags += ("--steps", "4", "--turn", "2", "--batch_size", "2", "--block_size", "32")
+    results = ("--results", str(folder / "gpu_losses.json"))
+    return ("-m", "benchmarks.gpu_losses", *flags, *results)
+
+
+def tiny_model(folder: Path) -> str:
+    """Writes the configuration of a very small GPT-2, and returns its folder."""
+    path = folder / "tiny-gpt2"
+    path.mkdir(exist_ok=True)
+    config = {"model_type": "gpt2", "vocab_size": 96, "n_positions": 64, "n_embd": 16}
+    config |= {"n_layer": 1, "n_head": 2, "bos_token_id": 1, "eos_token_id": 1}
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return str(path)
+
+
+def tiny_data(folder: Path) -> str:
+    """Writes a small data set of random tokens, and returns its folder."""
+    path = folder / "tiny-data"
+    tokens = np.random.default_rng(0).integers(96, size=4096, dtype=np.uint16)
+    source = {"name": "random tokens", "url": None, "sha256": None}
+    splits = {"train": tokens[:3072], "val": tokens[3072:]}
+    write_data_set(path, splits, vocab_size=96, source=source, tokenizer_name="none")
+    return str(path)

@@ -1,0 +1,27 @@
+"""The mean loss of tokens as a metric of ``evaluate``."""
+
+from collections.abc import Sequence
+
+from datasets import Features, Value
+from evaluate import Metric, MetricInfo
+
+from striped_hf.evaluation import mean_token_loss
+
+
+class TokenLoss(Metric):
+    """:func:`striped_hf.evaluation.mean_token_loss` for programs that combine metrics.
+
+    Takes for each sequence ``losses``, the sum of its tokens' losses in nats (float), and
+    ``tokens``, their number (int).
+    """
+
+    def _info(self) -> MetricInfo:
+        return MetricInfo(
+            description="Mean loss of tokens, with its standard error and perplexity.",
+            citation="",
+            inputs_description="losses: summed over each sequence; tokens: counted in each.",
+            features=Features({"losses": Value("float64"), "tokens": Value("int64")}),
+        )
+
+    def _compute(self, losses: Sequence[float], tokens: Sequence[int]) -> dict[str, float | None]:
+        return mean_token_loss(losses, tokens)
