@@ -1,9 +1,11 @@
-# make demo   train a small GPT with AdamW and with StripedAdamW, and compare them
-# make test   run the tests
-# make lint   check format, rules and types
-# make bench  benchmark optimizers side by side on this CPU (installs the others; 10 minutes)
-# make gpu    everything that needs a GPU, from this tree as it is, without .venv (9 minutes at most)
-# make clean  remove the environment and every output
+# make demo       train a small GPT with AdamW and with StripedAdamW, and compare them
+# make test       run the tests
+# make lint       check format, rules and types
+# make bench      benchmark optimizers side by side on this CPU (installs the others; 10 minutes)
+# make gpu        everything that needs a GPU, from this tree as it is, without .venv (9 minutes)
+# make gpu-smoke  a first look on a GPU: kernel tests and kernel times (2 minutes)
+# make gpu-check  rehearse `make gpu` without a GPU, every part of it (10 minutes at most)
+# make clean      remove the environment and every output
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -14,7 +16,7 @@ export STRIPED_HF_TEST_DATA ?= $(wildcard $(abspath ../shared/data))
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench gpu gpu-smoke gpu-check clean
 .DEFAULT_GOAL := demo
 
 .venv/.installed: setup.cfg setup.py pyproject.toml constraints.txt striped_hf/optim/backends/csrc/cpu.c
@@ -52,6 +54,14 @@ bench: .venv/.bench
 
 gpu:
 	$(PYTHON) -m benchmarks.gpu
+
+gpu-smoke:
+	$(PYTHON) -m benchmarks.gpu --smoke
+
+gpu-check: .venv/.installed
+	@echo "== making an environment like a GPU machine's"
+	$(BIN)/python -m benchmarks.gpu_environment build/gpu_environment
+	build/gpu_environment/bin/python -m benchmarks.gpu --rehearse
 
 clean:
 	rm -rf .venv data out build *.egg-info striped_hf/optim/backends/_cpu*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,7 +9,8 @@ It installs nothing and needs no network. Each part is a process with its own ti
 in the order of their value; one that fails does not stop the next, and the command ends in error
 where any did. ``gpu.json`` has the results of all parts. It is written every two seconds while a
 part runs, so that a part or the whole run can be cut off at any moment and what was measured stays.
-``gpu.log`` has everything that was printed. Both go to the folder $OUT, else to out/gpu/.
+``gpu.log`` has everything that was printed. Both go to the folder $OUT, else to out/gpu/, or to
+out/gpu_rehearsal/ where nothing was measured.
 
 benchmarks/gpu.md says how to spend a quarter of an hour on a GPU. To add a part, add it to
 ``benchmarks/gpu_parts.py``.
@@ -31,7 +32,7 @@ from typing import IO, Any
 
 import torch
 
-from benchmarks.gpu_parts import RENDER, Part, full, smoke
+from benchmarks.gpu_parts import RENDER, SLOW_REHEARSAL, Part, full, smoke
 from striped_hf.cli import UserError, run
 from striped_hf.results import environment, write_json
 
@@ -102,7 +103,9 @@ def run_part(part: Part, limit_s: float, log: IO[str], save: Any) -> dict[str, A
     return {**outcome, "seconds": time.monotonic() - begin}
 
 
-def run_parts(planned: Sequence[Part], out: Path, folder: Path, budget_s: float) -> bool:
+def run_parts(
+    planned: Sequence[Part], out: Path, folder: Path, budget_s: float, rehearsal: bool = False
+) -> bool:
     """Runs parts one after another and prints the summary; returns whether all passed.
 
     Args:
@@ -110,6 +113,7 @@ def run_parts(planned: Sequence[Part], out: Path, folder: Path, budget_s: float)
         out: Where gpu.json and gpu.log go.
         folder: Where the parts write their own results files.
         budget_s: The seconds that all of them together may take.
+        rehearsal: Whether the figures mean nothing; noted in gpu.json.
     """
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + budget_s
@@ -124,7 +128,7 @@ def run_parts(planned: Sequence[Part], out: Path, folder: Path, budget_s: float)
             if path.is_file():
                 found[part.name] = json.loads(path.read_text(encoding="utf-8"))
         ended = [*outcomes, *([running] if running else [])]
-        written = {"environment": where, "parts": ended, "results": found}
+        written = {"environment": where, "rehearsal": rehearsal, "parts": ended, "results": found}
         write_json(out / "gpu.json", written)
         return written
 
@@ -174,12 +178,15 @@ def collect(path: Path) -> None:
     """Writes each part's results of a gpu.json into benchmarks/results/, for the tables.
 
     Raises:
-        UserError: It is no gpu.json.
+        UserError: It is no gpu.json, or that of a rehearsal.
     """
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))["results"]
+        written = json.loads(path.read_text(encoding="utf-8"))
+        results, rehearsal = written["results"], written["rehearsal"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"--collect {path}: pass a gpu.json that `make gpu` wrote") from error
+    if rehearsal:
+        raise UserError(f"--collect {path}: a rehearsal measures nothing; pass one of `make gpu`")
     for name in RENDER:  # names of this program, never of the file
         if name in results:
             write_json(RESULTS / f"{name}.json", results[name])
@@ -205,12 +212,16 @@ def main() -> None:
             "there is no CUDA device here: run it where there is one, or rehearse it with "
             "`make gpu-check`"
         )
-    out = Path(os.environ.get("OUT") or REPOSITORY / "out" / "gpu").resolve()
+    default = REPOSITORY / "out" / ("gpu_rehearsal" if args.rehearse else "gpu")
+    out = Path(os.environ.get("OUT") or default).resolve()
     with tempfile.TemporaryDirectory(prefix="gpu_parts_") as name:
         folder = Path(name)
         planned = (smoke if args.smoke else full)(folder, args.rehearse)
-        budget_s = BUDGET_S["smoke" if args.smoke else "full"] * (20 if args.rehearse else 1)
-        passed = run_parts(planned, out, folder, budget_s)
+        budget_s = BUDGET_S["smoke" if args.smoke else "full"]
+        if args.rehearse:
+            os.environ["TRITON_INTERPRET"] = "1"
+            budget_s *= SLOW_REHEARSAL
+        passed = run_parts(planned, out, folder, budget_s, args.rehearse)
     if args.rehearse:
         written = json.loads((out / "gpu.json").read_text(encoding="utf-8"))
         without = [part.name for part in planned if not has_result(written, part.name)]

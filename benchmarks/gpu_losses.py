@@ -125,7 +125,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "optimizers": [],
     }
     for first in range(0, args.steps, args.turn):
-        if time.monotonic() > deadline:
+        if first and time.monotonic() > deadline:
             break
         steps = range(first, min(first + args.turn, args.steps))
         for contender in contenders:
@@ -186,7 +186,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--turn", type=int, default=25, help="steps before the next one's turn")
-    parser.add_argument("--seconds", type=float, default=600, help="no turn begins after them")
+    parser.add_argument(
+        "--seconds", type=float, default=600, help="no turn but the first begins after"
+    )
     parser.add_argument("--batch_size", type=int, default=12)
     parser.add_argument("--block_size", type=int, default=1024)
     parser.add_argument("--learning_rate", type=float, default=6e-4)

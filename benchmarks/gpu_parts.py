@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "training_step_gpt2_cuda": training_step.render,
     "gpu_losses": gpu_losses.render,
 }
-STRIPED = (
-    *("striped_float32", "striped_bfloat16", "striped_int8", "striped_int4"),
-    *("striped_float32_lagged", "striped_int8_lagged"),
-)
+SLOW_REHEARSAL = 10  # a rehearsal's limits: the interpreter on two cores is slower than a GPU
 
 
 @dataclass(frozen=True)
@@ -61,10 +58,11 @@ class Part:
 
 def smoke(folder: Path, rehearsal: bool) -> list[Part]:
     """Lists the parts of a first look: one shape of each kernel variant, and the kernel times."""
-    return [
+    planned = [
         kernel_tests(folder, 60, rehearsal, smoke=True),
         kernel_times(folder, 50, rehearsal),
     ]
+    return slowed(planned) if rehearsal else planned
 
 
 def full(folder: Path, rehearsal: bool) -> list[Part]:
@@ -86,23 +84,24 @@ def full(folder: Path, rehearsal: bool) -> list[Part]:
         results = str(folder / f"{name}.json")
         return Part(name, ("-m", *command, *flags, "--results", results), limit_s)
 
-    return [
-        kernel_tests(folder, 110, rehearsal, smoke=rehearsal),
+    planned = [
+        kernel_tests(folder, 100, rehearsal, smoke=rehearsal),
         kernel_times(folder, 65, rehearsal),
+        # few of them, for each compiles for seconds; the part before has the others' times
         part(
-            *("optimizers_gpt2_xl_cuda_float32", 40),
-            *("benchmarks.optimizers", "--shapes", models["gpt2-xl"]),
-            *("--rounds", "10", "--optimizers", *STRIPED),
+            *("optimizers_gpt2_xl_cuda_float32", 55),
+            *("benchmarks.optimizers", "--shapes", models["gpt2-xl"], "--rounds", "10"),
+            *("--optimizers", "striped_float32", "striped_int8", "striped_int4"),
             tiny=("--rounds", "1"),
         ),
         # finetune_shakespeare.py's setting: 1 window x 1,024 tokens x 32 accumulation steps
         part(
-            *("finetune_gpt2_xl_cuda", 95),
+            *("finetune_gpt2_xl_cuda", 85),
             *("benchmarks.training_memory", "--model", models["gpt2-xl"], "--steps", "3"),
             tiny=("--accumulation", "2", "--block_size", "32"),
         ),
         part(
-            *("optimizers_gpt2_cuda_float32", 45, "benchmarks.optimizers"),
+            *("optimizers_gpt2_cuda_float32", 55, "benchmarks.optimizers"),
             *("--shapes", models["gpt2"], "--rounds", "10"),
             tiny=("--rounds", "1", "--optimizers", "adamw_foreach", "striped_int8"),
         ),
@@ -114,7 +113,7 @@ def full(folder: Path, rehearsal: bool) -> list[Part]:
         ),
         # 12 windows x 1,024 tokens; each variant compiles for half a minute
         part(
-            *("training_step_gpt2_cuda", 95, "benchmarks.training_step"),
+            *("training_step_gpt2_cuda", 90, "benchmarks.training_step"),
             *("--variants", "recipe", "bare loop", "--rounds", "5", "--steps", "20"),
             *("--preset", "cpu" if rehearsal else "gpt2"),
             tiny=("--rounds", "1", "--steps", "2"),
@@ -124,6 +123,12 @@ def full(folder: Path, rehearsal: bool) -> list[Part]:
             takes_the_rest=True,
         ),
     ]
+    return slowed(planned) if rehearsal else planned
+
+
+def slowed(planned: list[Part]) -> list[Part]:
+    """Returns the parts with a rehearsal's limits."""
+    return [replace(part, limit_s=part.limit_s * SLOW_REHEARSAL) for part in planned]
 
 
 def kernel_tests(folder: Path, limit_s: float, rehearsal: bool, smoke: bool) -> Part:

@@ -259,12 +259,12 @@ def memory_mib(variant: Variant) -> float | None:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Times all variants and measures their memory; writes the results file.
+    """Times all variants, then measures their memory; writes the results file.
 
     On a GPU, whose memory may not hold two of them, one variant runs after another, and the file is
     written after each. Elsewhere all take turns.
     """
-    peaks: list[float | None] = []
+    timed: list[Variant] = []
     with tempfile.TemporaryDirectory() as folder:
         racing = variants(args)
         if args.against:
@@ -272,29 +272,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         alone = args.device == "cuda"
         for group in [[variant] for variant in racing] if alone else [racing]:
             race(group, args)
-            peaks += [memory_mib(variant) for variant in group]
-            done = racing[: len(peaks)]
-            results = {**summarize(done, peaks, args), "complete": len(done) == len(racing)}
-            write_json(args.results, results)
+            timed += group
+            results = summarize(timed, args)
+            write_json(args.results, {**results, "complete": False})
+    for row, variant in zip(results["variants"], timed, strict=True):
+        row["peak_mib"] = memory_mib(variant)
+    results["complete"] = True
+    write_json(args.results, results)
     return results
 
 
-def summarize(
-    racing: list[Variant], peaks: list[float | None], args: argparse.Namespace
-) -> dict[str, Any]:
-    """Returns what the results file holds of variants that were timed, the recipe first.
-
-    Args:
-        racing: The variants.
-        peaks: The memory of each, in MiB.
-        args: The command line's.
-    """
+def summarize(racing: list[Variant], args: argparse.Namespace) -> dict[str, Any]:
+    """Returns what the results file holds of variants that were timed, the recipe first."""
     sizes, first = SIZES[args.preset], racing[0]
     constants = first.printed[0]
     tokens = sizes["block_size"] * sizes[KEYS[-1]]
     peak = args.peak_tflops or constants["peak_tflops"]
     rows = []
-    for variant, peak_mib in zip(racing, peaks, strict=True):
+    for variant in racing:
         ms = statistics.median(variant.ms)
         mfu = None
         if peak:
@@ -303,7 +298,7 @@ def summarize(
         ratios = [mine / other for mine, other in zip(variant.ms, first.ms, strict=True)]
         low, ratio, high = quartiles(ratios)
         row |= {"ratio": ratio, "ratio_quartiles": [low, high]}
-        row |= {"tokens_per_s": 1e3 * tokens / ms, "mfu": mfu, "peak_mib": peak_mib}
+        row |= {"tokens_per_s": 1e3 * tokens / ms, "mfu": mfu, "peak_mib": None}
         rows.append(row | {"parts_ms": parts_ms(variant)})
     return {
         "environment": environment(args.device),
