@@ -1,6 +1,6 @@
 # make demo       train a small GPT with AdamW and with StripedAdamW, and compare them
 # make test       run the tests
-# make lint       check format, rules and types
+# make lint       check format, rules and types, and build the documentation
 # make bench      benchmark optimizers side by side on this CPU (installs the others; 10 minutes)
 # make gpu        everything that needs a GPU, from this tree as it is, without .venv (9 minutes)
 # make gpu-smoke  a first look on a GPU: kernel tests and kernel times (2 minutes)
@@ -43,6 +43,7 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 .venv/.bench: .venv/.installed
 	@echo "== installing the optimizers to compare with"

@@ -1,14 +1,18 @@
-"""Render the README's tables and plots from benchmarks/results/*.json.
+"""Render every table and plot of the pages from benchmarks/results/*.json.
 
-    python -m benchmarks.render_tables            # rewrites README.md where a table has changed
+    python -m benchmarks.render_tables    # rewrites the pages whose tables have changed
 
-Each table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`, and says so where its
-results file is not there yet. The benchmark's plots stand under their tables.
+The pages are README.md, recipes/README.md, benchmarks/*.md and docs/*.md. A table's place is
+between `<!-- begin NAME -->` and `<!-- end NAME -->`, and each table of ``TABLES`` has exactly one
+place. Where there is no results file yet, the place says so. The plots go into docs/plots/.
 """
 
 import json
+import os
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from benchmarks import (
     memory_budget,
@@ -16,6 +20,7 @@ from benchmarks import (
     processes,
     sharding,
     sharding_scale,
+    short_tables,
     state_bytes,
     tokenization,
     training_memory,
@@ -23,84 +28,153 @@ from benchmarks import (
 )
 from recipes import eval_baselines, eval_zero_shot
 from recipes.compare_optimizers import render_plot, render_table
-from striped_hf.results import measured_on, write_text
+from striped_hf.results import common_environment, measured_on, write_text
 
-BENCHMARKS = Path(__file__).resolve().parent
-README = BENCHMARKS.parent / "README.md"
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+PLOTS = REPOSITORY / "docs" / "plots"
+PLACE = re.compile(r"<!-- begin (\w+) -->\n.*?<!-- end \1 -->", flags=re.S)
+
+Results = dict[str, Any]
+
+
+class PageTable(NamedTuple):
+    """What one place in a page shows.
+
+    Args:
+        render: Makes the Markdown from the contents of ``files``, one argument each.
+        files: The results files without ``.json``; empty for the one with the table's own name.
+        draw: Draws the plot of the first file, named like the table.
+        shows_plot: Whether the plot belongs into the place. Elsewhere the page's text embeds it.
+        unmeasured: What the place shows while a results file is missing.
+    """
+
+    render: Callable[..., str]
+    files: tuple[str, ...] = ()
+    draw: Callable[[Results, Path], None] | None = None
+    shows_plot: bool = False
+    unmeasured: str = "Not measured yet."
+
+
+COMPARISON = PageTable(render_table, draw=render_plot)
+OPTIMIZERS = PageTable(optimizer_tables.render, draw=optimizer_tables.draw, shows_plot=True)
+ONE_DIE, TWO_DIES = "optimizers_gpt2_cpu_float32", "optimizers_gpt2_cpu_float32_two_dies"
+
 TABLES = {
-    "shakespeare_char_cpu": render_table,
-    "shakespeare_char_cpu_sweep": render_table,
-    "shakespeare_char_cpu_quality": render_table,
-    "finetune_stories260k": render_table,
-    "eval_baselines_openwebtext": eval_baselines.render,
-    "eval_baselines_shakespeare_stories": eval_baselines.render,
-    "zero_shot_stories260k": eval_zero_shot.render,
-    "training_step_cpu_cpu": training_step.render,
-    "training_step_gpt2_cuda": training_step.render,
-    "pretrain_novels": processes.render,
-    "openwebtext_novels": tokenization.render,
-    "state_bytes": state_bytes.render,
-    "optimizers_gpt2_cpu_float32": optimizer_tables.render,
-    "optimizers_gpt2_cpu_float32_two_dies": optimizer_tables.render,
-    "optimizers_gpt2_xl_cuda_float32": optimizer_tables.render,
-    "optimizers_gpt2_xl_cuda_bfloat16": optimizer_tables.render,
-    "finetune_gpt2_xl_cuda": training_memory.render,
-    "memory_gpt2_xl_cpu": memory_budget.render_devices,
-    "sharding_cpu": sharding.render,
-    "sharding_scale": sharding_scale.render,
-}
-# what stands where there is no results file, if it is more than that
-UNMEASURED = {
-    "eval_baselines_openwebtext": eval_baselines.render({"data": "openwebtext", "losses": []})
-}
-PLOTS = {
-    "shakespeare_char_cpu": render_plot,
-    "shakespeare_char_cpu_sweep": render_plot,
-    "shakespeare_char_cpu_quality": render_plot,
-    "optimizers_gpt2_cpu_float32": optimizer_tables.draw,
-    "optimizers_gpt2_cpu_float32_two_dies": optimizer_tables.draw,
-    "optimizers_gpt2_xl_cuda_float32": optimizer_tables.draw,
-    "optimizers_gpt2_xl_cuda_bfloat16": optimizer_tables.draw,
+    # the README's short ones
+    "short_losses": PageTable(short_tables.losses, ("shakespeare_char_cpu_quality",)),
+    "short_state_bytes": PageTable(short_tables.state_bytes, ("state_bytes",)),
+    "short_step_time": PageTable(short_tables.step_time, (ONE_DIE, TWO_DIES)),
+    "sample_shakespeare_char": PageTable(short_tables.sample),
+    # losses
+    "shakespeare_char_cpu": COMPARISON,
+    "shakespeare_char_cpu_sweep": COMPARISON,
+    "shakespeare_char_cpu_quality": COMPARISON,
+    "finetune_stories260k": PageTable(render_table),
+    "pretrain_novels": PageTable(processes.render),
+    "eval_baselines_openwebtext": PageTable(
+        eval_baselines.render,
+        unmeasured=eval_baselines.render({"data": "openwebtext", "losses": []}),
+    ),
+    "eval_baselines_shakespeare_stories": PageTable(eval_baselines.render),
+    "zero_shot_stories260k": PageTable(eval_zero_shot.render),
+    # memory and time
+    "state_bytes": PageTable(state_bytes.render, draw=short_tables.draw_state_bytes),
+    "memory_gpt2_xl_cpu": PageTable(memory_budget.render_devices),
+    ONE_DIE: OPTIMIZERS,
+    TWO_DIES: OPTIMIZERS,
+    "training_step_cpu_cpu": PageTable(training_step.render),
+    "openwebtext_novels": PageTable(tokenization.render),
+    "sharding_cpu": PageTable(sharding.render),
+    "sharding_scale": PageTable(sharding_scale.render),
+    # on a GPU
+    "finetune_gpt2_xl_cuda": PageTable(training_memory.render),
+    "training_step_gpt2_cuda": PageTable(training_step.render),
+    "optimizers_gpt2_xl_cuda_float32": OPTIMIZERS,
+    "optimizers_gpt2_xl_cuda_bfloat16": OPTIMIZERS,
 }
 
 
-def read(name: str) -> dict | None:
-    """Returns a results file; None where it is not there."""
-    path = BENCHMARKS / "results" / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def pages() -> list[Path]:
+    """Lists the Markdown files that are read by users."""
+    return [
+        REPOSITORY / "README.md",
+        REPOSITORY / "recipes" / "README.md",
+        *sorted((REPOSITORY / "benchmarks").glob("*.md")),
+        *sorted((REPOSITORY / "docs").glob("*.md")),
+    ]
 
 
-def has_points(name: str, results: dict) -> bool:
-    """Tells whether a table is a benchmark's, with times to plot."""
-    rows = results["optimizers"] if PLOTS.get(name) is optimizer_tables.draw else []
-    return any(row.get("usable") for row in rows)
+def read_results(name: str) -> list[Results] | None:
+    """Returns the results that a table is made of; None where a file is missing."""
+    paths = [RESULTS / f"{file}.json" for file in TABLES[name].files or (name,)]
+    if not all(path.is_file() for path in paths):
+        return None
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
-def render(readme: str) -> str:
-    """Returns the README's text with every table as its results file has it."""
-    for name, table in TABLES.items():
-        results = read(name)
-        text = (
-            UNMEASURED.get(name, "Not measured yet.")
-            if results is None
-            else f"{table(results)}\n\n{measured_on(results['environment'])}"
+def has_plot(name: str, results: list[Results]) -> bool:
+    """Tells whether a table has a plot. A benchmark without a usable time has nothing to draw."""
+    if TABLES[name].draw is optimizer_tables.draw:
+        return any(row.get("usable") for row in results[0]["optimizers"])
+    return TABLES[name].draw is not None
+
+
+def render_place(name: str, folder: Path) -> str:
+    """Returns the Markdown of a table for a page in ``folder``, with the line of its origin."""
+    table, results = TABLES[name], read_results(name)
+    if results is None:
+        return table.unmeasured
+    files = table.files or (name,)
+    environment = common_environment(
+        {file: each["environment"] for file, each in zip(files, results, strict=True)}
+    )
+    text = f"{table.render(*results)}\n\n{measured_on(environment)}"
+    if table.shows_plot and has_plot(name, results):
+        path = Path(os.path.relpath(PLOTS / f"{name}.png", folder)).as_posix()
+        text += f"\n\n![State and time of a step]({path})"
+    return text
+
+
+def render(texts: Mapping[Path, str]) -> dict[Path, str]:
+    """Returns the pages' texts with every table as its results files have it.
+
+    Args:
+        texts: The text of each page.
+
+    Raises:
+        ValueError: A table has no place or several, or a place names none of ``TABLES``.
+    """
+    places = [match[1] for text in texts.values() for match in PLACE.finditer(text)]
+    for name in {*TABLES, *places}:
+        if name not in TABLES or places.count(name) != 1:
+            raise ValueError(
+                f"the pages have {places.count(name)} places for the table {name}, and TABLES has "
+                f"{int(name in TABLES)}: there must be one each"
+            )
+
+    def rendered(text: str, folder: Path) -> str:
+        return PLACE.sub(
+            lambda match: (
+                f"<!-- begin {match[1]} -->\n{render_place(match[1], folder)}\n"
+                f"<!-- end {match[1]} -->"
+            ),
+            text,
         )
-        if results is not None and has_points(name, results):
-            text += f"\n\n![State and time of a step](benchmarks/results/{name}.png)"
-        block = f"<!-- begin {name} -->\n{text}\n<!-- end {name} -->"
-        places = re.findall(rf"<!-- begin {name} -->.*?<!-- end {name} -->", readme, flags=re.S)
-        if len(places) != 1:
-            raise ValueError(f"{README} has {len(places)} places for the table {name}: make it one")
-        readme = readme.replace(places[0], block)
-    return readme
+
+    return {page: rendered(text, page.parent) for page, text in texts.items()}
 
 
 def main() -> None:
-    write_text(README, render(README.read_text(encoding="utf-8")))
-    for name, draw in PLOTS.items():
-        results = read(name)
-        if results is not None and (draw is not optimizer_tables.draw or has_points(name, results)):
-            draw(results, BENCHMARKS / "results" / f"{name}.png")
+    texts = {page: page.read_text(encoding="utf-8") for page in pages()}
+    for page, text in render(texts).items():
+        if text != texts[page]:
+            write_text(page, text)
+            print(f"{page.relative_to(REPOSITORY)} has new tables")
+    for name, table in TABLES.items():
+        results = read_results(name)
+        if table.draw is not None and results is not None and has_plot(name, results):
+            table.draw(results[0], PLOTS / f"{name}.png")
 
 
 if __name__ == "__main__":

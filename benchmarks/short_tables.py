@@ -1,0 +1,148 @@
+"""The short tables of the README and what the documentation's first page shows.
+
+Each is made of a results file whose whole table is in docs/benchmarks.md.
+"""
+
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+from recipes.compare_optimizers import groups
+from striped_hf.results import markdown_table
+
+OPTIMS = ("adamw_torch_fused", "striped_adamw", "striped_adamw_8bit", "striped_adamw_4bit")
+# fused AdamW, 8 bits here, and the packages with AdamW in 8 bits
+PEERS = ("adamw_fused", "striped_int8", "bitsandbytes_adamw8bit", "torchao_adamw8bit")
+FORMATS = {"adamw": "AdamW", "float32": "float32", "int8": "8-bit", "int4": "4-bit"}
+
+
+def mean_losses(comparison: dict[str, Any]) -> dict[str, dict[tuple[str, float], float]]:
+    """Returns the mean over the seeds of ``train_loss`` and ``eval_loss``.
+
+    Args:
+        comparison: What compare_optimizers.py wrote.
+
+    Returns:
+        For each optimizer, with its own arguments in the name, the mean at (kind, learning rate).
+    """
+    means: dict[str, dict[tuple[str, float], float]] = {}
+    for (name, rate), runs in groups(comparison).items():
+        for kind in ("train_loss", "eval_loss"):
+            means.setdefault(name, {})[kind, rate] = statistics.mean(run[kind] for run in runs)
+    return means
+
+
+def losses(comparison: dict[str, Any]) -> str:
+    """Makes the table of mean losses at equal learning rates, with the differences from AdamW."""
+    means = mean_losses(comparison)
+    rates = sorted({run["learning_rate"] for run in comparison["runs"]})
+    adamw = OPTIMS[0]
+    columns = [(kind, rate) for kind in ("train_loss", "eval_loss") for rate in rates]
+
+    def cell(name: str, column: tuple[str, float]) -> str:
+        loss = means[name][column]
+        beside = "" if name == adamw else f" ({loss - means[adamw][column]:+.4f})"
+        return f"{loss:.4f}{beside}"
+
+    words = {"train_loss": "train", "eval_loss": "val"}
+    header = ("optimizer", *(f"{words[kind]}, lr {rate:g}" for kind, rate in columns))
+    rows = [(f"`{name}`", *(cell(name, column) for column in columns)) for name in OPTIMS]
+    seeds = {len(runs) for (name, _), runs in groups(comparison).items() if name in OPTIMS}
+    (count,) = seeds  # the comparison is fair only with as many seeds for each
+    spread = max(
+        max(run["eval_loss"] for run in runs) - min(run["eval_loss"] for run in runs)
+        for (name, _), runs in groups(comparison).items()
+        if name == adamw
+    )
+    return (
+        f"{markdown_table(header, rows)}\n\nMeans of {count} seeds; in parentheses the difference "
+        f"from AdamW. AdamW's own validation loss differs by up to {spread:.3f} between seeds."
+    )
+
+
+def state_bytes(results: dict[str, Any]) -> str:
+    """Makes the table of optimizer state for each model, in MiB and in bytes per parameter."""
+    rows = [
+        (
+            f"`{model['name']}`",
+            *(
+                f"{model[key] / 2**20:,.0f} MiB ({model[key] / model['parameters']:.2f})"
+                for key in FORMATS
+            ),
+        )
+        for model in results["models"]
+    ]
+    return markdown_table(("model", *FORMATS.values()), rows)
+
+
+def draw_state_bytes(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Draws the optimizer state of each model.
+
+    Args:
+        results: What state_bytes.py wrote.
+        path: The PNG file to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    height = 0.8 / len(FORMATS)
+    for i, (key, name) in enumerate(FORMATS.items()):
+        sizes = [model[key] / 2**30 for model in results["models"]]
+        places = [y + (i - (len(FORMATS) - 1) / 2) * height for y in range(len(sizes))]
+        bars = axes.barh(places, sizes, height, label=name)
+        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+    axes.set_yticks(range(len(results["models"])), [model["name"] for model in results["models"]])
+    axes.invert_yaxis()
+    axes.margins(x=0.08)  # for the labels
+    axes.set(xlabel="optimizer state, GiB", title="optimizer state of GPT-2's four sizes")
+    axes.legend()
+    partial = f"{path}.partial"
+    figure.savefig(partial, dpi=130, format="png")
+    os.replace(partial, Path(path))
+    plt.close(figure)
+
+
+def step_time(one_die: dict[str, Any], two_dies: dict[str, Any]) -> str:
+    """Makes the table of a step's time as a ratio to fused AdamW's in the same run.
+
+    Args:
+        one_die: What optimizers.py wrote where two cores share a die.
+        two_dies: The same where each has a die of its own.
+    """
+    rows = {row["name"]: row for row in one_die["optimizers"]}
+    other = {row["name"]: row for row in two_dies["optimizers"]}
+
+    def ratio(row: dict[str, Any] | None) -> str:
+        if row is None:
+            return "not run"
+        return f"{row['ratio']:.2f}" if row["usable"] else "unusable"
+
+    body = [
+        (
+            f"`{name}`",
+            f"{rows[name]['state_bytes_per_param']:.2f}",
+            ratio(rows[name]),
+            ratio(other.get(name)),
+        )
+        for name in PEERS
+    ]
+    header = (
+        *("optimizer", "state, bytes per parameter"),
+        *("time, two cores on one die", "time, cores on two dies"),
+    )
+    return (
+        f"{markdown_table(header, body)}\n\nRatios to fused AdamW on the shapes of "
+        f"`{one_die['shapes']}`, {one_die['dtype']}."
+    )
+
+
+def sample(results: dict[str, Any]) -> str:
+    """Makes the text that a trained model wrote, with the losses of its run."""
+    return (
+        f"Train loss {results['train_loss']:.4f}, validation loss {results['eval_loss']:.4f}.\n\n"
+        f"```text\n{results['text'].strip()}\n```"
+    )

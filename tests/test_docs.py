@@ -1,0 +1,293 @@
+"""README.md, docs/ and the other pages: their tables, figures, links, examples and commands."""
+
+import importlib.util
+import itertools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import QUIET
+
+from benchmarks import render_tables
+from benchmarks.short_tables import mean_losses
+from recipes.compare_optimizers import groups
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PAGES = {
+    page.relative_to(REPOSITORY).as_posix(): page.read_text(encoding="utf-8")
+    for page in render_tables.pages()
+}
+
+FEW = ("--max_steps", "2", "--eval_steps", "1", "--save_steps", "1", "--logging_steps", "1", *QUIET)
+# what makes each script's command small; the shape of the command stays the page's
+SMALL = {
+    "train_shakespeare_char.py": (*FEW, "--n_layer", "1", "--n_head", "2", "--n_embd", "32"),
+    "finetune_shakespeare.py": (*FEW, "--gradient_accumulation_steps", "1"),
+    "openwebtext.py": ("--data_files", "novels.parquet", "--num_proc", "1"),
+    "compare_optimizers.py": (*FEW, "--n_layer", "1"),
+    "sample.py": ("--max_new_tokens", "5"),
+    "eval_baselines.py": ("--max_blocks", "2", "--results", "baselines.json"),
+    "eval_zero_shot.py": (
+        *("--results", "zero_shot.json", "--tasks", "wikitext"),
+        # the harness is an extra
+        *(["lambada"] if importlib.util.find_spec("lm_eval") else []),
+    ),
+    "benchmarks.optimizers": (
+        *("--optimizers", "striped_int8", "--block_size", "32", "--results", "memory.json"),
+    ),
+    "benchmarks.training_step": (
+        *("--rounds", "1", "--steps", "2", "--variants", "recipe", "--results", "step.json"),
+    ),
+}
+# model, dataset and trainer: what a reader of an example has already
+GIVEN = """
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from striped_hf.data import ContiguousBlocks, open_split
+model = AutoModelForCausalLM.from_pretrained({model!r})
+blocks = ContiguousBlocks(open_split({data!r}, "val"), 32)
+dataset = [{{k: v for k, v in blocks[i].items() if k != "shift_labels"}} for i in (0, 1)]
+trainer = Trainer(model, TrainingArguments("out", logging_steps=1), train_dataset=dataset)
+"""
+# what is true after a page's examples
+THEN = {
+    "README.md": "assert optimizer.param_groups[0]['momentum_dtype'] == 'int8'",
+    "docs/index.md": "assert args.optim == 'striped_adamw_8bit'",
+    "docs/usage.md": "assert [group['weight_decay'] > 0 for group in optimizer.param_groups] == "
+    "[True, False]",
+    "docs/watching.md": "trainer.train()\n"
+    "assert any('grad_norm_mean' in entry for entry in trainer.state.log_history)",
+}
+
+
+def results(name: str) -> dict[str, Any]:
+    path = REPOSITORY / "benchmarks" / "results" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def words(page: str) -> str:
+    """A page's text in one line, without the marks of a list."""
+    return " ".join(PAGES[page].split())
+
+
+def test_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 250
+
+
+def test_tables_are_those_of_the_results_files():
+    texts = {REPOSITORY / page: text for page, text in PAGES.items()}
+    for page, text in render_tables.render(texts).items():
+        assert text == texts[page], page
+
+
+@pytest.mark.parametrize("change", ["missing", "twice", "unknown"])
+def test_each_table_has_one_place(change: str):
+    texts = {REPOSITORY / page: text for page, text in PAGES.items()}
+    readme = REPOSITORY / "README.md"
+    place = re.search(
+        r"<!-- begin short_losses -->.*?<!-- end short_losses -->", texts[readme], re.S
+    )
+    assert place is not None
+    texts[readme] = {
+        "missing": texts[readme].replace(place[0], ""),
+        "twice": texts[readme] + place[0],
+        "unknown": texts[readme] + "<!-- begin other -->\n<!-- end other -->",
+    }[change]
+    with pytest.raises(ValueError, match="one each"):
+        render_tables.render(texts)
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+
+def test_losses_in_the_text_are_those_of_the_results_file():
+    comparison = results("shakespeare_char_cpu_quality")
+    means = mean_losses(comparison)
+
+    def behind(kind: str, names: tuple[str, ...], other: str) -> list[float]:
+        return [
+            loss - means[other][column]
+            for name in names
+            for column, loss in means[name].items()
+            if column[0] == kind
+        ]
+
+    ours, adamw = ("striped_adamw", "striped_adamw_8bit"), "adamw_torch_fused"
+    val, train = (behind(kind, ours, adamw) for kind in ("eval_loss", "train_loss"))
+    readme, benchmarks = words("README.md"), words("docs/benchmarks.md")
+    assert f"validation loss is {spread(val)} above AdamW's" in readme
+    assert f"mean training loss {spread(train)} above" in readme
+    assert f"validation loss is {spread(val)} higher" in benchmarks
+    assert f"mean training loss {spread(train)} higher" in benchmarks
+
+    losses = {key: {run["seed"]: run for run in runs} for key, runs in groups(comparison).items()}
+    pairs = [
+        run["train_loss"] - losses[adamw, rate][seed]["train_loss"]
+        for (name, rate), runs in losses.items()
+        if name in ours
+        for seed, run in runs.items()
+    ]
+    assert f"from {-min(pairs):.3f} lower to {max(pairs):.3f} higher" in benchmarks
+
+    def listed(name: str) -> str:
+        a, b, c = (f"{loss:.3f}" for loss in behind("eval_loss", (name,), "striped_adamw"))
+        return f"{a}, {b} and {c}"
+
+    assert f"mean validation loss by {listed('striped_adamw_8bit')} at the three" in benchmarks
+    assert f"4 bits by {listed('striped_adamw_4bit')}" in benchmarks
+    assert f"`lagged=true` by {listed('striped_adamw (lagged=true)')}" in benchmarks
+
+    sweep = mean_losses(results("shakespeare_char_cpu_sweep"))
+    column = ("train_loss", 0.004)
+    difference = f"{sweep['striped_adamw_8bit'][column] - sweep[adamw][column]:.3f}"
+    assert f"8 bits were {difference} behind at rate 0.004" in readme
+    assert f"8 bits at rate 0.004 are {difference} behind" in benchmarks
+
+    history = results("finetune_stories260k")["runs"][0]["history"]
+    assert history["eval_steps"][0] == 0
+    assert f"begins at {history['eval_losses'][0]:.2f}" in benchmarks
+
+
+def test_times_and_memory_in_the_text_are_those_of_the_results_files():
+    one_die, two_dies = (
+        {row["name"]: row.get("step_ms") for row in results(name)["optimizers"]}
+        for name in (render_tables.ONE_DIE, render_tables.TWO_DIES)
+    )
+    less = {name: 1 - ms / one_die[name] for name, ms in two_dies.items()}
+    adamw = less.pop("adamw_fused")
+    text = f"takes {adamw:.0%} less time there, and the striped steps {min(less.values()):.0%}"
+    text = f"{text.removesuffix('%')} to {max(less.values()):.0%} less"
+    assert text in words("docs/benchmarks.md")
+
+    scale = results("memory_gpt2_xl_cpu")
+    gathered = scale["gathered"]
+
+    def saved_gib(state: int) -> str:
+        whole = scale["weights"] + scale["gradients"] + state
+        return f"{(whole - whole / 2 - gathered) / 2**30:.1f}"
+
+    saved = {row["name"]: saved_gib(row["state"]) for row in scale["optimizers"]}
+    assert (
+        f"saves StripedAdamW another {saved['striped_int8']} GiB per device, and AdamW "
+        f"{saved['adamw_fused']}." in words("docs/distributed.md")
+    )
+    small = next(m for m in results("state_bytes")["models"] if m["name"] == "gpt2")
+    gib = (8 * small["parameters"] + small["adamw"]) / 2**30
+    assert f"gradients and state are {gib:.1f} GiB" in words("docs/distributed.md")
+
+
+def slugs(text: str) -> set[str]:
+    """The anchors of a page's headings."""
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^#+ (.+)$", prose, flags=re.M)
+    }
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str):
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (REPOSITORY / page).parent / path if path else REPOSITORY / page
+        assert file.is_file(), f"{page}: {target}"
+        if anchor:
+            assert anchor in slugs(file.read_text(encoding="utf-8")), f"{page}: {target}"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], flags=re.S | re.M)
+
+
+def test_every_page_with_examples_is_run():
+    assert {page for page in PAGES if blocks(page, "python")} == set(THEN)
+
+
+@pytest.mark.parametrize("page", THEN)
+def test_python_examples_run(page: str, tiny_run: Path, docs_data: Path, tmp_path: Path):
+    """The examples of a page, one after another."""
+    given = GIVEN.format(model=str(tiny_run), data=str(docs_data))
+    run = subprocess.run(
+        [sys.executable, "-c", "\n".join((given, *blocks(page, "python"), THEN[page]))],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def commands() -> list[str]:
+    """Every command of every page once, in the order in which a reader meets them."""
+    lines = [
+        line
+        for page in PAGES
+        for block in blocks(page, "bash")
+        for line in block.replace("\\\n", " ").splitlines()
+        if line and not line.startswith("#")
+    ]
+    return list(
+        {" ".join(line.partition("#")[0].split()): line for line in reversed(lines)}.values()
+    )[::-1]
+
+
+def of_the_repository(word: str) -> bool:
+    return word.startswith(("recipes/", "data_scripts/", "benchmarks/", "benchmarks."))
+
+
+@pytest.mark.slow
+def test_commands_run(test_data: Path, tmp_path: Path):
+    """Every command, in order, in a folder where a reader would be. Not run is what needs a GPU, a
+    network or an installation; scripts' own tests cover them. Downloads are replaced by --input."""
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^([\w-]+):", makefile, flags=re.M)
+    for name in ("benchmarks", "recipes", "data_scripts"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    (tmp_path / "stories260K").symlink_to(test_data / "stories260K")
+    (tmp_path / "novels.parquet").symlink_to(test_data / "novels" / "val.parquet")
+    for path in ("wikitext-2-raw/wiki.test.raw", "lambada/lambada_test.jsonl"):
+        with (test_data / path).open(encoding="utf-8") as lines:
+            text = "".join(itertools.islice(lines, 20))
+        (tmp_path / Path(path).name).write_text(text, encoding="utf-8")
+    ran = set()
+    for line in commands():
+        command, _, needs = line.partition("#")
+        words = shlex.split(command)
+        if words[0] == "make":  # the demo, the tests themselves, and what installs
+            assert words[1] in targets, line
+            continue
+        scripts = [word for word in words if of_the_repository(word)]
+        for word in scripts:
+            path = word if "/" in word else f"{word.replace('.', '/')}.py"
+            assert (REPOSITORY / path).is_file(), line
+        prepares_data = bool(scripts) and scripts[0].startswith("data_scripts/")
+        if re.search("GPU|installs", needs) or ("network" in needs and not prepares_data):
+            continue
+        assert scripts, f"{line}: is no command of this repository and has no mark"
+        script = next(word.rpartition("/")[2] for word in scripts if not word.endswith(".yaml"))
+        if script == "benchmarks.render_tables":
+            continue  # it writes into the repository; the test of the tables runs it
+        if words[:2] == ["accelerate", "launch"]:
+            words[:2] = ["python", "-m", "accelerate.commands.launch"]
+        assert words[0] == "python", line
+        if script.startswith("shakespeare"):
+            words += ["--input", str(test_data / "tinyshakespeare" / "input.txt")]
+        finished = subprocess.run(
+            [sys.executable, *words[1:], *SMALL.get(script, ())],
+            cwd=tmp_path,
+            env={**os.environ, "TIKTOKEN_CACHE_DIR": str(test_data / "tiktoken_cache")},
+            capture_output=True,
+            text=True,
+            timeout=1200,
+        )
+        assert finished.returncode == 0, line + finished.stdout + finished.stderr
+        ran.add(script)
+    assert ran >= {*SMALL, "shakespeare_char.py", "shakespeare.py", "python_docs.py"}
