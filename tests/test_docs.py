@@ -234,9 +234,10 @@ def commands() -> list[str]:
         for line in block.replace("\\\n", " ").splitlines()
         if line and not line.startswith("#")
     ]
-    return list(
-        {" ".join(line.partition("#")[0].split()): line for line in reversed(lines)}.values()
-    )[::-1]
+    first: dict[str, str] = {}
+    for line in lines:
+        first.setdefault(" ".join(line.partition("#")[0].split()), line)
+    return list(first.values())
 
 
 def of_the_repository(word: str) -> bool:
@@ -246,7 +247,7 @@ def of_the_repository(word: str) -> bool:
 @pytest.mark.slow
 def test_commands_run(test_data: Path, tmp_path: Path):
     """Every command, in order, in a folder where a reader would be. Not run is what needs a GPU, a
-    network or an installation; scripts' own tests cover them. Downloads are replaced by --input."""
+    network or an installation: the tests of the scripts cover those. Downloads are replaced by --input."""
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     targets = re.findall(r"^([\w-]+):", makefile, flags=re.M)
     for name in ("benchmarks", "recipes", "data_scripts"):
