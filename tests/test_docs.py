@@ -246,8 +246,11 @@ def of_the_repository(word: str) -> bool:
 
 @pytest.mark.slow
 def test_commands_run(test_data: Path, tmp_path: Path):
-    """Every command, in order, in a folder where a reader would be. Not run is what needs a GPU, a
-    network or an installation: the tests of the scripts cover those. Downloads are replaced by --input."""
+    """Every command, in order, in a folder where a reader would be.
+
+    What needs a GPU, a network or an installation is not run: the tests of the scripts cover it.
+    Downloads of data are replaced by --input.
+    """
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     targets = re.findall(r"^([\w-]+):", makefile, flags=re.M)
     for name in ("benchmarks", "recipes", "data_scripts"):
