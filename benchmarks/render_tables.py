@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import (
+    gpu_parts,
     memory_budget,
     optimizer_tables,
     processes,
@@ -23,7 +24,6 @@ from benchmarks import (
     short_tables,
     state_bytes,
     tokenization,
-    training_memory,
     training_step,
 )
 from recipes import eval_baselines, eval_zero_shot
@@ -87,11 +87,11 @@ TABLES = {
     "openwebtext_novels": PageTable(tokenization.render),
     "sharding_cpu": PageTable(sharding.render),
     "sharding_scale": PageTable(sharding_scale.render),
-    # on a GPU
-    "finetune_gpt2_xl_cuda": PageTable(training_memory.render),
-    "training_step_gpt2_cuda": PageTable(training_step.render),
-    "optimizers_gpt2_xl_cuda_float32": OPTIMIZERS,
-    "optimizers_gpt2_xl_cuda_bfloat16": OPTIMIZERS,
+    # on a GPU, by `make gpu`
+    **{
+        name: OPTIMIZERS if renderer is optimizer_tables.render else PageTable(renderer)
+        for name, renderer in gpu_parts.RENDER.items()
+    },
 }
 
 
@@ -129,7 +129,10 @@ def render_place(name: str, folder: Path) -> str:
     environment = common_environment(
         {file: each["environment"] for file, each in zip(files, results, strict=True)}
     )
-    text = f"{table.render(*results)}\n\n{measured_on(environment)}"
+    text = table.render(*results)
+    if not all(each.get("complete", True) for each in results):
+        text += "\n\nThe run was cut off before its end."
+    text += f"\n\n{measured_on(environment)}"
     if table.shows_plot and has_plot(name, results):
         path = Path(os.path.relpath(PLOTS / f"{name}.png", folder)).as_posix()
         text += f"\n\n![State and time of a step]({path})"

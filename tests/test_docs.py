@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,16 @@ def test_each_table_has_one_place(change: str):
     }[change]
     with pytest.raises(ValueError, match="one each"):
         render_tables.render(texts)
+
+
+def test_a_run_that_was_cut_off_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    cut_off = {**results("training_step_cpu_cpu"), "complete": False}
+    name = "training_step_gpt2_cuda"
+    (tmp_path / f"{name}.json").write_text(json.dumps(cut_off), encoding="utf-8")
+    monkeypatch.setattr(render_tables, "RESULTS", tmp_path)
+    place = render_tables.render_place(name, REPOSITORY / "docs")
+    assert "| bare loop |" in place
+    assert "The run was cut off before its end." in place
 
 
 def spread(values: list[float], digits: int = 3) -> str:
@@ -204,7 +215,9 @@ def test_links_lead_somewhere(page: str):
 
 
 def blocks(page: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], flags=re.S | re.M)
+    """The fenced blocks of a page, also those inside lists."""
+    found = re.finditer(rf"^( *)```{language}\n(.*?)^\1```", PAGES[page], flags=re.S | re.M)
+    return [textwrap.dedent(match[2]) for match in found]
 
 
 def test_every_page_with_examples_is_run():
