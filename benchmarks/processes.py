@@ -8,7 +8,7 @@
 
 What stands behind `--` goes to the recipe. The window batch is shared among the processes, so that
 every run sees the same windows in each step; each process has one thread, and where there is no
-GPU they run on the CPU. The README's table is rendered from
+GPU they run on the CPU. The table in docs/ is rendered from
 benchmarks/results/pretrain_novels.json, which it writes.
 """
 

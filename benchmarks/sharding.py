@@ -5,7 +5,7 @@
 Every process holds its shards of some parameters, and the first one, beside them, all of the same
 parameters whole. Both get the same gradients for 50 steps; then the largest differences are noted,
 for each momentum format, backend and way of sharding. The results go to
-benchmarks/results/sharding_cpu.json, which the README's table is rendered from.
+benchmarks/results/sharding_cpu.json, from which the table in docs/ is rendered.
 """
 
 import argparse

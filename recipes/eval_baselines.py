@@ -14,7 +14,7 @@ weigh the same. The standard error comes from the scatter between blocks. Of a s
 own figures are of some 4,000 random ones. Batches are as large as the device holds.
 
 The results file is written after each split; --resume goes on where an evaluation was stopped. The
-README's tables are rendered from those in recipes/results/, which --results names.
+tables in docs/ are rendered from those in benchmarks/results/, which --results names.
 """
 
 import argparse

@@ -15,7 +15,7 @@ LAMBADA: lm-evaluation-harness's task lambada_openai, the last word of each of 5
 needs `pip install --constraint constraints.txt --editable '.[eval]'`; --tasks wikitext does not.
 
 The results file is written after each task; --resume goes on where an evaluation was stopped. The
-README's table is rendered from one in recipes/results/, which --results names.
+table in docs/ is rendered from one in benchmarks/results/, which --results names.
 """
 
 import argparse

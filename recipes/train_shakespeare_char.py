@@ -60,7 +60,7 @@ PRESETS = {
         "dropout": 0.0,
         "per_device_train_batch_size": 12,
         "max_steps": 2000,
-        "learning_rate": 4e-3,  # nanoGPT's is 1e-3; the README has what was tried
+        "learning_rate": 4e-3,  # nanoGPT's is 1e-3; docs/benchmarks.md has what was tried
         "optim_args": "nesterov=true",
         "eval_steps": 500,
         "save_steps": 500,
