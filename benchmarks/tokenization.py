@@ -5,7 +5,7 @@
 Speed beside the obvious loop, one document after another with tiktoken: the variants take turns,
 each in a process of its own, and what counts is processor time, of all processes that take part.
 Memory of the whole script, all its processes together, on the file and on four times the file. The
-results go to benchmarks/results/openwebtext_novels.json, of the table in docs/;
+results go to benchmarks/results/openwebtext_novels.json, from which the table in docs/ is rendered;
 tiktoken's vocabulary comes from its cache (TIKTOKEN_CACHE_DIR) or the network.
 """
 
