@@ -1,23 +1,28 @@
-"""The optimizer's names in transformers, and the way without names.
+"""The optimizers' names in transformers, and the public way, which needs no names.
 
 This is the only file that reaches into transformers' internals. Two places know optimizers by
 name, in every version from 4.57 to 5.23:
 
-- the enum ``OptimizerNames``: ``TrainingArguments`` converts ``optim`` to a member,
-  ``HfArgumentParser`` offers its values as choices when it is built, and ``training_args.bin``
-  unpickles by calling it. It has no way to grow but its private maps.
+- the enum ``OptimizerNames`` in ``transformers.training_args``: ``TrainingArguments`` converts
+  ``optim`` to a member, ``HfArgumentParser`` offers the values as choices when it is built, and
+  ``training_args.bin`` calls the enum when it is unpickled. Only its private maps let it grow.
 - ``Trainer.get_optimizer_cls_and_kwargs(args, model)``, a static method that turns the name into a
-  class and its arguments. Behind it stands an if-chain up to transformers 5.1 and a private table
-  of handlers since; wrapping the method serves both, and reads ``optim_args`` before transformers
-  splits it, which loses duplicates and fails without a message on a missing "=".
+  class and its arguments. It uses an if-chain up to transformers 5.1 and a private table of
+  handlers since then. Wrapping the method serves both. The wrapper also reads ``optim_args``
+  before transformers splits it, which loses duplicates and fails without a message on a missing
+  "=".
+
+``striped_hf/__init__.py`` calls ``add_names`` and ``extend_trainer`` when the import of each of
+the two modules has finished. This file therefore imports nothing from transformers.
 """
 
 import contextlib
 import functools
-import importlib.util
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from enum import EnumMeta
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -64,28 +69,29 @@ _ELSEWHERE = {
 }
 
 
-def register() -> None:
-    """Makes the names in ``OPTIMIZERS`` known to transformers. Repeating it changes nothing.
+def add_names(training_args: ModuleType) -> None:
+    """Adds the names in ``OPTIMIZERS`` to ``transformers.training_args``; idempotent.
 
-    Where transformers' internals are not as this file expects, it warns and the names raise when
-    they are used: ``StripedAdamW`` itself and ``optimizer_cls_and_kwargs`` do not depend on them,
-    so an import must not fail for their users.
+    Where transformers' internals are not as this file expects, it warns, and the names raise when
+    they are used. An import must not fail for it: ``StripedAdamW`` and
+    ``optimizer_cls_and_kwargs`` do not depend on the internals.
     """
-    if importlib.util.find_spec("transformers") is None:
-        return  # the optimizer works without it
     try:
-        from transformers.trainer import Trainer
-        from transformers.training_args import OptimizerNames
-    except ImportError as error:
-        warnings.warn(_unavailable(error), stacklevel=2)
-        return  # there is no enum, hence no name that could be used by mistake
-    try:
-        _extend_trainer(Trainer)
         for value in OPTIMIZERS:
-            _add_member(OptimizerNames, value.upper(), value)
+            _add_member(training_args.OptimizerNames, value.upper(), value)
     except Exception as error:  # whatever a change in private parts leads to
-        warnings.warn(_unavailable(error), stacklevel=2)
-        _refuse_names(OptimizerNames, _unavailable(error))
+        _give_up(training_args, error)
+
+
+def extend_trainer(trainer: ModuleType) -> None:
+    """Makes ``transformers.trainer.Trainer`` build the optimizers in ``OPTIMIZERS``; idempotent.
+
+    It fails as ``add_names`` does.
+    """
+    try:
+        _wrap_trainer(trainer.Trainer)
+    except Exception as error:
+        _give_up(sys.modules.get("transformers.training_args"), error)
 
 
 def optimizer_cls_and_kwargs(
@@ -192,7 +198,7 @@ def _parse_optim_args(optim_args: str | None) -> dict[str, Any]:
     return parsed
 
 
-def _extend_trainer(trainer: type) -> None:
+def _wrap_trainer(trainer: type) -> None:
     current = vars(trainer)["get_optimizer_cls_and_kwargs"]
     if not isinstance(current, staticmethod):
         raise TypeError("Trainer.get_optimizer_cls_and_kwargs is no static method")
@@ -237,25 +243,37 @@ def _add_member(enum: EnumMeta, name: str, value: str) -> None:
         raise TypeError(f"{enum.__name__} did not take the member {name}")
 
 
-def _refuse_names(enum: type, message: str) -> None:
-    """Makes our names raise ``message``, by the hook that enums have for unknown values."""
-    missing = getattr(enum, "_missing_", None)
-
-    def _missing_(cls: type, value: object) -> Any:
-        if value in OPTIMIZERS:
-            raise ValueError(message)
-        return missing(value) if missing is not None else None
-
-    with contextlib.suppress(AttributeError, TypeError):  # no enum any more: the warning must do
-        enum._missing_ = classmethod(_missing_)  # type: ignore[attr-defined]
-
-
-def _unavailable(error: Exception) -> str:
+def _give_up(training_args: ModuleType | None, error: Exception) -> None:
+    """Warns, and makes the names raise the same message."""
     from transformers import __version__
 
-    return (
+    message = (
         f"striped_hf cannot add {', '.join(OPTIMIZERS)} to transformers {__version__}, whose "
         f"internals differ from those it knows ({type(error).__name__}: {error}): pass "
         "Trainer(optimizer_cls_and_kwargs=striped_hf.optimizer_cls_and_kwargs(args, model)) "
         "instead, the public way, which needs none of them"
     )
+    warnings.warn(message, stacklevel=2)
+    # without the enum no name can be used by mistake
+    with contextlib.suppress(AttributeError, TypeError):
+        _refuse_names(training_args.OptimizerNames, message)  # type: ignore[union-attr]
+
+
+def _refuse_names(enum: Any, message: str) -> None:
+    """Makes our names raise ``message``, by the hook that enums have for unknown values."""
+    for value in OPTIMIZERS:
+        member = enum._value2member_map_.pop(value, None)
+        if member is not None:
+            enum._member_names_.remove(member.name)
+            del enum._member_map_[member.name]
+            delattr(enum, member.name)
+            if hasattr(enum, "_hashable_values_"):
+                enum._hashable_values_.remove(value)
+    missing = enum._missing_
+
+    def _missing_(cls: type, value: object) -> Any:
+        if value in OPTIMIZERS:
+            raise ValueError(message)
+        return missing(value)
+
+    enum._missing_ = classmethod(_missing_)
