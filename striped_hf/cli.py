@@ -1,26 +1,20 @@
-"""What the scripts share: a failure that the user can fix ends a script with one line.
-
-Importing this module is enough for one such failure: a package of an extra that is not installed,
-also where a script's own imports need it.
-"""
+"""What the scripts share: failures that a user can mend end them with one line."""
 
 import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-# setup.cfg's extras, by the packages that the scripts import of them
-_EXTRAS = {
-    "recipes": ("datasets", "evaluate", "matplotlib", "pyarrow", "tiktoken", "tqdm", "wandb"),
-    "eval": ("lm_eval",),
-}
+from striped_hf.extras import explain_missing
+
+# for the scripts' own imports; run() is not called before them
+sys.excepthook = explain_missing(sys.excepthook)
 
 
 class UserError(Exception):
-    """A failure that the user can fix; its message is one line that says how."""
+    """A failure that the user can mend; its message is one line that says how."""
 
 
 def run(main: Callable[[], None]) -> None:
@@ -28,30 +22,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (UserError, OSError) as error:
-        sys.exit(f"{_script()}: error: {error}")
-
-
-def _script() -> str:
-    return Path(sys.argv[0]).name
-
-
-def _explain_missing_extra(
-    kind: type[BaseException],
-    error: BaseException,
-    traceback: TracebackType | None,
-    hook: Callable[..., Any] = sys.excepthook,
-) -> None:
-    """The ``sys.excepthook`` of scripts: one line where an extra is missing, else as before."""
-    package = str(error.name).split(".")[0] if isinstance(error, ModuleNotFoundError) else None
-    for extra, packages in _EXTRAS.items():
-        if package in packages:
-            message = f"{package} is not installed: pip install 'striped_hf[{extra}]'"
-            print(f"{_script()}: error: {message}", file=sys.stderr)
-            return
-    hook(kind, error, traceback)
-
-
-sys.excepthook = _explain_missing_extra
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
 
 
 def is_main_process() -> bool:

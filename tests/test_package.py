@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import striped_hf
-from striped_hf import cli
+from striped_hf.extras import EXTRAS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # torch and what it needs itself
@@ -71,7 +71,7 @@ def test_a_missing_extra_is_named_in_one_line(script, missing, extra, tmp_path):
 def test_every_extra_that_a_script_explains_exists():
     config = configparser.ConfigParser()
     config.read(REPOSITORY / "setup.cfg")
-    for extra, packages in cli._EXTRAS.items():
+    for extra, packages in EXTRAS.items():
         requirements = config["options.extras_require"][extra].split("\n")
         names = {re.match(r"[\w-]*", requirement).group() for requirement in requirements}
         assert set(packages) <= names

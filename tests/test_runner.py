@@ -166,8 +166,9 @@ ENDS = {
     "a syntax error": "x = = 1",
     "a group": """
         import sys
-        if sys.version_info >= (3, 11):
-            raise ExceptionGroup("several", [ValueError("a"), TypeError("b")])
+        if sys.version_info < (3, 11):
+            sys.exit("this Python has no groups")
+        raise ExceptionGroup("several", [ValueError("a"), TypeError("b")])
         """,
     "status 3": "import sys; sys.exit(3)",
     "a message": "import sys; sys.exit('the message')",
