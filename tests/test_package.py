@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 import striped_hf
 from striped_hf.extras import EXTRAS
@@ -66,6 +67,24 @@ def test_a_missing_extra_is_named_in_one_line(script, missing, extra, tmp_path):
     name = Path(script).name
     message = f"{name}: error: {missing} is not installed: pip install 'striped_hf[{extra}]'\n"
     assert run.stderr == message
+
+
+# what these tools require exactly, or the newest that they allow
+NEIGHBOURS = {
+    "axolotl 0.19.0": "accelerate 1.13.0, datasets 4.8.4, evaluate 0.4.1, transformers 5.16.1",
+    "llamafactory 0.9.5": "accelerate 1.11.0, datasets 4.0.0, transformers 5.6.0",
+}
+
+
+@pytest.mark.parametrize("tool", NEIGHBOURS)
+def test_other_tools_can_be_installed_beside(tool):
+    config = configparser.ConfigParser()
+    config.read(REPOSITORY / "setup.cfg")
+    lines = config["options"]["install_requires"] + config["options.extras_require"]["recipes"]
+    requirements = {r.name: r for r in map(Requirement, lines.strip().split("\n"))}
+    for package in NEIGHBOURS[tool].split(", "):
+        name, version = package.split()
+        assert version in requirements[name].specifier, requirements[name]
 
 
 def test_every_extra_that_a_script_explains_exists():
