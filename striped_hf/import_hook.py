@@ -76,11 +76,11 @@ class _Loader(importlib.abc.Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        assert module.__spec__ is not None
-        module.__spec__.loader = module.__loader__ = self._loader
+        spec: Any = module.__spec__
+        spec.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        # as importlib does: a module may have put another object in its place
-        _actions[module.__name__](sys.modules.get(module.__name__, module))
+        # a module may have put another object in its place, which is then what importers get
+        _actions[spec.name](sys.modules.get(spec.name, module))
 
     def __getattr__(self, name: str) -> Any:  # get_source, get_code, ... for runpy and inspect
         return getattr(self._loader, name)
@@ -90,7 +90,7 @@ class _UnfinishedSpec(ModuleSpec):
     """The spec of a module whose import began before ``after_import`` was called.
 
     No loader of ours is in place. But importlib marks the end of each import, failed or not, by
-    ``spec._initializing = False``, in every Python from 3.10 to 3.14.
+    ``spec._initializing = False``, in every Python from 3.10 to 3.13.
     """
 
     @property

@@ -79,7 +79,7 @@ def _print_usage(usage: str, command: Sequence[str]) -> None:
 
 
 def _reach_children() -> None:
-    """Sets the environment so that the processes to come know the names."""
+    """Sets the environment so that every process started from here knows the names."""
     paths = os.environ.get("PYTHONPATH", "")  # an empty entry would be the current folder
     if STARTUP not in paths.split(os.pathsep):
         os.environ["PYTHONPATH"] = STARTUP + os.pathsep + paths if paths else STARTUP
@@ -88,7 +88,7 @@ def _reach_children() -> None:
 def _new_main() -> dict[str, object]:
     """Empties the namespace of ``__main__``, which pickle and multiprocessing look at."""
     namespace = sys.modules["__main__"].__dict__
-    # a new __main__ has the second up to Python 3.13
+    # all that a new __main__ has; the second one only up to Python 3.13
     kept = ("__builtins__", "__annotations__")
     new = {key: value for key, value in namespace.items() if key in kept}
     namespace.clear()
@@ -131,10 +131,7 @@ def _without_our_frames(program: Callable[[], None]) -> None:
     """Calls ``program``; an error that nothing catches is printed as without this package."""
     try:
         program()
-    except Exception as error:
-        _hide_our_frames(error)
-        raise
-    except KeyboardInterrupt as error:
+    except (Exception, KeyboardInterrupt) as error:
         _hide_our_frames(error)
         raise
 
