@@ -22,7 +22,7 @@ export TOKENIZERS_PARALLELISM := false
 .venv/.installed: setup.cfg setup.py pyproject.toml constraints.txt striped_hf/optim/backends/csrc/cpu.c
 	@echo "== making .venv and installing striped_hf with the pinned packages (a minute or two)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,recipes,docs]'
 	@touch $@
 
 demo: .venv/.installed

@@ -1,4 +1,4 @@
-"""Builds the CPU backend, where it can be built; everything else stands in setup.cfg."""
+"""Builds the CPU backend where that is possible; everything else is in setup.cfg."""
 
 from setuptools import Extension, setup
 
@@ -10,7 +10,7 @@ setup(
             # errno and trapping would keep square roots and comparisons from being vectorised
             extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"],
             extra_link_args=["-fopenmp"],
-            optional=True,  # the install goes on without a compiler or OpenMP, to use reference.py
+            optional=True,  # without a compiler or OpenMP, reference.py does the work
         )
     ]
 )

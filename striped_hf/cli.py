@@ -7,6 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from striped_hf.extras import explain_missing
+
+# for the scripts' own imports; run() is not called before them
+sys.excepthook = explain_missing(sys.excepthook)
+
 
 class UserError(Exception):
     """A failure that the user can mend; its message is one line that says how."""

@@ -1,12 +1,18 @@
 """The package as a whole: the optimizer needs torch only, and nothing from outside is unpickled."""
 
+import configparser
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from packaging.requirements import Requirement
+
+import striped_hf
+from striped_hf.extras import EXTRAS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # torch and what it needs itself
@@ -40,10 +46,68 @@ assert (weight < 1).all()
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.parametrize(
+    ("script", "missing", "extra"),
+    [
+        ("data_scripts/shakespeare_char.py", "tiktoken", "recipes"),
+        ("data_scripts/openwebtext.py", "datasets", "recipes"),
+        ("data_scripts/openwebtext.py", "pyarrow", "recipes"),
+    ],
+)
+def test_a_missing_extra_is_named_in_one_line(script, missing, extra, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules[{missing!r}] = None")
+    run = subprocess.run(
+        [sys.executable, str(REPOSITORY / script), "--help"],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{REPOSITORY}"},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert run.returncode == 1
+    name = Path(script).name
+    message = f"{name}: error: {missing} is not installed: pip install 'striped_hf[{extra}]'\n"
+    assert run.stderr == message
+
+
+# what these tools require exactly, or the newest that they allow
+NEIGHBOURS = {
+    "axolotl 0.19.0": "accelerate 1.13.0, datasets 4.8.4, evaluate 0.4.1, transformers 5.16.1",
+    "llamafactory 0.9.5": "accelerate 1.11.0, datasets 4.0.0, transformers 5.6.0",
+}
+
+
+@pytest.mark.parametrize("tool", NEIGHBOURS)
+def test_other_tools_can_be_installed_beside(tool):
+    config = configparser.ConfigParser()
+    config.read(REPOSITORY / "setup.cfg")
+    lines = config["options"]["install_requires"] + config["options.extras_require"]["recipes"]
+    requirements = {r.name: r for r in map(Requirement, lines.strip().split("\n"))}
+    for package in NEIGHBOURS[tool].split(", "):
+        name, version = package.split()
+        assert version in requirements[name].specifier, requirements[name]
+
+
+def test_every_extra_that_a_script_explains_exists():
+    config = configparser.ConfigParser()
+    config.read(REPOSITORY / "setup.cfg")
+    for extra, packages in EXTRAS.items():
+        requirements = config["options.extras_require"][extra].split("\n")
+        names = {re.match(r"[\w-]*", requirement).group() for requirement in requirements}
+        assert set(packages) <= names
+
+
+def test_there_is_one_version():
+    """The package's, the citation's and the newest in the list of changes."""
+    citation = (REPOSITORY / "CITATION.cff").read_text()
+    changes = (REPOSITORY / "CHANGELOG.md").read_text()
+    assert re.search(r"^version: (.+)$", citation, re.M).group(1) == striped_hf.__version__
+    assert re.search(r"^## (\S+)", changes, re.M).group(1) == striped_hf.__version__
+
+
 def test_dependencies_point_one_way():
     """benchmarks -> recipes -> trainer, data, evaluation -> optim, and optim imports torch only.
 
-    But for the Triton backend, which is not imported where it is not chosen.
+    The Triton backend may import more: it is imported only where it is chosen.
     """
     for path in (REPOSITORY / "striped_hf" / "optim").rglob("*.py"):
         imported = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), flags=re.M))

@@ -1,4 +1,4 @@
-"""The optimizer. It needs torch only, so it works without transformers."""
+"""The optimizer. It needs only torch: importing it does not import transformers."""
 
 from striped_hf.optim.striped_adamw import StripedAdamW
 

@@ -1,6 +1,6 @@
 """What touches transformers: the names in Trainer and a model's param groups."""
 
+from striped_hf.trainer.optimizer_kwargs import optimizer_cls_and_kwargs
 from striped_hf.trainer.param_groups import packed_blocks, param_groups
-from striped_hf.trainer.registration import optimizer_cls_and_kwargs, register
 
-__all__ = ["optimizer_cls_and_kwargs", "packed_blocks", "param_groups", "register"]
+__all__ = ["optimizer_cls_and_kwargs", "packed_blocks", "param_groups"]
