@@ -35,13 +35,14 @@ from striped_hf import StripedAdamW
 from striped_hf.optim import backends, rounding
 from striped_hf.optim.backends import reference
 
-pytest.importorskip("triton")
-kernels = pytest.importorskip("striped_hf.optim.backends.triton.launch", exc_type=ImportError)
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+launch = pytest.importorskip("striped_hf.optim.backends.triton.launch", exc_type=ImportError)
 
-jit = kernels.jit
-tl, random_bits, step_key = jit.tl, jit._random_bits, jit._step_key
+from striped_hf.optim.backends.triton import arguments, kernels  # noqa: E402
+from striped_hf.optim.backends.triton.codec import random_bits, step_key  # noqa: E402
 
-DEVICE = kernels.DEVICE_TYPES[0]
+DEVICE = launch.DEVICE_TYPES[0]
 ON_GPU = DEVICE == "cuda"
 
 # on a GPU every test here is one of compiled kernels, which `pytest -m gpu` is to run
@@ -273,7 +274,7 @@ def test_subnormal_float16_is_rounded_as_the_references(shape: tuple[int, ...]) 
 def test_stripes_longer_than_a_program_takes_at_once(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(jit, "STRIPE_BLOCK", 64)
+    monkeypatch.setattr(arguments, "STRIPE_BLOCK", 64)
     test_every_step_is_the_references(Spec(shape))
 
 
@@ -367,7 +368,7 @@ def test_what_is_not_finite_stays_so_where_the_references_does(
 # ---------------------------------------------------------------------------------------------
 
 
-@jit.triton.jit
+@triton.jit
 def draw(out, start, step, SIZE: tl.constexpr):
     index = tl.load(start) + tl.arange(0, SIZE)
     low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
@@ -493,8 +494,8 @@ def test_a_lagged_step_is_that_of_its_two_functions() -> None:
             for spec, p in zip(specs, parameters(optimizer), strict=True):
                 set_grad(p, gradient_of(spec, t))
         [(_, settings, table)], _ = ours._tables()
-        roots = reference.stripes(table, kernels.statistics(table), settings)
-        kernels.update(table, roots, settings)
+        roots = reference.stripes(table, launch.statistics(table), settings)
+        launch.update(table, roots, settings)
         theirs.step()
         assert_agrees(ours, theirs)
         synchronise(ours, theirs)
@@ -513,7 +514,7 @@ def test_roots_may_come_from_elsewhere() -> None:
         optimizer.step()
     settings = optimizers[0]._settings(optimizers[0].param_groups[0])
     tables = [[entry_of(parameters(o)[0], o)] for o in optimizers]
-    own, given = (kernels.statistics(table) for table in tables)
+    own, given = (launch.statistics(table) for table in tables)
     assert own[0] is not None
     assert given[0] is not None
     expected = reference.statistics(tables[0])
@@ -522,14 +523,14 @@ def test_roots_may_come_from_elsewhere() -> None:
             torch.testing.assert_close(actual, wanted, **STRIPES)
     for table, sums in zip(tables, (own, given), strict=True):
         roots = reference.stripes(table, [tuple(4 * part for part in sums[0])], settings)
-        kernels.update(table, roots, settings)
+        launch.update(table, roots, settings)
     assert_same_snapshot(*(snapshot(o) for o in optimizers))
 
 
 def test_other_strides_are_the_references_with_one_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    kernels._warn_once.cache_clear()
+    launch._warn_once.cache_clear()
     specs = [
         Spec((6, 10), "int8", layout="strided"),
         Spec((5,), layout="strided"),
@@ -577,7 +578,7 @@ def test_empty_tables_and_tensors() -> None:
     empty.grad, other.grad = torch.ones_like(empty), torch.ones_like(other)
     optimizer.step()
     assert (other != 1).all()
-    assert kernels.statistics([]) == []
+    assert launch.statistics([]) == []
 
 
 # ---------------------------------------------------------------------------------------------
@@ -635,7 +636,7 @@ def test_a_learning_rate_in_memory(dtype: torch.dtype) -> None:
         if i % 2:
             lr = torch.tensor(settings.lr, dtype=dtype, device=DEVICE)
             settings = dataclasses.replace(settings, lr=lr)
-        kernels.step([entry_of(p, optimizer)], settings)
+        launch.step([entry_of(p, optimizer)], settings)
     for plain, in_memory in (optimizers[:2], optimizers[2:]):
         torch.testing.assert_close(parameters(plain), parameters(in_memory), rtol=2e-7, atol=0)
 
@@ -771,8 +772,8 @@ def test_steps_and_rates_compile_nothing_anew() -> None:
     [p] = parameters(optimizer)
 
     def compiled() -> int:
-        functions = (jit.statistics_kernel, jit.combine_kernel, jit.stripes_kernel)
-        functions += (jit.matrices_kernel, jit.vectors_kernel)
+        functions = (kernels.statistics_kernel, kernels.combine_kernel, kernels.stripes_kernel)
+        functions += (kernels.matrices_kernel, kernels.vectors_kernel)
         return sum(len(cache[0]) for f in functions for cache in f.device_caches.values())
 
     counts = set()
@@ -787,7 +788,7 @@ def test_steps_and_rates_compile_nothing_anew() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="no CUDA device")
 def test_auto_is_triton_on_a_gpu() -> None:
-    assert backends.resolve("auto", "cuda") is kernels
+    assert backends.resolve("auto", "cuda") is launch
 
 
 @pytest.mark.slow
