@@ -21,7 +21,7 @@ import striped_hf  # before the next line, or other packages look for the device
 
 torch.cuda.is_available = lambda: True
 
-from striped_hf.optim.backends.triton import arguments, kernels, launch  # noqa: E402
+from striped_hf.optim.backends.triton import kernels, launch, tile_sizes  # noqa: E402
 from striped_hf.optim.backends.triton.arguments import (  # noqa: E402
     Buffers,
     Hyperparameters,
@@ -124,7 +124,7 @@ def check_statistics(
         {},
         variant=variant,
         STEP_ON_DEVICE=step_on_device,
-        TILE_ROWS=arguments.STATISTICS_TILE_ROWS,
+        TILE_ROWS=tile_sizes.STATISTICS_TILE_ROWS,
         TILE_COLUMNS=tile_columns(variant.fused_statistics),
     )
     check(f"statistics {variant}", ptx, loads)
@@ -152,7 +152,7 @@ def check_matrices(
         {},
         variant=variant,
         flags=flags,
-        TILE_ROWS=arguments.UPDATE_TILE_ROWS,
+        TILE_ROWS=tile_sizes.UPDATE_TILE_ROWS,
     )
     check(f"{variant} {flags}", ptx, loads)
     if variant.aligned and not variant.narrow and not CONVERTS_LAYOUTS:
@@ -171,7 +171,7 @@ def main() -> None:
         for step_on_device in (False, True):
             variant = StatisticsVariant(tl.float32, True, False, fused_statistics=True)
             check_statistics(capability, variant, step_on_device)
-        sizes = {"PARTIALS": arguments.COMBINED_PARTIALS, "WIDTH": arguments.COMBINED_WIDTH}
+        sizes = {"PARTIALS": tile_sizes.COMBINED_PARTIALS, "WIDTH": tile_sizes.COMBINED_WIDTH}
         check("combine", ptx_of(kernels.combine_kernel, capability, 4, {}, **sizes))
         for on_device in (OnDevice(False, False), OnDevice(True, True)):
             types = {"hyper": NUMBERS._replace(lr="*fp32")} if on_device.lr else {}
@@ -186,7 +186,7 @@ def main() -> None:
                         types,
                         on_device=on_device,
                         variant=stripes,
-                        BLOCK=arguments.STRIPE_BLOCK,
+                        BLOCK=tile_sizes.STRIPE_BLOCK,
                     )
                     check(f"{stripes}", ptx)
             ptx = ptx_of(
@@ -199,7 +199,7 @@ def main() -> None:
                 flags=UpdateFlags(
                     False, maximize=on_device.lr, nesterov=on_device.lr, stochastic_rounding=False
                 ),
-                BLOCK=arguments.VECTOR_BLOCK,
+                BLOCK=tile_sizes.VECTOR_BLOCK,
             )
             check("vectors", ptx, ("v4.b32",))
         f32, bf16 = tl.float32, tl.bfloat16

@@ -39,7 +39,7 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 launch = pytest.importorskip("striped_hf.optim.backends.triton.launch", exc_type=ImportError)
 
-from striped_hf.optim.backends.triton import arguments, kernels  # noqa: E402
+from striped_hf.optim.backends.triton import kernels, tile_sizes  # noqa: E402
 from striped_hf.optim.backends.triton.codec import random_bits, step_key  # noqa: E402
 
 DEVICE = launch.DEVICE_TYPES[0]
@@ -274,7 +274,7 @@ def test_subnormal_float16_is_rounded_as_the_references(shape: tuple[int, ...]) 
 def test_stripes_longer_than_a_program_takes_at_once(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(arguments, "STRIPE_BLOCK", 64)
+    monkeypatch.setattr(tile_sizes, "STRIPE_BLOCK", 64)
     test_every_step_is_the_references(Spec(shape))
 
 

@@ -184,25 +184,3 @@ SHAPES = tl.constexpr(len(EntryShape._fields))
 
 DECAY, STEP_SIZE, KEY, FLOOR = map(tl.constexpr, range(len(EntryScalars._fields)))
 SCALARS = tl.constexpr(len(EntryScalars._fields))
-
-
-# ---------------------------------------------------------------------------------------------
-# tile sizes
-# ---------------------------------------------------------------------------------------------
-
-# A warp reads a row of 128 columns with four elements a lane, 16 bytes in float32: the same four in
-# every tensor of the update, whatever its dtype, so that no layout is converted. A thread has 16
-# (update) or 32 (statistics) elements of every tensor. Programs have four warps.
-STATISTICS_TILE_ROWS, STATISTICS_TILE_COLUMNS = 16, 256
-UPDATE_TILE_ROWS = 16
-# Rows that one program of the update works down: reading its shape and its part of the column
-# roots costs less than a hundredth of them, and GPT-2 124M is still 15 tiles per running program.
-UPDATED_ROWS = tl.constexpr(64)
-# Rows whose squares one program adds up. Partial sums take 4 bytes per element divided by these
-# rows, so large models get more of them; small models need enough programs.
-SUMMED_ROWS_OF_SMALL_MODELS, SUMMED_ROWS_OF_LARGE_MODELS = 128, 256
-LARGE_MODEL = 1 << 29  # elements of all matrices
-COMBINED_PARTIALS, COMBINED_WIDTH = 32, 64
-# One program averages all rows of a block of a matrix: 50,257 rows are 13 iterations.
-STRIPE_BLOCK = 4096
-VECTOR_BLOCK = 1024

@@ -5,8 +5,6 @@ ones, good to 2 units in the last place. The stripes, their roots, the bias corr
 step of 0-D and 1-D parameters, which is AdamW's, are correctly rounded.
 """
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
@@ -15,7 +13,6 @@ from striped_hf.optim.backends.triton.arguments import (
     BLOCK_COLUMNS,
     BLOCK_ROWS,
     COLUMN_BLOCKS,
-    COLUMN_PARTIALS,
     COLUMN_POINTER,
     COLUMN_SUMS,
     COLUMNS,
@@ -30,16 +27,13 @@ from striped_hf.optim.backends.triton.arguments import (
     MATRIX_ROWS,
     PARAM_POINTER,
     POINTERS,
-    ROW_PARTIALS,
     ROW_POINTER,
     ROW_SUMS,
     ROWS,
     SCALARS,
     SHAPES,
-    STEP_POINTER,
     STEP_SIZE,
     SUMMED_ROWS,
-    UPDATED_ROWS,
     WHOLE_START,
     WHOLE_STRIDE,
 )
@@ -47,182 +41,31 @@ from striped_hf.optim.backends.triton.codec import (
     decode,
     encode,
     largest_magnitude,
-    random_bits,
     round_to_nearest,
     step_key,
-    stochastic_round,
 )
+from striped_hf.optim.backends.triton.functions import (
+    Matrix,
+    Region,
+    StepScalars,
+    bias_correction,
+    decay_and_step_size,
+    element_offsets,
+    fold_rows,
+    lerp,
+    load_aligned_pointer,
+    load_columns,
+    load_pointer,
+    load_step,
+    load_step_scalars,
+    partial_sum_pointers,
+    round_parameter,
+    scaled_direction,
+    update_tile,
+)
+from striped_hf.optim.backends.triton.tile_sizes import UPDATED_ROWS
 
 _BLOCK_SIZE = tl.constexpr(momentum.BLOCK_SIZE)  # columns of a quantization block
-
-
-# ---------------------------------------------------------------------------------------------
-# what kernels pass to functions
-# ---------------------------------------------------------------------------------------------
-
-
-class Region(NamedTuple):
-    """Where a program's rows and columns lie. The rows are of one block, so of one matrix."""
-
-    first_row: Any  # of all matrices together
-    first_column: Any
-    rows: Any  # of all matrices together
-    matrix_rows: Any
-    columns: Any
-    block_rows: Any
-    block_columns: Any
-    summed_rows: Any
-
-
-class Matrix(NamedTuple):
-    """What the tiles of a program have in common."""
-
-    param: Any  # pointers
-    grad: Any
-    region: Region
-    row_roots: Any  # pointer to a, [rows, column_blocks], not yet divided by sqrt(mean(row))
-    column_blocks: Any
-    block: Any  # the column block of the first column
-    next_inverse_rms: Any  # of the block at its right
-    whole_start: Any
-    whole_stride: Any
-
-
-class Columns(NamedTuple):
-    """The columns of a tile."""
-
-    index: Any  # [c] int32
-    inside: Any  # [c] bool
-    roots: Any  # [c] float32: c_j
-    inverse_rms: Any  # [c] where the variant is narrow, else of the block of the first column
-
-
-class Step(NamedTuple):
-    """The numbers of an entry's step."""
-
-    decay: Any
-    size: Any
-    key: Any
-    floor: Any
-    one_minus_beta1: Any
-    eps: Any
-
-
-# ---------------------------------------------------------------------------------------------
-# functions that kernels share
-# ---------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _load_pointer(pointers, INDEX: tl.constexpr, DTYPE: tl.constexpr):
-    return tl.load(pointers + INDEX).to(tl.pointer_type(DTYPE))
-
-
-@triton.jit
-def _load_aligned_pointer(pointers, INDEX: tl.constexpr, DTYPE: tl.constexpr, aligned):
-    """The pointer to a tensor that is read in vectors of four elements, if it is aligned.
-
-    Four in every tensor: with more in some, Triton would convert between layouts.
-    """
-    pointer = tl.load(pointers + INDEX).to(tl.pointer_type(DTYPE))
-    if aligned:
-        # not DTYPE.primitive_bitwidth // 2, which Triton 3.3 cannot read
-        if DTYPE == tl.float32:
-            pointer = tl.multiple_of(pointer, 16)
-        elif DTYPE == tl.bfloat16 or DTYPE == tl.float16:
-            pointer = tl.multiple_of(pointer, 8)
-        else:
-            pointer = tl.multiple_of(pointer, 4)
-    return pointer
-
-
-@triton.jit
-def _load_step(pointers, step, on_device):  # int32
-    """The entry's step, from 1. ``step`` is the first entry's."""
-    if on_device:
-        current = tl.load(_load_pointer(pointers, STEP_POINTER, tl.float32)).to(tl.int32)
-    else:
-        current = (tl.load(pointers + STEP_POINTER) + step).to(tl.int32)
-    return current
-
-
-@triton.jit
-def _bias_correction(step, log_beta):  # float64
-    """1 - beta^step. The logarithm is float32: its rounding changes the result by 1e-7 of it."""
-    return 1.0 - tl.exp(step.to(tl.float64) * tl.cast(log_beta, tl.float64))
-
-
-@triton.jit
-def _decay_and_step_size(step, hyper, on_device):  # float32, float32
-    """1 - lr * weight_decay and lr / (1 - beta1^t)."""
-    if on_device.lr:
-        lr = tl.load(hyper.lr).to(tl.float64)
-    else:
-        lr = tl.cast(hyper.lr, tl.float64)
-    decay = (1.0 - lr * tl.cast(hyper.weight_decay, tl.float64)).to(tl.float32)
-    step_size = (lr / _bias_correction(step, hyper.log_beta1)).to(tl.float32)
-    return decay, step_size
-
-
-@triton.jit
-def _lerp(start, end, weight):
-    """torch.lerp: it starts from the nearer end, so that weights of 0 and 1 are exact."""
-    difference = end - start
-    return tl.where(weight < 0.5, start + weight * difference, end - difference * (1 - weight))
-
-
-@triton.jit
-def _scaled_direction(m, g, step, flags):
-    """The step size times the momentum, or times Nesterov's."""
-    if flags.nesterov:
-        m = _lerp(m, g, step.one_minus_beta1)
-    return step.size * m
-
-
-@triton.jit
-def _round_parameter(value, low, high, key, flags, DTYPE: tl.constexpr):
-    """Rounds the value of element 2^32 high + low to the parameter's dtype."""
-    if flags.stochastic_rounding:
-        rounded = stochastic_round(value, random_bits(low, high, key), DTYPE)
-    else:
-        rounded = round_to_nearest(value, DTYPE)
-    return rounded
-
-
-@triton.jit
-def _offsets(rows, columns, region, transposed):  # [r], [c] -> [r, c] int64
-    """Where the elements lie, of a contiguous tensor or of one whose matrices are transposed."""
-    if transposed:
-        above = region.first_row // region.matrix_rows * region.matrix_rows
-        inner = (rows - above).to(tl.int64)[:, None]
-        inner += columns.to(tl.int64)[None, :] * region.matrix_rows
-        offsets = inner + above.to(tl.int64) * region.columns
-    else:
-        offsets = rows.to(tl.int64)[:, None] * region.columns + columns[None, :]
-    return offsets
-
-
-@triton.jit
-def _partial_sums(partials, shape, region, TILE_COLUMNS: tl.constexpr):
-    """Pointers to a program's partial sums: of row 0 and of column 0.
-
-    Those of rows are [column tiles, rows], those of columns [row programs, columns].
-    """
-    row_block = region.first_row // region.block_rows
-    column_block = region.first_column // region.block_columns
-    programs = (region.block_rows + region.summed_rows - 1) // region.summed_rows
-    program = (
-        row_block * programs
-        + (region.first_row - row_block * region.block_rows) // region.summed_rows
-    )
-    tiles = (region.block_columns + TILE_COLUMNS - 1) // TILE_COLUMNS
-    tile = (
-        column_block * tiles
-        + (region.first_column - column_block * region.block_columns) // TILE_COLUMNS
-    )
-    row_partials = partials + tl.load(shape + ROW_PARTIALS) + tile * region.rows
-    column_partials = partials + tl.load(shape + COLUMN_PARTIALS) + program * region.columns
-    return row_partials, column_partials
 
 
 # ---------------------------------------------------------------------------------------------
@@ -245,7 +88,7 @@ def statistics_kernel(
     entry = tl.load(tile).to(tl.int64)
     pointers = buffers.pointers + entry * POINTERS
     if variant.fused_statistics:
-        current = _load_step(pointers, step, STEP_ON_DEVICE)
+        current = load_step(pointers, step, STEP_ON_DEVICE)
         if current > 1:
             return
     first_row = tl.load(tile + 1)
@@ -276,21 +119,23 @@ def statistics_kernel(
     )
     end_row = tl.minimum(first_row + summed_rows, (first_row // block_rows + 1) * block_rows)
     end_column = (first_column // block_columns + 1) * block_columns
-    row_partials, column_partials = _partial_sums(buffers.partials, shape, region, TILE_COLUMNS)
+    row_partials, column_partials = partial_sum_pointers(
+        buffers.partials, shape, region, TILE_COLUMNS
+    )
 
-    tile_columns = first_column + tl.arange(0, TILE_COLUMNS)
-    in_columns = tile_columns < end_column
+    column_indices = first_column + tl.arange(0, TILE_COLUMNS)
+    in_columns = column_indices < end_column
     column_sums = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
     for row in range(first_row, end_row, TILE_ROWS):
-        tile_rows = row + tl.arange(0, TILE_ROWS)
-        in_rows = tile_rows < end_row
-        offsets = _offsets(tile_rows, tile_columns, region, variant.transposed)
+        row_indices = row + tl.arange(0, TILE_ROWS)
+        in_rows = row_indices < end_row
+        offsets = element_offsets(row_indices, column_indices, region, variant.transposed)
         mask = in_rows[:, None] & in_columns[None, :]
         g = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
         squares = g * g
-        tl.store(row_partials + tile_rows, tl.sum(squares, axis=1), mask=in_rows)
+        tl.store(row_partials + row_indices, tl.sum(squares, axis=1), mask=in_rows)
         column_sums += squares
-    tl.store(column_partials + tile_columns, tl.sum(column_sums, axis=0), mask=in_columns)
+    tl.store(column_partials + column_indices, tl.sum(column_sums, axis=0), mask=in_columns)
 
 
 @triton.jit
@@ -356,7 +201,7 @@ def stripes_kernel(
     )
     stripe = address.to(tl.pointer_type(tl.float32)) + start
 
-    current = _load_step(pointers, step, on_device.step)
+    current = load_step(pointers, step, on_device.step)
     is_first_step = current <= 1
     summed = size  # how many sums are there
     if variant.fused_statistics:
@@ -367,7 +212,7 @@ def stripes_kernel(
     corrected = current
     if variant.lagged:
         corrected = tl.maximum(current - 1, 1)
-    bias_correction2 = _bias_correction(corrected, hyper.log_beta2).to(tl.float32)
+    bias_correction2 = bias_correction(corrected, hyper.log_beta2).to(tl.float32)
     correction = tl.div_rn(1.0, tl.sqrt_rn(tl.where(is_column, bias_correction2, 1.0)))
     weight = tl.div_rn(hyper.one_minus_beta2, averaged)
     total = tl.zeros([BLOCK], tl.float32)
@@ -402,14 +247,14 @@ def stripes_kernel(
                 inverse_rms = 1.0
             tl.store(buffers.inverse_rms + block, inverse_rms)
             if block == first_block:
-                decay, step_size = _decay_and_step_size(current, hyper, on_device)
+                decay, step_size = decay_and_step_size(current, hyper, on_device)
                 scalars = buffers.scalars + entry * SCALARS
                 tl.store(scalars + DECAY, decay.to(tl.int32, bitcast=True))
                 tl.store(scalars + STEP_SIZE, step_size.to(tl.int32, bitcast=True))
                 tl.store(scalars + KEY, step_key(current).to(tl.int32, bitcast=True))
                 if variant.lagged:
-                    bias_correction2 = _bias_correction(current, hyper.log_beta2).to(tl.float32)
-                    floor = tl.sqrt_rn(tl.div_rn(hyper.one_minus_beta2, bias_correction2))
+                    uncorrected = bias_correction(current, hyper.log_beta2).to(tl.float32)
+                    floor = tl.sqrt_rn(tl.div_rn(hyper.one_minus_beta2, uncorrected))
                     floor = tl.where(is_first_step, 0.0, floor)
                     tl.store(scalars + FLOOR, floor.to(tl.int32, bitcast=True))
 
@@ -417,101 +262,6 @@ def stripes_kernel(
 # ---------------------------------------------------------------------------------------------
 # the update of matrices
 # ---------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _load_step_numbers(scalars, one_minus_beta1, eps, lagged):
-    floor = 0.0
-    decay = tl.load(scalars + DECAY).to(tl.float32, bitcast=True)
-    step_size = tl.load(scalars + STEP_SIZE).to(tl.float32, bitcast=True)
-    key = tl.load(scalars + KEY).to(tl.uint32, bitcast=True)
-    if lagged:
-        floor = tl.load(scalars + FLOOR).to(tl.float32, bitcast=True)
-    return Step(
-        decay=decay,
-        size=step_size,
-        key=key,
-        floor=floor,
-        one_minus_beta1=one_minus_beta1,
-        eps=eps,
-    )
-
-
-@triton.jit
-def _load_columns(index, inside, column_roots, inverse_rms, block, block_columns, narrow):
-    """The ``Columns`` of a tile whose first column is in column block ``block``."""
-    roots = tl.load(column_roots + index, mask=inside, other=0.0)
-    if narrow:
-        inverse = tl.load(inverse_rms + index // block_columns, mask=inside, other=0.0)
-    else:
-        inverse = tl.load(inverse_rms + block)
-    return Columns(index=index, inside=inside, roots=roots, inverse_rms=inverse)
-
-
-@triton.jit
-def _load_row_roots(rows, in_rows, columns, mask, matrix, variant):  # [r, 1] or [r, c]
-    """a, for every element of a tile."""
-    row_roots = matrix.row_roots + rows.to(tl.int64) * matrix.column_blocks
-    block_columns = matrix.region.block_columns
-    if variant.fused_statistics:  # all columns are of one block
-        a = tl.load(row_roots + matrix.block, mask=in_rows, other=0.0) * columns.inverse_rms
-        a = a[:, None]
-    elif variant.narrow:
-        block = columns.index // block_columns
-        a = tl.load(row_roots[:, None] + block[None, :], mask=mask, other=0.0)
-        a *= columns.inverse_rms[None, :]
-    else:
-        # a tile is no wider than a block, so that it has columns of two at most
-        next_block = tl.minimum(matrix.block + 1, matrix.column_blocks - 1)
-        a = tl.load(row_roots + matrix.block, mask=in_rows, other=0.0) * columns.inverse_rms
-        next_a = tl.load(row_roots + next_block, mask=in_rows, other=0.0) * matrix.next_inverse_rms
-        in_first = columns.index < (matrix.block + 1) * block_columns
-        a = tl.where(in_first[None, :], a[:, None], next_a[:, None])
-    return a
-
-
-@triton.jit
-def _update_tile(m, rows, in_rows, columns, matrix, step, variant, flags):
-    """Updates a tile of a matrix; returns its new momentum and the squares of its gradient.
-
-    ``m`` is the momentum before, float32, and 0 outside of the matrix.
-    """
-    mask = in_rows[:, None] & columns.inside[None, :]
-    offsets = _offsets(rows, columns.index, matrix.region, variant.transposed)
-    g = tl.load(matrix.grad + offsets, mask=mask, other=0.0).to(tl.float32)
-    value = tl.load(matrix.param + offsets, mask=mask, other=0.0).to(tl.float32)
-    if flags.maximize:
-        g = -g
-    m = _lerp(m, g, step.one_minus_beta1)
-
-    a = _load_row_roots(rows, in_rows, columns, mask, matrix, variant)
-    denominator = a * columns.roots[None, :]
-    if flags.lagged:
-        smallest = tl.abs(g) * step.floor
-        # not tl.maximum, which may drop a NaN
-        denominator = tl.where(denominator < smallest, smallest, denominator)
-
-    low = rows.to(tl.uint32)[:, None] * matrix.whole_stride.to(tl.uint32)
-    low += columns.index.to(tl.uint32)[None, :]
-    low += matrix.whole_start.to(tl.uint32)
-    if variant.large:
-        whole_row = matrix.whole_start + rows.to(tl.int64)[:, None] * matrix.whole_stride
-        high = ((whole_row + columns.index[None, :]) >> 32).to(tl.uint32)
-    else:
-        high = tl.zeros([1, 1], tl.uint32)
-    denominator += step.eps
-    value = value * step.decay - _scaled_direction(m, g, step, flags) / denominator
-    value = _round_parameter(value, low, high, step.key, flags, variant.param_dtype)
-    tl.store(matrix.param + offsets, value, mask=mask)
-    return m, g * g
-
-
-@triton.jit
-def _fold(squares, HEIGHT: tl.constexpr):  # [r, c] -> [HEIGHT, c]
-    """Adds up rows HEIGHT apart: one thread has them all, and keeps one sum of them."""
-    rows: tl.constexpr = squares.shape[0]
-    columns: tl.constexpr = squares.shape[1]
-    return tl.sum(tl.reshape(squares, [rows // HEIGHT, HEIGHT, columns]), axis=0)
 
 
 @triton.jit
@@ -524,10 +274,10 @@ def matrices_kernel(
     flags,  # ``UpdateFlags``
     TILE_ROWS: tl.constexpr,
 ):
-    """Updates momentum and parameter in some rows of one quantization block of columns.
+    """Updates momentum and parameter in some rows, in the columns of one quantization block.
 
-    With ``fused_statistics`` it also leaves the partial sums that ``statistics_kernel`` would, so
-    that the step reads the gradient from memory once.
+    With ``fused_statistics`` it also writes the partial sums that ``statistics_kernel`` would
+    write, so that the step reads the gradient once.
     """
     tile = tiles + tl.program_id(0).to(tl.int64) * 3
     entry = tl.load(tile).to(tl.int64)
@@ -545,13 +295,13 @@ def matrices_kernel(
     column_roots = buffers.sums + tl.load(shape + COLUMN_SUMS)
     inverse_rms = buffers.inverse_rms + tl.load(shape + FIRST_BLOCK)
     pointers = buffers.pointers + entry * POINTERS
-    param = _load_aligned_pointer(pointers, PARAM_POINTER, variant.param_dtype, variant.aligned)
-    grad = _load_aligned_pointer(pointers, GRAD_POINTER, variant.grad_dtype, variant.aligned)
-    exp_avg = _load_aligned_pointer(
+    param = load_aligned_pointer(pointers, PARAM_POINTER, variant.param_dtype, variant.aligned)
+    grad = load_aligned_pointer(pointers, GRAD_POINTER, variant.grad_dtype, variant.aligned)
+    exp_avg = load_aligned_pointer(
         pointers, EXP_AVG_POINTER, variant.momentum_dtype, variant.aligned
     )
-    scales = _load_pointer(pointers, EXP_AVG_SCALE_POINTER, tl.float32)
-    step = _load_step_numbers(buffers.scalars + entry * SCALARS, one_minus_beta1, eps, flags.lagged)
+    scales = load_pointer(pointers, EXP_AVG_SCALE_POINTER, tl.float32)
+    step = load_step_scalars(buffers.scalars + entry * SCALARS, one_minus_beta1, eps, flags.lagged)
 
     # two 4-bit codes share a byte: the two halves of a quantization block are two tiles
     size = tl.minimum(columns - first_column, _BLOCK_SIZE).to(tl.int32)
@@ -575,14 +325,12 @@ def matrices_kernel(
 
     row_block = first_row // block_rows
     updated_rows = UPDATED_ROWS
-    rows_of_all = 0
     if variant.fused_statistics:
         updated_rows = tl.load(shape + SUMMED_ROWS).to(tl.int32)
-        rows_of_all = tl.load(shape + ROWS)
     region = Region(
         first_row=first_row,
         first_column=first_column,
-        rows=rows_of_all,
+        rows=tl.load(shape + ROWS),
         matrix_rows=matrix_rows,
         columns=columns,
         block_rows=block_rows,
@@ -590,8 +338,10 @@ def matrices_kernel(
         summed_rows=updated_rows,
     )
     if variant.fused_statistics:
-        row_partials, column_partials = _partial_sums(buffers.partials, shape, region, _BLOCK_SIZE)
-        # 128 threads, four columns each, have HEIGHT rows at a time
+        row_partials, column_partials = partial_sum_pointers(
+            buffers.partials, shape, region, _BLOCK_SIZE
+        )
+        # 128 threads with four columns each have HEIGHT rows at a time
         HEIGHT: tl.constexpr = 512 // WIDTH
         column_sums = tl.zeros([HEIGHT, WIDTH], tl.float32)
         high_column_sums = column_sums
@@ -599,7 +349,7 @@ def matrices_kernel(
     column_roots += row_block * columns
     inverse_rms += row_block.to(tl.int64) * column_blocks
     block = first_column // block_columns
-    low = _load_columns(
+    low_columns = load_columns(
         first_column + lanes,
         lanes < low_size,
         column_roots,
@@ -609,7 +359,7 @@ def matrices_kernel(
         variant.narrow,
     )
     if variant.qmax == 7:
-        high = _load_columns(
+        high_columns = load_columns(
             first_column + low_size + lanes,
             lanes < size - low_size,
             column_roots,
@@ -635,7 +385,7 @@ def matrices_kernel(
     for row in range(first_row, end_row, TILE_ROWS):
         rows = row + tl.arange(0, TILE_ROWS)
         in_rows = rows < end_row
-        mask = in_rows[:, None] & low.inside[None, :]
+        mask = in_rows[:, None] & low_columns.inside[None, :]
         code_offsets = rows.to(tl.int64)[:, None] * code_columns + code_index[None, :]
         stored = tl.load(exp_avg + code_offsets, mask=mask, other=0)
         if variant.qmax == 0:
@@ -646,14 +396,14 @@ def matrices_kernel(
             if variant.qmax == 7:
                 both = stored.to(tl.int32)
                 m = decode((both & 15) - 8, scale, variant.qmax)
-                high_mask = in_rows[:, None] & high.inside[None, :]
+                high_mask = in_rows[:, None] & high_columns.inside[None, :]
                 high_m = tl.where(high_mask, decode((both >> 4) - 8, scale, variant.qmax), 0.0)
                 m = tl.where(mask, m, 0.0)
             else:
                 m = decode(stored.to(tl.int32), scale, variant.qmax)
-        m, squares = _update_tile(m, rows, in_rows, low, matrix, step, variant, flags)
+        m, squares = update_tile(m, rows, in_rows, low_columns, matrix, step, variant, flags)
         if variant.fused_statistics:
-            column_sums += _fold(squares, HEIGHT)
+            column_sums += fold_rows(squares, HEIGHT)
             row_sums = tl.sum(squares, axis=1)
         if variant.qmax == 0:
             new = round_to_nearest(m, variant.momentum_dtype)
@@ -661,11 +411,11 @@ def matrices_kernel(
         else:
             largest = largest_magnitude(m)
             if variant.qmax == 7:
-                high_m, squares = _update_tile(
-                    high_m, rows, in_rows, high, matrix, step, variant, flags
+                high_m, squares = update_tile(
+                    high_m, rows, in_rows, high_columns, matrix, step, variant, flags
                 )
                 if variant.fused_statistics:
-                    high_column_sums += _fold(squares, HEIGHT)
+                    high_column_sums += fold_rows(squares, HEIGHT)
                     row_sums += tl.sum(squares, axis=1)
                 largest = tl.maximum(largest, largest_magnitude(high_m))
             scale = largest.to(tl.float32, bitcast=True)
@@ -680,10 +430,14 @@ def matrices_kernel(
             tl.store(row_partials + rows, row_sums, mask=in_rows)
 
     if variant.fused_statistics:
-        tl.store(column_partials + low.index, tl.sum(column_sums, axis=0), mask=low.inside)
+        tl.store(
+            column_partials + low_columns.index,
+            tl.sum(column_sums, axis=0),
+            mask=low_columns.inside,
+        )
         if variant.qmax == 7:
             high_sums = tl.sum(high_column_sums, axis=0)
-            tl.store(column_partials + high.index, high_sums, mask=high.inside)
+            tl.store(column_partials + high_columns.index, high_sums, mask=high_columns.inside)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -709,10 +463,10 @@ def vectors_kernel(
     size = tl.load(buffers.shapes + entry * SHAPES + COLUMNS)
     whole_start = tl.load(buffers.shapes + entry * SHAPES + WHOLE_START)
     pointers = buffers.pointers + entry * POINTERS
-    param = _load_aligned_pointer(pointers, PARAM_POINTER, variant.param_dtype, variant.aligned)
-    grad = _load_aligned_pointer(pointers, GRAD_POINTER, variant.grad_dtype, variant.aligned)
-    exp_avg = _load_aligned_pointer(pointers, EXP_AVG_POINTER, tl.float32, variant.aligned)
-    exp_avg_sq = _load_aligned_pointer(pointers, EXP_AVG_SQ_POINTER, tl.float32, variant.aligned)
+    param = load_aligned_pointer(pointers, PARAM_POINTER, variant.param_dtype, variant.aligned)
+    grad = load_aligned_pointer(pointers, GRAD_POINTER, variant.grad_dtype, variant.aligned)
+    exp_avg = load_aligned_pointer(pointers, EXP_AVG_POINTER, tl.float32, variant.aligned)
+    exp_avg_sq = load_aligned_pointer(pointers, EXP_AVG_SQ_POINTER, tl.float32, variant.aligned)
     if variant.aligned:
         size = tl.multiple_of(size, 16)
     offsets = start + tl.arange(0, BLOCK)
@@ -723,25 +477,32 @@ def vectors_kernel(
     v = tl.load(exp_avg_sq + offsets, mask=mask, other=0.0)
     if flags.maximize:
         g = -g
-    m = _lerp(m, g, hyper.one_minus_beta1)
+    m = lerp(m, g, hyper.one_minus_beta1)
     v = v * hyper.beta2 + hyper.one_minus_beta2 * g * g
     tl.store(exp_avg + offsets, m, mask=mask)
     tl.store(exp_avg_sq + offsets, v, mask=mask)
 
-    current = _load_step(pointers, step, on_device.step)
-    decay, step_size = _decay_and_step_size(current, hyper, on_device)
-    correction = tl.sqrt_rn(_bias_correction(current, hyper.log_beta2).to(tl.float32))
+    current = load_step(pointers, step, on_device.step)
+    decay, step_size = decay_and_step_size(current, hyper, on_device)
+    correction = tl.sqrt_rn(bias_correction(current, hyper.log_beta2).to(tl.float32))
     denominator = tl.div_rn(tl.sqrt_rn(v), correction) + hyper.eps
-    numbers = Step(
+    scalars = StepScalars(
         decay=decay,
-        size=step_size,
+        step_size=step_size,
         key=step_key(current),
         floor=0.0,
         one_minus_beta1=hyper.one_minus_beta1,
         eps=hyper.eps,
     )
-    update = tl.div_rn(_scaled_direction(m, g, numbers, flags), denominator)
+    update = tl.div_rn(scaled_direction(m, g, scalars, flags), denominator)
     value = value * decay - update
-    low, high = (whole_start + offsets).to(tl.uint32), ((whole_start + offsets) >> 32).to(tl.uint32)
-    value = _round_parameter(value, low, high, numbers.key, flags, variant.param_dtype)
+    index = whole_start + offsets
+    value = round_parameter(
+        value,
+        index.to(tl.uint32),
+        (index >> 32).to(tl.uint32),
+        scalars.key,
+        flags,
+        variant.param_dtype,
+    )
     tl.store(param + offsets, value, mask=mask)

@@ -27,7 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from striped_hf.optim.backends import reference
 from striped_hf.optim.backends.reference import Entry, Roots, Settings, Sums
-from striped_hf.optim.backends.triton import INTERPRETED, arguments, kernels
+from striped_hf.optim.backends.triton import INTERPRETED, kernels, tile_sizes
 from striped_hf.optim.backends.triton.arguments import (
     Buffers,
     Hyperparameters,
@@ -210,7 +210,7 @@ def _launch_statistics(plan: Plan, table: list[Entry]) -> None:
             step=step,
             variant=constants(variant),
             STEP_ON_DEVICE=fused and step == 0,
-            TILE_ROWS=arguments.STATISTICS_TILE_ROWS,
+            TILE_ROWS=tile_sizes.STATISTICS_TILE_ROWS,
             TILE_COLUMNS=tile_columns(fused),
             num_warps=4,
             **_OPTIONS,
@@ -245,7 +245,7 @@ def _launch_update(
             step=step,
             on_device=on_device,
             variant=constants(variant),
-            BLOCK=arguments.STRIPE_BLOCK,
+            BLOCK=tile_sizes.STRIPE_BLOCK,
             num_warps=8,
             **_OPTIONS,
         )
@@ -260,7 +260,7 @@ def _launch_update(
             eps=hyper.eps,
             variant=constants(matrix),
             flags=_update_flags(settings, matrix.param_dtype, lagged=settings.lagged),
-            TILE_ROWS=arguments.UPDATE_TILE_ROWS,
+            TILE_ROWS=tile_sizes.UPDATE_TILE_ROWS,
             num_warps=4,
             **_OPTIONS,
         )
@@ -276,7 +276,7 @@ def _launch_update(
             on_device=on_device,
             variant=constants(vector),
             flags=_update_flags(settings, vector.param_dtype, lagged=False),
-            BLOCK=arguments.VECTOR_BLOCK,
+            BLOCK=tile_sizes.VECTOR_BLOCK,
             num_warps=4,
             **_OPTIONS,
         )
@@ -287,8 +287,8 @@ def _launch_combine(plan: Plan, buffers: Buffers, fused: bool) -> None:
     kernels.combine_kernel[(len(reductions),)](
         reductions=reductions,
         buffers=buffers,
-        PARTIALS=arguments.COMBINED_PARTIALS,
-        WIDTH=arguments.COMBINED_WIDTH,
+        PARTIALS=tile_sizes.COMBINED_PARTIALS,
+        WIDTH=tile_sizes.COMBINED_WIDTH,
         num_warps=4,
         **_OPTIONS,
     )

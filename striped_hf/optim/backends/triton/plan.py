@@ -17,7 +17,7 @@ from torch import Tensor
 
 from striped_hf.optim import momentum
 from striped_hf.optim.backends.reference import Entry, Sums
-from striped_hf.optim.backends.triton import arguments
+from striped_hf.optim.backends.triton import arguments, tile_sizes
 from striped_hf.optim.backends.triton.addresses import Addresses
 from striped_hf.optim.backends.triton.arguments import (
     EntryPointers,
@@ -110,7 +110,7 @@ def _list_tiles(
             _TRITON_DTYPES[entry.grad.dtype],
         )
         if entry.param.dim() < 2:
-            indices = np.arange(ceil_div(entry.param.numel(), arguments.VECTOR_BLOCK))
+            indices = np.arange(ceil_div(entry.param.numel(), tile_sizes.VECTOR_BLOCK))
             vector = VectorVariant(param_dtype, grad_dtype, aligned[number])
             vectors[vector].append(_combinations(number, indices))
             continue
@@ -139,7 +139,7 @@ def _list_tiles(
             **layout,
         )
         # the rows of the statistics are more, and leave fewer partial sums
-        updated_rows = shape.summed_rows if fused else arguments.UPDATED_ROWS.value
+        updated_rows = shape.summed_rows if fused else tile_sizes.UPDATED_ROWS.value
         matrices[matrix].append(
             _combinations(
                 number,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from striped_hf.optim import momentum
 from striped_hf.optim.backends.reference import Entry, Sums
-from striped_hf.optim.backends.triton import arguments
+from striped_hf.optim.backends.triton import arguments, tile_sizes
 from striped_hf.optim.backends.triton.addresses import copy_to_device
 from striped_hf.optim.backends.triton.arguments import EntryShape
 
@@ -72,7 +72,7 @@ def _can_fuse_statistics(entry: Entry) -> bool:
 
 def tile_columns(fused: bool) -> int:
     """Columns whose squares one program adds up; a program of the update, if it is fused."""
-    return momentum.BLOCK_SIZE if fused else arguments.STATISTICS_TILE_COLUMNS
+    return momentum.BLOCK_SIZE if fused else tile_sizes.STATISTICS_TILE_COLUMNS
 
 
 def _place(entries: list[Entry], fused: list[bool]) -> tuple[list[EntryShape], int, int, int]:
@@ -82,9 +82,9 @@ def _place(entries: list[Entry], fused: list[bool]) -> tuple[list[EntryShape], i
         The shapes, and the sizes of the buffers of partial sums, of sums, and of blocks.
     """
     elements = sum(entry.param.numel() for entry in entries if entry.param.dim() >= 2)
-    summed_rows = arguments.SUMMED_ROWS_OF_SMALL_MODELS
-    if elements >= arguments.LARGE_MODEL:
-        summed_rows = arguments.SUMMED_ROWS_OF_LARGE_MODELS
+    summed_rows = tile_sizes.SUMMED_ROWS_OF_SMALL_MODELS
+    if elements >= tile_sizes.LARGE_MODEL:
+        summed_rows = tile_sizes.SUMMED_ROWS_OF_LARGE_MODELS
     shapes = []
     partials = sums = blocks = 0
     for entry, is_fused in zip(entries, fused, strict=True):
@@ -160,12 +160,12 @@ def _reduction(
     The columns are the first partial sum, ``count``, ``stride``, how many sums, the first sum, and
     the distance of two sums.
     """
-    first = np.arange(0, size, arguments.COMBINED_WIDTH)
+    first = np.arange(0, size, tile_sizes.COMBINED_WIDTH)
     reduction = np.empty((len(first), 6), dtype=np.int64)
     reduction[:, 0] = source + first
     reduction[:, 1] = count
     reduction[:, 2] = stride
-    reduction[:, 3] = np.minimum(size - first, arguments.COMBINED_WIDTH)
+    reduction[:, 3] = np.minimum(size - first, tile_sizes.COMBINED_WIDTH)
     reduction[:, 4] = target + first * target_stride
     reduction[:, 5] = target_stride
     return reduction
@@ -192,13 +192,13 @@ def _row_segments(number: int, shape: EntryShape) -> np.ndarray:
 def _column_segments(number: int, shape: EntryShape) -> np.ndarray:
     """[programs, 7]: the segments of col [..., br, C], with the columns of ``_row_segments``."""
     size = shape.rows // shape.block_rows * shape.columns
-    first = np.arange(0, size, arguments.STRIPE_BLOCK)
+    first = np.arange(0, size, tile_sizes.STRIPE_BLOCK)
     segments = np.zeros((len(first), 7), dtype=np.int64)
     segments[:, 0] = number
     segments[:, 1] = 1
     segments[:, 2] = first
     segments[:, 3] = 1
-    segments[:, 4] = np.minimum(size - first, arguments.STRIPE_BLOCK)
+    segments[:, 4] = np.minimum(size - first, tile_sizes.STRIPE_BLOCK)
     segments[:, 5] = shape.block_rows
     return segments
 
