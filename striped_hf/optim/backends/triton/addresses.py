@@ -1,10 +1,10 @@
-"""Copies of host arrays on the device, which nothing waits for."""
+"""Asynchronous copies from the host to the device, and the tensors' addresses."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# Copies of addresses that may be captured in CUDA graphs before the next step outside of one.
+# How many copies of addresses CUDA graphs may capture before the next step outside of a graph.
 _STAGED = 4
 
 
@@ -34,7 +34,7 @@ def is_capturing(device: torch.device) -> bool:
 class Addresses:
     """The addresses of the entries' tensors, on the host and on the device.
 
-    They are copied to the device when one has changed.
+    The device gets a new copy when an address has changed.
 
     Attributes:
         on_device: [entries, 8] int64.

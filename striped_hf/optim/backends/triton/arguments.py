@@ -1,9 +1,9 @@
-"""What a launch passes to a kernel: named tuples, rows of integer arrays, and tile sizes.
+"""What a launch passes to a kernel: named tuples, and rows of integer arrays.
 
-A kernel is compiled once for each combination of constants. The constants come in named tuples
-whose fields are ``tl.constexpr`` (``constants`` makes them so). Triton 3.3 reads no field of a
-tuple that is itself a constexpr, so no parameter with a tuple is annotated as one. All of this was
-compiled and interpreted with Triton 3.3.1, 3.6.0 and 3.9.0.
+Triton compiles a kernel once for each combination of constants, such as dtypes. A kernel gets its
+constants in a named tuple whose fields are ``tl.constexpr`` (see ``constants``). The tuple as a
+whole is not one: Triton 3.3 reads no attribute of a constexpr. Named tuples as arguments of kernels
+and of functions are compiled and interpreted by Triton 3.3.1, 3.6.0 and 3.9.0.
 """
 
 from typing import Any, NamedTuple, TypeVar
@@ -16,14 +16,14 @@ import triton.language as tl
 
 
 class Buffers(NamedTuple):
-    """Device memory that the kernels share; tensors on the host, pointers in a kernel."""
+    """Device memory that the kernels share: tensors on the host, pointers in a kernel."""
 
     pointers: Any  # [entries, 8] int64, rows of ``EntryPointers``
     shapes: Any  # [entries, 14] int64, rows of ``EntryShape``
-    sums: Any  # float32: row and column sums; then the roots a and c in the same places
+    sums: Any  # float32: row and column sums; for the update, roots in their places
     inverse_rms: Any  # [blocks of all matrices] float32: 1 / sqrt(mean(row))
     scalars: Any  # [entries, 4] int32, rows of ``EntryScalars``
-    partials: Any  # float32: each program's part of the sums
+    partials: Any  # float32: partial sums, one of every row and column of a program
 
 
 class Hyperparameters(NamedTuple):
@@ -40,7 +40,7 @@ class Hyperparameters(NamedTuple):
 
 
 class OnDevice(NamedTuple):
-    """Constants: which numbers only the device knows."""
+    """Constants: whether only the device knows a number."""
 
     lr: Any  # ``Hyperparameters.lr`` is a tensor
     step: Any  # ``EntryPointers.step`` is the address of the step
@@ -84,7 +84,7 @@ class MatrixVariant(NamedTuple):
     transposed: Any
     narrow: Any  # a block of the matrix has fewer columns than a tile
     large: Any  # the parameter has more than 2^32 elements
-    fused_statistics: Any  # compute the statistics too; no tile has columns of two blocks
+    fused_statistics: Any  # the update computes the statistics; no tile has two blocks' columns
 
 
 class VectorVariant(NamedTuple):
@@ -104,7 +104,7 @@ def constants(variant: Variant) -> Variant:
 
 
 # ---------------------------------------------------------------------------------------------
-# rows of integer arrays: the host fills them by name, a kernel reads them by index
+# rows of integer arrays: the host writes them by name, a kernel reads them by index
 # ---------------------------------------------------------------------------------------------
 
 

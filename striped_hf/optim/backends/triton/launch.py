@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 DEVICE_TYPES = ("cpu",) if INTERPRETED else ("cuda",)
 CAPTURABLE = True  # steps and learning rates may be known to the device only
 
-# Newer versions of Triton ask for a choice: the kernels are right either way, and shorter with it.
+# Triton 3.9 asks for a choice. The kernels are right either way, and shorter with fused operations.
 _OPTIONS = {"enable_fp_fusion": True}
 
 
@@ -53,71 +53,71 @@ _OPTIONS = {"enable_fp_fusion": True}
 # ---------------------------------------------------------------------------------------------
 
 
-def step(table: list[Entry], settings: Settings) -> None:
-    """As ``reference.step``; a lagged one reads most gradients from memory only once."""
-    if not table:
+def step(entries: list[Entry], settings: Settings) -> None:
+    """As ``reference.step``. A lagged step reads most gradients from memory only once."""
+    if not entries:
         return
-    plan = _plan(table, lagged=settings.lagged)
-    plan.refresh(table)
+    plan = _plan(entries, lagged=settings.lagged)
+    plan.refresh(entries)
     with plan.launching():
-        _launch_statistics(plan, table)
-        _launch_update(plan, table, settings)
+        _launch_statistics(plan, entries)
+        _launch_update(plan, entries, settings)
     if plan.fallback:
-        reference.step([table[i] for i in plan.fallback], settings)
+        reference.step([entries[i] for i in plan.fallback], settings)
 
 
-def statistics(table: list[Entry]) -> list[Sums | None]:
+def statistics(entries: list[Entry]) -> list[Sums | None]:
     """Sums the squares of every gradient by row and by column.
 
     Args:
-        table: Parameters of any shape on one device, none empty; gradients of any floating dtype.
+        entries: Of parameters on one device, not empty.
 
     Returns:
         As ``reference.statistics``: for each matrix the row sums [..., R, bc] and the column sums
-        [..., br, C], float32. They are views of one buffer, which the next call for the same
-        parameters overwrites. The caller may write the roots to them.
+        [..., br, C], float32. They are views of one buffer, which the next step of the same
+        parameters overwrites.
 
     Raises:
         RuntimeError: A CUDA graph is being captured, and no such step was taken before.
     """
-    if not table:
+    if not entries:
         return []
-    plan = _plan(table, lagged=False)
-    plan.refresh(table)
-    plan.pending = table
+    plan = _plan(entries, lagged=False)
+    plan.refresh(entries)
+    plan.pending = entries
     with plan.launching():
-        _launch_statistics(plan, table)
+        _launch_statistics(plan, entries)
     sums = list(plan.sums)
-    fallback = reference.statistics([table[i] for i in plan.fallback])
+    fallback = reference.statistics([entries[i] for i in plan.fallback])
     for i, pair in zip(plan.fallback, fallback, strict=True):
         sums[i] = pair
     return sums
 
 
-def update(table: list[Entry], roots: list[Roots | None], settings: Settings) -> None:
+def update(entries: list[Entry], roots: list[Roots | None], settings: Settings) -> None:
     """Updates momentum and parameter of every entry in place; as ``reference.update``.
 
     Args:
-        table: What was given to ``statistics``.
-        roots: a and c, in tensors of the sums' shapes.
+        entries: The list that ``statistics`` got.
+        roots: For each matrix a and c, in tensors of the sums' shapes.
         settings: Of the param group.
     """
-    if not table:
+    if not entries:
         return
-    plan = _plan(table, lagged=False)
-    if plan.pending is not table:
-        plan.refresh(table)
+    plan = _plan(entries, lagged=False)
+    if plan.pending is not entries:
+        plan.refresh(entries)
     plan.pending = None
     with plan.launching():
         _copy_roots(plan, roots)
-        _launch_update(plan, table, settings, has_roots=True)
+        _launch_update(plan, entries, settings, has_roots=True)
     if plan.fallback:
         fallback_roots = [roots[i] for i in plan.fallback]
-        reference.update([table[i] for i in plan.fallback], fallback_roots, settings)
+        reference.update([entries[i] for i in plan.fallback], fallback_roots, settings)
 
 
 def _copy_roots(plan: Plan, roots: list[Roots | None]) -> None:
-    """Copies roots to the places of the sums."""
+    """Copies roots to the places of the sums, where the kernels read them."""
     targets: list[Tensor] = []
     sources: list[Tensor] = []
     for i in plan.supported:
@@ -133,33 +133,42 @@ def _copy_roots(plan: Plan, roots: list[Roots | None]) -> None:
 # plans
 # ---------------------------------------------------------------------------------------------
 
-# By the first parameter, so that a plan goes when the model does. A model whose gradients come and
-# go (experts, frozen layers) has several.
+# By the first parameter: its plans are freed with the model. A model has several plans if some of
+# its parameters have gradients in some steps only (experts, frozen layers).
 _plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _PLANS_KEPT = 16
 
 
-def _plan(table: list[Entry], lagged: bool) -> Plan:
-    """Returns the plan of some entries: the one that the last entries like them had, or a new one.
+def _plan(entries: list[Entry], lagged: bool) -> Plan:
+    """Returns the plan for some entries: a kept one, or a new one.
 
     Raises:
         RuntimeError: The optimizer is capturable and an entry has strides that no kernel supports.
     """
-    plans: dict[tuple[Any, ...], Plan] = _plans.setdefault(table[0].param, {})
+    plans: dict[tuple[Any, ...], Plan] = _plans.setdefault(entries[0].param, {})
     for plan in plans.values():
-        if plan.pending is table and plan.lagged == lagged:
+        if plan.pending is entries and plan.lagged == lagged:
             return plan
-    strides = [strides_of(entry) for entry in table]
+    strides = [strides_of(entry) for entry in entries]
     descriptions = tuple(
-        (e.param.shape, e.param.dtype, e.grad.dtype, *e[3:5], *e[6:], of_entry)
-        for e, of_entry in zip(table, strides, strict=True)
+        (
+            e.param.shape,
+            e.param.dtype,
+            e.grad.dtype,
+            e.momentum_dtype,
+            e.blocks,
+            e.start,
+            e.pitch,
+            kind,
+        )
+        for e, kind in zip(entries, strides, strict=True)
     )
-    key = (table[0].param.device, lagged, descriptions)
+    key = (entries[0].param.device, lagged, descriptions)
     if key not in plans:
         unsupported = [
             entry
-            for entry, of_entry in zip(table, strides, strict=True)
-            if not is_supported(entry, of_entry)
+            for entry, kind in zip(entries, strides, strict=True)
+            if not is_supported(entry, kind)
         ]
         if any(entry.step == 0 for entry in unsupported):
             raise RuntimeError(
@@ -174,7 +183,7 @@ def _plan(table: list[Entry], lagged: bool) -> Plan:
         idle = [old for old, plan in plans.items() if not plan.addresses.captured]
         for old in idle[: max(0, len(idle) + 1 - _PLANS_KEPT)]:
             del plans[old]
-        plans[key] = Plan(table, strides, lagged)
+        plans[key] = Plan(entries, strides, lagged)
     return plans[key]
 
 
@@ -191,15 +200,15 @@ def _warn_once() -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def _launch_statistics(plan: Plan, table: list[Entry]) -> None:
-    """Writes the sums, but those of later steps that the update computes."""
-    # a step of 0 may be the first: the kernel knows
-    first_step = any(table[i].step <= 1 for i in plan.supported)
+def _launch_statistics(plan: Plan, entries: list[Entry]) -> None:
+    """Computes the sums, except those that the update computes after an entry's first step."""
+    # a step of 0 may be the first: only the device knows
+    first_step = any(entries[i].step <= 1 for i in plan.supported)
     launched = [fused for fused in plan.workspace.reductions if first_step or not fused]
     if not launched:
         return
     buffers = _buffers(plan, partials=True)
-    step = table[0].step
+    step = entries[0].step
     for variant, tiles in plan.tiles.statistics.items():
         fused = variant.fused_statistics
         if fused not in launched:
@@ -220,13 +229,13 @@ def _launch_statistics(plan: Plan, table: list[Entry]) -> None:
 
 
 def _launch_update(
-    plan: Plan, table: list[Entry], settings: Settings, has_roots: bool = False
+    plan: Plan, entries: list[Entry], settings: Settings, has_roots: bool = False
 ) -> None:
-    """Updates all supported entries, from the sums or the roots in the plan's buffer."""
+    """Updates all supported entries, from the sums or the roots in the plan's workspace."""
     workspace = plan.workspace
     fused = True in workspace.segments
     buffers = _buffers(plan, partials=fused)
-    step = table[0].step
+    step = entries[0].step
     hyper = _hyperparameters(settings)
     on_device = constants(OnDevice(lr=isinstance(settings.lr, Tensor), step=step == 0))
 
@@ -265,7 +274,7 @@ def _launch_update(
             **_OPTIONS,
         )
     if fused:
-        _launch_combine(plan, buffers, fused=True)
+        _launch_combine(plan, buffers, fused_statistics=True)
         launch_stripes(fused_statistics=True, before_update=False)
     for vector, tiles in plan.tiles.vectors.items():
         kernels.vectors_kernel[(len(tiles),)](
@@ -282,8 +291,8 @@ def _launch_update(
         )
 
 
-def _launch_combine(plan: Plan, buffers: Buffers, fused: bool) -> None:
-    reductions = plan.workspace.reductions[fused]
+def _launch_combine(plan: Plan, buffers: Buffers, fused_statistics: bool) -> None:
+    reductions = plan.workspace.reductions[fused_statistics]
     kernels.combine_kernel[(len(reductions),)](
         reductions=reductions,
         buffers=buffers,
@@ -295,7 +304,7 @@ def _launch_combine(plan: Plan, buffers: Buffers, fused: bool) -> None:
 
 
 def _buffers(plan: Plan, partials: bool) -> Buffers:
-    """The buffers of one launch or more, with a new one for partial sums if they are needed."""
+    """The buffers of a step, with a new one for partial sums if ``partials``."""
     workspace = plan.workspace
     return Buffers(
         pointers=plan.addresses.on_device,

@@ -1,7 +1,7 @@
-"""What depends on the entries' shapes alone: buffers, and what each program works on.
+"""Which tiles of which entries each program of a kernel works on.
 
-A ``Plan`` is made once for entries of the same shapes, dtypes and strides. Where this file speaks
-of an entry's number, it counts the entries that the kernels support.
+A ``Plan`` is made once for entries of certain shapes, dtypes and strides. An entry's number is its
+position among the entries that the kernels support.
 """
 
 from collections import defaultdict
@@ -27,7 +27,7 @@ from striped_hf.optim.backends.triton.arguments import (
 )
 from striped_hf.optim.backends.triton.workspace import Workspace, ceil_div, copy_each, tile_columns
 
-_ALIGNMENT = 16  # bytes of a vector load; also the columns that a row of int8 needs for one
+_ALIGNMENT = 16  # bytes of a vector; also the columns of int8 that are so many bytes
 _TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -57,6 +57,7 @@ class Strides(Enum):
 
 
 def strides_of(entry: Entry) -> Strides:
+    """Returns the strides that parameter and gradient have in common."""
     param, grad = entry.param, entry.grad
     if param.is_contiguous() and grad.is_contiguous():
         return Strides.CONTIGUOUS
@@ -66,7 +67,7 @@ def strides_of(entry: Entry) -> Strides:
 
 
 def is_supported(entry: Entry, strides: Strides) -> bool:
-    """Whether the kernels step an entry. Numbers of rows and columns are int32 there."""
+    """Whether the kernels can step an entry. They count rows and columns in int32."""
     if strides is Strides.OTHER or not all(map(Tensor.is_contiguous, entry.state.values())):
         return False
     if entry.param.dim() < 2:
@@ -102,7 +103,7 @@ def _list_tiles(
     workspace: Workspace,
     device: torch.device,
 ) -> Tiles:
-    """Lists the tiles of all entries; every list has one item an entry."""
+    """Lists the tiles of all entries. The lists of arguments have one item per entry."""
     statistics, matrices, vectors = defaultdict(list), defaultdict(list), defaultdict(list)
     for number, entry in enumerate(entries):
         param_dtype, grad_dtype = (
@@ -114,7 +115,7 @@ def _list_tiles(
             vector = VectorVariant(param_dtype, grad_dtype, aligned[number])
             vectors[vector].append(_combinations(number, indices))
             continue
-        shape, fused = workspace.shapes[number], workspace.fused[number]
+        shape, fused = workspace.shapes[number], workspace.fused_statistics[number]
         layout = {
             "aligned": aligned[number],
             "transposed": strides[number] is Strides.TRANSPOSED,
@@ -138,7 +139,7 @@ def _list_tiles(
             large=shape.whole_start + shape.rows * shape.whole_stride > 1 << 32,
             **layout,
         )
-        # the rows of the statistics are more, and leave fewer partial sums
+        # with more rows per program there are fewer partial sums
         updated_rows = shape.summed_rows if fused else tile_sizes.UPDATED_ROWS.value
         matrices[matrix].append(
             _combinations(
@@ -147,17 +148,17 @@ def _list_tiles(
                 np.arange(0, shape.columns, momentum.BLOCK_SIZE),
             )
         )
-    # backwards: the cache still has the gradients that the statistics read last
-    backwards = {key: [every[::-1] for every in reversed(tiles)] for key, tiles in matrices.items()}
+    # in reverse order: the cache still has the gradients that the statistics read last
+    reverse = {key: [every[::-1] for every in reversed(tiles)] for key, tiles in matrices.items()}
     return Tiles(
         statistics=copy_each(statistics, device, np.int32),
-        matrices=copy_each(dict(reversed(backwards.items())), device, np.int32),
+        matrices=copy_each(dict(reversed(reverse.items())), device, np.int32),
         vectors=copy_each(vectors, device, np.int32),
     )
 
 
 def _combinations(number: int, *axes: np.ndarray) -> np.ndarray:
-    """[product of the axes' lengths, 1 + axes]: the number before every combination, in order."""
+    """[combinations, 1 + axes]: all combinations of the axes' values, after ``number``."""
     grids = np.meshgrid(*axes, indexing="ij")
     columns = [np.full(grids[0].size, number), *(grid.ravel() for grid in grids)]
     return np.stack(columns, axis=1)
@@ -169,18 +170,18 @@ def _combinations(number: int, *axes: np.ndarray) -> np.ndarray:
 
 
 class Plan:
-    """What the steps of some entries need beside the entries' tensors.
+    """What the steps of some entries need in addition to the entries' tensors.
 
     Attributes:
-        lagged: Whether it is for lagged steps, whose updates compute the statistics of all entries
+        lagged: Whether it is for lagged steps: their updates compute the statistics of all entries
             that have no tile across two blocks.
         device: Of all entries.
         supported: The positions of the entries that the kernels step.
-        fallback: The positions of the others, which have strides that no kernel supports: the
-            reference steps them.
+        fallback: The positions of the entries that the reference steps, because the kernels do not
+            support their strides.
         workspace, addresses, tiles: Of the supported entries.
-        sums: For every entry, what ``statistics`` returns: None for vectors and ``fallback``.
-        pending: The entries whose statistics were taken, and which were not yet updated.
+        sums: What ``statistics`` returns, except that it is None for ``fallback``.
+        pending: The list that ``statistics`` got, until ``update`` gets it too.
     """
 
     def __init__(self, entries: list[Entry], strides: list[Strides], lagged: bool) -> None:
@@ -206,7 +207,7 @@ class Plan:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def refresh(self, entries: list[Entry]) -> None:
-        """Brings addresses, and the tiles that depend on their alignment, up to date."""
+        """Updates the addresses, and the tiles if the alignment of an address has changed."""
         addresses = self._addresses_of(entries)
         if entries[0].step == 0:
             self.addresses.stage(len(addresses))
@@ -215,9 +216,9 @@ class Plan:
         array = np.array(addresses, dtype=np.int64).reshape(-1, arguments.POINTERS.value)
         aligned = self._alignment(array)
         if aligned != self._aligned:
-            self._aligned = aligned
             supported = [entries[i] for i in self.supported]
             self.tiles = _list_tiles(supported, self._strides, aligned, self.workspace, self.device)
+            self._aligned = aligned
         self.addresses.copy(addresses, array)
 
     def _addresses_of(self, entries: list[Entry]) -> list[int]:
@@ -230,7 +231,7 @@ class Plan:
             # a step of 0 means that only the device knows it
             step = entry.step - first_step if entry.step else state["step"].data_ptr()
             addresses += (entry.param.data_ptr(), entry.grad.data_ptr())
-            # a part of a sharded matrix has no stripes, and a vector has no scales
+            # the state of a part of a sharded matrix has no stripes, and that of a vector no scales
             addresses += [state[key].data_ptr() if key in state else 0 for key in _STATE_KEYS]
             addresses.append(step)
         return addresses

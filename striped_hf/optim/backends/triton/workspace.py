@@ -1,4 +1,4 @@
-"""The buffers of a plan, and what the programs of ``combine_kernel`` and ``stripes_kernel`` do."""
+"""The buffers of a plan, and the work of ``combine_kernel`` and ``stripes_kernel`` on them."""
 
 import math
 from collections import defaultdict
@@ -19,19 +19,21 @@ Key = TypeVar("Key")
 
 
 class Workspace:
-    """The buffers of a plan, and the programs that work on them.
+    """The buffers of a plan, and what its programs do with them.
+
+    It depends on the entries' shapes and blocks alone.
 
     Attributes:
-        shapes: Each entry's.
-        fused: For each entry, whether its update computes the statistics.
+        shapes: Of each entry.
+        fused_statistics: For each entry, whether its update computes the statistics.
         device_shapes, sums, inverse_rms, scalars: As in ``arguments.Buffers``.
-        reductions: [programs, 6] int64, what ``combine_kernel`` adds up, by ``fused``.
-        segments: [programs, 7] int64, what ``stripes_kernel`` averages, by ``fused``.
+        reductions: [programs, 6] int64, what ``combine_kernel`` adds up, by ``fused_statistics``.
+        segments: [programs, 7] int64, what ``stripes_kernel`` averages, by ``fused_statistics``.
     """
 
     def __init__(self, entries: list[Entry], lagged: bool, device: torch.device) -> None:
-        self.fused = [lagged and _can_fuse_statistics(entry) for entry in entries]
-        self.shapes, self._partials_size, sums, blocks = _place(entries, self.fused)
+        self.fused_statistics = [lagged and _can_fuse_statistics(entry) for entry in entries]
+        self.shapes, self._partials_size, sums, blocks = _place(entries, self.fused_statistics)
         self.sums = torch.zeros(sums, dtype=torch.float32, device=device)
         self.inverse_rms = torch.zeros(blocks, dtype=torch.float32, device=device)
         scalars = (len(entries), arguments.SCALARS.value)
@@ -39,7 +41,9 @@ class Workspace:
         self.device_shapes = copy_to_device(np.array(self.shapes, dtype=np.int64), device)
         reductions: dict[bool, list[np.ndarray]] = defaultdict(list)
         segments: dict[bool, list[np.ndarray]] = defaultdict(list)
-        for number, (shape, fused) in enumerate(zip(self.shapes, self.fused, strict=True)):
+        for number, (shape, fused) in enumerate(
+            zip(self.shapes, self.fused_statistics, strict=True)
+        ):
             if shape.rows:
                 reductions[fused] += _reductions(shape, tile_columns(fused))
                 segments[fused] += [_row_segments(number, shape), _column_segments(number, shape)]
@@ -70,16 +74,18 @@ def _can_fuse_statistics(entry: Entry) -> bool:
     return column_blocks == 1 or entry.param.shape[-1] // column_blocks % momentum.BLOCK_SIZE == 0
 
 
-def tile_columns(fused: bool) -> int:
-    """Columns whose squares one program adds up; a program of the update, if it is fused."""
-    return momentum.BLOCK_SIZE if fused else tile_sizes.STATISTICS_TILE_COLUMNS
+def tile_columns(fused_statistics: bool) -> int:
+    """Returns how many columns' squares one program adds up: a program of the update, if fused."""
+    return momentum.BLOCK_SIZE if fused_statistics else tile_sizes.STATISTICS_TILE_COLUMNS
 
 
-def _place(entries: list[Entry], fused: list[bool]) -> tuple[list[EntryShape], int, int, int]:
-    """Places every entry in the buffers.
+def _place(
+    entries: list[Entry], fused_statistics: list[bool]
+) -> tuple[list[EntryShape], int, int, int]:
+    """Gives every entry its places in the buffers.
 
     Returns:
-        The shapes, and the sizes of the buffers of partial sums, of sums, and of blocks.
+        The shapes, and how many partial sums, sums and blocks there are.
     """
     elements = sum(entry.param.numel() for entry in entries if entry.param.dim() >= 2)
     summed_rows = tile_sizes.SUMMED_ROWS_OF_SMALL_MODELS
@@ -87,7 +93,7 @@ def _place(entries: list[Entry], fused: list[bool]) -> tuple[list[EntryShape], i
         summed_rows = tile_sizes.SUMMED_ROWS_OF_LARGE_MODELS
     shapes = []
     partials = sums = blocks = 0
-    for entry, is_fused in zip(entries, fused, strict=True):
+    for entry, fused in zip(entries, fused_statistics, strict=True):
         if entry.param.dim() < 2:
             shapes.append(EntryShape(columns=entry.param.numel(), whole_start=entry.start))
             continue
@@ -106,7 +112,7 @@ def _place(entries: list[Entry], fused: list[bool]) -> tuple[list[EntryShape], i
         )
         row_blocks = shape.rows // shape.block_rows  # of all matrices
         programs = ceil_div(shape.block_rows, summed_rows)
-        tiles = ceil_div(shape.block_columns, tile_columns(is_fused))
+        tiles = ceil_div(shape.block_columns, tile_columns(fused))
         column_partials = partials + shape.column_blocks * tiles * shape.rows
         column_sums = _padded(sums + shape.rows * shape.column_blocks)
         shapes.append(
@@ -137,7 +143,7 @@ def _reductions(shape: EntryShape, columns_of_tile: int) -> Iterator[np.ndarray]
         )
     row_blocks = shape.rows // shape.block_rows
     programs = ceil_div(shape.block_rows, shape.summed_rows)
-    # [programs, columns] to [columns]; with one program nothing is added up: one copy of all
+    # [programs, columns] to [columns] for each row of blocks; one copy if there is one program each
     vectors, size = (
         (1, row_blocks * shape.columns) if programs == 1 else (row_blocks, shape.columns)
     )
@@ -174,8 +180,8 @@ def _reduction(
 def _row_segments(number: int, shape: EntryShape) -> np.ndarray:
     """[blocks, 7]: the segments of row [..., R, bc], one for each block of the entry.
 
-    The columns are the entry, whether the stripe is col, the first element, the distance of two,
-    how many, how many squares each is the mean of, and the block.
+    The columns are the entry, whether the stripe is col, the first element, the distance of two
+    elements, how many there are, how many squares each is the mean of, and the block.
     """
     row_blocks = shape.rows // shape.block_rows
     row, column = (axis.ravel() for axis in np.indices((row_blocks, shape.column_blocks)))
@@ -206,7 +212,7 @@ def _column_segments(number: int, shape: EntryShape) -> np.ndarray:
 def copy_each(
     arrays: dict[Key, list[np.ndarray]], device: torch.device, dtype: type[np.generic] = np.int64
 ) -> dict[Key, Tensor]:
-    """Concatenates each list and copies it to the device."""
+    """Concatenates each list and copies the result to the device."""
     return {
         key: copy_to_device(np.concatenate(parts).astype(dtype), device)
         for key, parts in arrays.items()
