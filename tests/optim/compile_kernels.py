@@ -7,7 +7,7 @@ process of its own, without TRITON_INTERPRET; ``test_triton.py`` runs it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -21,39 +21,87 @@ import striped_hf  # before the next line, or other packages look for the device
 
 torch.cuda.is_available = lambda: True
 
-from striped_hf.optim.backends.triton import kernels as jit  # noqa: E402
-from striped_hf.optim.backends.triton import launch as triton_kernels  # noqa: E402
+from striped_hf.optim.backends.triton import kernels, launch, tile_sizes  # noqa: E402
+from striped_hf.optim.backends.triton.arguments import (  # noqa: E402
+    Buffers,
+    Hyperparameters,
+    MatrixVariant,
+    OnDevice,
+    StatisticsVariant,
+    StripesVariant,
+    UpdateFlags,
+    VectorVariant,
+)
+from striped_hf.optim.backends.triton.workspace import tile_columns  # noqa: E402
+
+# Triton 3.3 and 3.6 convert layouts of whole tiles, which costs time and changes no result.
+CONVERTS_LAYOUTS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
 KERNELS = ("statistics", "combine", "stripes", "matrices", "vectors")
 
-POINTERS = {
-    **dict.fromkeys(("tiles", "scalars"), "*i32"),
-    **dict.fromkeys(("pointers", "shapes", "jobs", "segments"), "*i64"),
-    **dict.fromkeys(("partials", "sums", "roots", "cells"), "*fp32"),
+# the types of what is no constant
+BUFFERS = Buffers("*i64", "*i64", "*fp32", "*fp32", "*i32", "*fp32")
+NUMBERS = Hyperparameters(*["fp32"] * len(Hyperparameters._fields))
+TYPES: dict[str, Any] = {
+    "tiles": "*i32",
+    "reductions": "*i64",
+    "segments": "*i64",
+    "buffers": BUFFERS,
+    "hyper": NUMBERS,
+    "step": "i32",
+    "one_minus_beta1": "fp32",
+    "eps": "fp32",
 }
-NUMBERS = ["lr", "log_beta1", "log_beta2", "beta2", "one_minus_beta1", "one_minus_beta2"]
-NUMBERS += ["weight_decay", "eps"]
-TYPES = {**POINTERS, **dict.fromkeys(NUMBERS, "fp32"), "step": "i32"}
+
+
+def leaves(value: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """The fields of nested tuples, and where they are."""
+    if isinstance(value, tuple):
+        for i, item in enumerate(value):
+            yield from leaves(item, (*path, i))
+    else:
+        yield path, value
+
+
+def constexprs(value: Any) -> Any:
+    """The signature of a constant, or of a named tuple of constants."""
+    return type(value)(*map(constexprs, value)) if isinstance(value, tuple) else "constexpr"
 
 
 def ptx_of(
-    kernel: Any, capability: int, warps: int, types: dict[str, str], **constants: Any
+    kernel: Any, capability: int, warps: int, types: dict[str, Any], **constants: Any
 ) -> str:
-    types = {**TYPES, **types}
+    """Compiles a kernel.
+
+    Args:
+        kernel: The jit function.
+        capability: Of the GPU, 90 for sm_90.
+        warps: Of a program.
+        types: Of parameters that differ from ``TYPES``.
+        **constants: The other parameters, single or in named tuples.
+    """
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    types = {name: (TYPES | types)[name] for name in names if name not in constants}
+    signature = {
+        name: constexprs(constants[name]) if name in constants else types[name] for name in names
+    }
     source = ASTSource(
         fn=kernel,
         signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
+        constexprs={
+            path: value
+            for name in constants
+            for path, value in leaves(constants[name], (names.index(name),))
+        },
         attrs={
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(names)
-            if signature[name].startswith("*")
+            path: [["tt.divisibility", 16]]
+            for name in types
+            for path, kind in leaves(types[name], (names.index(name),))
+            if kind.startswith("*")
         },
     )
     target = GPUTarget("cuda", capability, 32)
-    options = {"num_warps": warps, **triton_kernels._OPTIONS}
+    options = {"num_warps": warps, **launch._OPTIONS}
     return triton.compile(source, target=target, options=options).asm["ptx"]
 
 
@@ -63,113 +111,113 @@ def check(what: str, ptx: str, loads: tuple[str, ...] = ()) -> None:
         assert re.search(rf"ld\.global\S*\.{load}\b", ptx), f"{what}: no {load} load"
 
 
-def check_matrices(
-    capability: int, param: Any, stored: Any, qmax: int, loads: tuple[str, ...], **flags: Any
+def check_statistics(
+    capability: int,
+    variant: StatisticsVariant,
+    step_on_device: bool = False,
+    loads: tuple[str, ...] = ("v4.b32",),
 ) -> None:
-    switches = ("TRANSPOSED", "NARROW", "LARGE", "LAGGED", "SUMS", "MAXIMIZE", "NESTEROV")
-    flags = {
-        **dict.fromkeys(switches, False),
-        "ALIGNED": True,
-        **flags,
-    }
     ptx = ptx_of(
-        jit.matrices_kernel,
+        kernels.statistics_kernel,
         capability,
         4,
         {},
-        PARAM=param,
-        GRAD=param,
-        MOMENTUM=stored,
-        QMAX=qmax,
-        STOCHASTIC=param != tl.float32,
-        TILE_ROWS=jit.UPDATE_ROWS.value,
-        **flags,
+        variant=variant,
+        STEP_ON_DEVICE=step_on_device,
+        TILE_ROWS=tile_sizes.STATISTICS_TILE_ROWS,
+        TILE_COLUMNS=tile_columns(variant.fused_statistics),
     )
-    check(f"matrices {param} {stored} {flags}", ptx, loads)
-    if flags["ALIGNED"] and not flags["NARROW"]:
+    check(f"statistics {variant}", ptx, loads)
+
+
+def check_matrices(
+    capability: int,
+    param: Any,
+    stored: Any,
+    qmax: int,
+    loads: tuple[str, ...],
+    lagged: bool = False,
+    maximize: bool = False,
+    nesterov: bool = False,
+    **layout: bool,
+) -> None:
+    switches = ("transposed", "narrow", "large", "fused_statistics")
+    layout = {**dict.fromkeys(switches, False), "aligned": True, **layout}
+    variant = MatrixVariant(param, param, stored, qmax, **layout)
+    flags = UpdateFlags(lagged, maximize, nesterov, stochastic_rounding=param != tl.float32)
+    ptx = ptx_of(
+        kernels.matrices_kernel,
+        capability,
+        4,
+        {},
+        variant=variant,
+        flags=flags,
+        TILE_ROWS=tile_sizes.UPDATE_TILE_ROWS,
+    )
+    check(f"{variant} {flags}", ptx, loads)
+    if variant.aligned and not variant.narrow and not CONVERTS_LAYOUTS:
         # a conversion between layouts goes through shared memory: none but of columns and scales
-        allowed = 8 if flags["SUMS"] else 4  # and of sums
+        allowed = 8 if variant.fused_statistics else 4  # and of sums
         count = ptx.count("st.shared")
-        assert count <= allowed, f"{param} {stored} {flags}: layouts are converted, {count} stores"
+        assert count <= allowed, f"{variant} {flags}: layouts are converted, {count} stores"
 
 
 def main() -> None:
     for capability in (80, 90):
         for grad in (tl.float32, tl.bfloat16):
-            for transposed in (False, True) if capability == 90 else (False,):
-                ptx = ptx_of(
-                    jit.statistics_kernel,
-                    capability,
-                    4,
-                    {},
-                    GRAD=grad,
-                    ALIGNED=not transposed,
-                    TRANSPOSED=transposed,
-                    ONE_PASS=False,
-                    CAPTURABLE=False,
-                    TILE_ROWS=jit.STATISTICS_ROWS,
-                    TILE_COLUMNS=jit.STATISTICS_COLUMNS,
-                )
-                check(f"statistics {grad}", ptx, () if transposed else ("v4.b32",))
-        for capturable in (False, True):
-            ptx = ptx_of(
-                jit.statistics_kernel,
-                capability,
-                4,
-                {},
-                GRAD=tl.float32,
-                ALIGNED=True,
-                TRANSPOSED=False,
-                ONE_PASS=True,
-                CAPTURABLE=capturable,
-                TILE_ROWS=jit.STATISTICS_ROWS,
-                TILE_COLUMNS=triton_kernels._tile_columns(one_pass=True),
-            )
-            check("statistics of a first step", ptx, ("v4.b32",))
-        sizes = {"PARTIALS": jit.COMBINE_PARTIALS, "WIDTH": jit.COMBINE_WIDTH}
-        check("combine", ptx_of(jit.combine_kernel, capability, 4, {}, **sizes))
-        for capturable in (False, True):
-            constants = {"LR_IN_MEMORY": capturable, "CAPTURABLE": capturable}
-            types = {"lr": "*fp32"} if capturable else {}
-            stripes = {**constants, "BLOCK": jit.STRIPE_BLOCK}
+            check_statistics(capability, StatisticsVariant(grad, True, False, False))
+            if capability == 90:
+                check_statistics(capability, StatisticsVariant(grad, False, True, False), loads=())
+        for step_on_device in (False, True):
+            variant = StatisticsVariant(tl.float32, True, False, fused_statistics=True)
+            check_statistics(capability, variant, step_on_device)
+        sizes = {"PARTIALS": tile_sizes.COMBINED_PARTIALS, "WIDTH": tile_sizes.COMBINED_WIDTH}
+        check("combine", ptx_of(kernels.combine_kernel, capability, 4, {}, **sizes))
+        for on_device in (OnDevice(False, False), OnDevice(True, True)):
+            types = {"hyper": NUMBERS._replace(lr="*fp32")} if on_device.lr else {}
             ways = ((False, False, True), (True, False, True), (True, True, True))
             for way in (*ways, (True, True, False)):
-                flags = dict(zip(("LAGGED", "ONE_PASS", "ROOTS"), way, strict=True))
-                for has_roots in (False, True) if not flags["ONE_PASS"] else (False,):
-                    flags["HAS_ROOTS"] = has_roots
-                    ptx = ptx_of(jit.stripes_kernel, capability, 8, types, **stripes, **flags)
-                    check(f"stripes {flags}", ptx)
+                for has_roots in (False, True) if not way[1] else (False,):
+                    stripes = StripesVariant(*way, has_roots=has_roots)
+                    ptx = ptx_of(
+                        kernels.stripes_kernel,
+                        capability,
+                        8,
+                        types,
+                        on_device=on_device,
+                        variant=stripes,
+                        BLOCK=tile_sizes.STRIPE_BLOCK,
+                    )
+                    check(f"{stripes}", ptx)
             ptx = ptx_of(
-                jit.vectors_kernel,
+                kernels.vectors_kernel,
                 capability,
                 4,
                 types,
-                PARAM=tl.float32,
-                GRAD=tl.float32,
-                ALIGNED=True,
-                MAXIMIZE=capturable,
-                NESTEROV=capturable,
-                STOCHASTIC=False,
-                BLOCK=jit.VECTOR_BLOCK.value,
-                **constants,
+                on_device=on_device,
+                variant=VectorVariant(tl.float32, tl.float32, aligned=True),
+                flags=UpdateFlags(
+                    False, maximize=on_device.lr, nesterov=on_device.lr, stochastic_rounding=False
+                ),
+                BLOCK=tile_sizes.VECTOR_BLOCK,
             )
             check("vectors", ptx, ("v4.b32",))
         f32, bf16 = tl.float32, tl.bfloat16
         check_matrices(capability, f32, f32, 0, ("v4.b32",))
         check_matrices(capability, f32, bf16, 0, ("v4.b32", "v2.b32"))
-        check_matrices(capability, f32, tl.int8, 127, ("v4.b32",), NESTEROV=True)
-        check_matrices(capability, f32, tl.uint8, 7, ("v4.b32",), MAXIMIZE=True)
+        check_matrices(capability, f32, tl.int8, 127, ("v4.b32",), nesterov=True)
+        check_matrices(capability, f32, tl.uint8, 7, ("v4.b32",), maximize=True)
         check_matrices(capability, bf16, tl.int8, 127, ("v2.b32",))
-        lagged = {"LAGGED": True, "SUMS": True}
+        lagged = {"lagged": True, "fused_statistics": True}
         check_matrices(capability, f32, f32, 0, ("v4.b32",), **lagged)
         check_matrices(capability, f32, bf16, 0, ("v4.b32", "v2.b32"), **lagged)
         check_matrices(capability, bf16, tl.int8, 127, ("v2.b32",), **lagged)
         check_matrices(capability, f32, tl.uint8, 7, ("v4.b32",), **lagged)
     check_matrices(90, tl.float16, tl.uint8, 7, ("v2.b32",))
-    check_matrices(90, f32, tl.int8, 127, (), TRANSPOSED=True, ALIGNED=False)
-    check_matrices(90, bf16, tl.uint8, 7, (), NARROW=True, LARGE=True, ALIGNED=False)
-    check_matrices(90, bf16, tl.uint8, 7, (), NARROW=True, LAGGED=True, ALIGNED=False)
-    check_matrices(90, f32, tl.int8, 127, (), TRANSPOSED=True, ALIGNED=False, **lagged)
+    check_matrices(90, f32, tl.int8, 127, (), transposed=True, aligned=False)
+    check_matrices(90, bf16, tl.uint8, 7, (), narrow=True, large=True, aligned=False)
+    check_matrices(90, bf16, tl.uint8, 7, (), narrow=True, lagged=True, aligned=False)
+    check_matrices(90, f32, tl.int8, 127, (), transposed=True, aligned=False, **lagged)
 
 
 class Driver:
@@ -201,10 +249,10 @@ class Unlaunched:
 def check_that_steps_compile_nothing_anew() -> None:
     """Not step 1 or 16, nor a rate of 0 or 1, nor a gradient that lies elsewhere."""
     triton.runtime.driver.set_active(Driver())
-    kernels = [Unlaunched(getattr(jit, f"{name}_kernel")) for name in KERNELS]
-    for name, kernel in zip(KERNELS, kernels, strict=True):
-        setattr(jit, f"{name}_kernel", kernel)
-    triton_kernels.DEVICE_TYPES = ("cpu",)
+    unlaunched = [Unlaunched(getattr(kernels, f"{name}_kernel")) for name in KERNELS]
+    for name, kernel in zip(KERNELS, unlaunched, strict=True):
+        setattr(kernels, f"{name}_kernel", kernel)
+    launch.DEVICE_TYPES = ("cpu",)
     # for each way what the ones before it did not compile
     for capturable, lagged, new in (
         (False, False, 5),
@@ -212,7 +260,7 @@ def check_that_steps_compile_nothing_anew() -> None:
         (True, False, 2),
         (True, True, 3),
     ):
-        before = sum(kernel.compiled() for kernel in kernels)
+        before = sum(kernel.compiled() for kernel in unlaunched)
         ps = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((64, 128), (9,))]
         optimizer = striped_hf.StripedAdamW(
             ps, backend="triton", momentum_dtype="int8", lagged=lagged, capturable=capturable
@@ -223,7 +271,7 @@ def check_that_steps_compile_nothing_anew() -> None:
             for p in ps:
                 p.grad = torch.zeros_like(p)
             optimizer.step()
-            counts.add(sum(kernel.compiled() for kernel in kernels) - before)
+            counts.add(sum(kernel.compiled() for kernel in unlaunched) - before)
         assert counts == {new}, (capturable, lagged, counts)
 
 

@@ -35,13 +35,14 @@ from striped_hf import StripedAdamW
 from striped_hf.optim import backends, rounding
 from striped_hf.optim.backends import reference
 
-pytest.importorskip("triton")
-kernels = pytest.importorskip("striped_hf.optim.backends.triton.launch", exc_type=ImportError)
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+launch = pytest.importorskip("striped_hf.optim.backends.triton.launch", exc_type=ImportError)
 
-jit = kernels.jit
-tl, random_bits, step_key = jit.tl, jit._random_bits, jit._step_key
+from striped_hf.optim.backends.triton import kernels, tile_sizes  # noqa: E402
+from striped_hf.optim.backends.triton.codec import random_bits, step_key  # noqa: E402
 
-DEVICE = kernels.DEVICE_TYPES[0]
+DEVICE = launch.DEVICE_TYPES[0]
 ON_GPU = DEVICE == "cuda"
 
 # on a GPU every test here is one of compiled kernels, which `pytest -m gpu` is to run
@@ -87,13 +88,13 @@ FLAGS: list[dict[str, Any]] = [
 LAGGED = {"lagged": True}
 
 SPECS = [
-    # a whole block of codes, one column more, rows and strips that are not whole tiles
+    # a whole block of codes, one column more, rows that are not whole tiles
     *(Spec((20, 128), f) for f in FORMATS),
     *(Spec((7, 129), f) for f in FORMATS),
     *(Spec((3, 300), f) for f in FORMATS),
     *(Spec((70, 48), f) for f in ("float32", "int8", "int4")),
-    *(Spec((140, 20), f) for f in ("float32", "int4")),  # several strips of statistics
-    *(Spec((2, 600), f) for f in ("bfloat16", "int4")),  # several tiles of statistics
+    *(Spec((140, 20), f) for f in ("float32", "int4")),  # statistics: several programs of rows
+    *(Spec((2, 600), f) for f in ("bfloat16", "int4")),  # and several of columns
     # the shapes that break things
     *(Spec(shape, f) for shape in ((1, 6), (7, 5), (1, 1), (6, 1), (5, 2)) for f in FORMATS),
     *(Spec(shape, f) for shape in ((2, 3, 7), (2, 1, 3, 130)) for f in ("float32", "int8", "int4")),
@@ -123,7 +124,7 @@ SPECS = [
     *(Spec((5, 130), f, flags=flags) for f in ("float32", "int8") for flags in FLAGS[:5]),
     *(Spec((9,), flags=flags) for flags in FLAGS[:5]),
     *(Spec((5, 130), f, dtype=d, flags=FLAGS[5]) for f in ("float32", "int4") for d in (BF16, F16)),
-    # lagged: several tiles and strips, blocks that are whole tiles, and those that are not
+    # lagged: several tiles and programs, blocks that are whole tiles, and those that are not
     *(Spec((7, 300), f, flags=LAGGED) for f in FORMATS),
     *(Spec((140, 20), f, flags=LAGGED) for f in ("float32", "int4")),
     *(Spec((6, 384), f, (2, 3), BF16, flags=LAGGED) for f in ("bfloat16", "int4")),
@@ -270,10 +271,10 @@ def test_subnormal_float16_is_rounded_as_the_references(shape: tuple[int, ...]) 
 
 
 @pytest.mark.parametrize("shape", [(150, 2), (2, 150)], ids=str)
-def test_stripes_longer_than_a_program_takes_at_once(
+def test_stripes_longer_than_one_block(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(jit, "STRIPE_BLOCK", 64)
+    monkeypatch.setattr(tile_sizes, "STRIPE_BLOCK", 64)
     test_every_step_is_the_references(Spec(shape))
 
 
@@ -286,7 +287,7 @@ FOLLOWED_SHAPES = [(), (5,), (4, 130), (1, 6), (6, 1), (2, 3, 7)]
 
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-def test_a_mixed_table_follows_the_oracle(dtype: torch.dtype, momentum_dtype: str) -> None:
+def test_mixed_parameters_follow_the_oracle(dtype: torch.dtype, momentum_dtype: str) -> None:
     """With a gradient missing now and then, so that steps differ, and one of zeros."""
     ps = [parameter(torch.randn(shape), dtype, DEVICE) for shape in FOLLOWED_SHAPES]
     optimizer = StripedAdamW(ps, lr=0.1, momentum_dtype=momentum_dtype, backend="triton")
@@ -367,7 +368,7 @@ def test_what_is_not_finite_stays_so_where_the_references_does(
 # ---------------------------------------------------------------------------------------------
 
 
-@jit.triton.jit
+@triton.jit
 def draw(out, start, step, SIZE: tl.constexpr):
     index = tl.load(start) + tl.arange(0, SIZE)
     low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
@@ -386,7 +387,7 @@ def test_random_bits_are_those_of_rounding(start: int, step: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# tables
+# several parameters
 # ---------------------------------------------------------------------------------------------
 
 
@@ -395,7 +396,7 @@ def mixed_specs() -> list[Spec]:
     return [*coded[::4], Spec((5,)), Spec((), dtype=BF16), Spec((4, 130), dtype=F16)]
 
 
-def test_others_in_the_table_change_no_bit() -> None:
+def test_other_parameters_change_no_bit() -> None:
     specs = mixed_specs()
     alone = [optimizer_of(spec, "triton") for spec in specs]
     groups = []
@@ -453,7 +454,7 @@ def test_gradients_that_come_elsewhere_in_memory() -> None:
 
 
 def lagged_pair() -> tuple[list[Spec], list[StripedAdamW]]:
-    """Blocks of whole tiles and others, a transposed matrix and a vector, in one lagged group."""
+    """One lagged group: blocks of whole tiles, other blocks, a transposed matrix and a vector."""
     specs = [
         Spec((140, 256), "int8", (1, 2)),
         Spec((6, 9), "int8", (1, 3)),
@@ -486,15 +487,15 @@ def test_a_first_step_among_later_ones(late: int) -> None:
 
 
 def test_a_lagged_step_is_that_of_its_two_functions() -> None:
-    """Which sharded parameters use."""
+    """Sharded parameters use the two."""
     specs, (ours, theirs) = lagged_pair()
     for t in range(3):
         for optimizer in (ours, theirs):
             for spec, p in zip(specs, parameters(optimizer), strict=True):
                 set_grad(p, gradient_of(spec, t))
         [(_, settings, table)], _ = ours._tables()
-        roots = reference.stripes(table, kernels.statistics(table), settings)
-        kernels.update(table, roots, settings)
+        roots = reference.stripes(table, launch.statistics(table), settings)
+        launch.update(table, roots, settings)
         theirs.step()
         assert_agrees(ours, theirs)
         synchronise(ours, theirs)
@@ -505,31 +506,30 @@ def entry_of(p: torch.nn.Parameter, optimizer: StripedAdamW) -> reference.Entry:
 
 
 def test_roots_may_come_from_elsewhere() -> None:
-    """What sharding puts between the two functions: here of sums that are not this table's."""
+    """Sharding changes the sums between the two functions; here they are four times as large."""
     spec = Spec((5, 40))
     optimizers = [optimizer_of(spec, "triton") for _ in range(2)]
     for optimizer in optimizers:
         set_grad(parameters(optimizer)[0], gradient_of(spec, 0))
         optimizer.step()
     settings = optimizers[0]._settings(optimizers[0].param_groups[0])
-    tables = [[entry_of(parameters(o)[0], o)] for o in optimizers]
-    own, given = (kernels.statistics(table) for table in tables)
-    assert own[0] is not None
-    assert given[0] is not None
-    expected = reference.statistics(tables[0])
-    for sums in (own, given):  # those of one table are not those of another of the same shapes
+    entries = [[entry_of(parameters(o)[0], o)] for o in optimizers]
+    sums_of_each = [launch.statistics(of_one) for of_one in entries]
+    expected = reference.statistics(entries[0])
+    for sums in sums_of_each:  # of other parameters of the same shapes
+        assert sums[0] is not None
         for actual, wanted in zip(sums[0], expected[0], strict=True):
             torch.testing.assert_close(actual, wanted, **STRIPES)
-    for table, sums in zip(tables, (own, given), strict=True):
-        roots = reference.stripes(table, [tuple(4 * part for part in sums[0])], settings)
-        kernels.update(table, roots, settings)
+    for of_one, sums in zip(entries, sums_of_each, strict=True):
+        roots = reference.stripes(of_one, [tuple(4 * part for part in sums[0])], settings)
+        launch.update(of_one, roots, settings)
     assert_same_snapshot(*(snapshot(o) for o in optimizers))
 
 
 def test_other_strides_are_the_references_with_one_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    kernels._warn_once.cache_clear()
+    launch._warn_once.cache_clear()
     specs = [
         Spec((6, 10), "int8", layout="strided"),
         Spec((5,), layout="strided"),
@@ -570,14 +570,14 @@ def test_a_transposed_parameters_adamw_state_is_laid_out_anew() -> None:
     assert all(value.is_contiguous() for value in optimizer.state[p].values())
 
 
-def test_empty_tables_and_tensors() -> None:
+def test_no_entries_and_empty_tensors() -> None:
     empty, other = (parameter(torch.ones(shape), device=DEVICE) for shape in ((0, 5), (3, 5)))
     optimizer = StripedAdamW([empty, other], backend="triton")
     optimizer.step()
     empty.grad, other.grad = torch.ones_like(empty), torch.ones_like(other)
     optimizer.step()
     assert (other != 1).all()
-    assert kernels.statistics([]) == []
+    assert launch.statistics([]) == []
 
 
 # ---------------------------------------------------------------------------------------------
@@ -635,7 +635,7 @@ def test_a_learning_rate_in_memory(dtype: torch.dtype) -> None:
         if i % 2:
             lr = torch.tensor(settings.lr, dtype=dtype, device=DEVICE)
             settings = dataclasses.replace(settings, lr=lr)
-        kernels.step([entry_of(p, optimizer)], settings)
+        launch.step([entry_of(p, optimizer)], settings)
     for plain, in_memory in (optimizers[:2], optimizers[2:]):
         torch.testing.assert_close(parameters(plain), parameters(in_memory), rtol=2e-7, atol=0)
 
@@ -771,8 +771,8 @@ def test_steps_and_rates_compile_nothing_anew() -> None:
     [p] = parameters(optimizer)
 
     def compiled() -> int:
-        functions = (jit.statistics_kernel, jit.combine_kernel, jit.stripes_kernel)
-        functions += (jit.matrices_kernel, jit.vectors_kernel)
+        functions = (kernels.statistics_kernel, kernels.combine_kernel, kernels.stripes_kernel)
+        functions += (kernels.matrices_kernel, kernels.vectors_kernel)
         return sum(len(cache[0]) for f in functions for cache in f.device_caches.values())
 
     counts = set()
@@ -787,19 +787,45 @@ def test_steps_and_rates_compile_nothing_anew() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="no CUDA device")
 def test_auto_is_triton_on_a_gpu() -> None:
-    assert backends.resolve("auto", "cuda") is kernels
+    assert backends.resolve("auto", "cuda") is launch
+
+
+def run_with(path: str, *arguments: str, **environment: str) -> None:
+    """Runs Python in a process of its own, with ``path`` before all other packages."""
+    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    paths = os.pathsep.join(filter(None, (path, os.environ.get("PYTHONPATH"))))
+    finished = subprocess.run(
+        [sys.executable, *arguments],
+        env=inherited | environment | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+COMPILE_KERNELS = str(Path(__file__).with_name("compile_kernels.py"))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(ON_GPU, reason="the other tests compile them for this GPU")
 def test_the_kernels_compile_for_real_gpus(tmp_path: Path) -> None:
     """To PTX of sm_80 and sm_90, which needs no GPU, with vector loads and no local memory."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    finished = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("compile_kernels.py"))],
-        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    run_with("", COMPILE_KERNELS, TRITON_CACHE_DIR=str(tmp_path))
+
+
+@pytest.mark.compat
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["3.3.1", "3.6.0"])
+def test_other_versions_of_triton_compile_and_interpret_the_kernels(
+    version: str, tmp_path: Path
+) -> None:
+    packages = str(tmp_path / "packages")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", packages]
+    # their interpreters need an older NumPy
+    subprocess.run([*pip, f"triton=={version}", "numpy<2.4"], check=True)
+    found = f"import triton; assert triton.__version__ == {version!r}, triton.__version__"
+    run_with(packages, "-c", found)
+    run_with(packages, COMPILE_KERNELS, TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    pytest_options = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "5x130 or random_bits")
+    run_with(packages, *pytest_options, __file__, TRITON_INTERPRET="1")

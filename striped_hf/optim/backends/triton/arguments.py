@@ -1,0 +1,186 @@
+"""What a launch passes to a kernel: named tuples, and rows of integer arrays.
+
+Triton compiles a kernel once for each combination of constants, such as dtypes. A kernel gets its
+constants in a named tuple whose fields are ``tl.constexpr`` (see ``constants``). The tuple as a
+whole is not one: Triton 3.3 reads no attribute of a constexpr. Named tuples as arguments of kernels
+and of functions are compiled and interpreted by Triton 3.3.1, 3.6.0 and 3.9.0.
+"""
+
+from typing import Any, NamedTuple, TypeVar
+
+import triton.language as tl
+
+# ---------------------------------------------------------------------------------------------
+# named tuples
+# ---------------------------------------------------------------------------------------------
+
+
+class Buffers(NamedTuple):
+    """Device memory that the kernels share: tensors on the host, pointers in a kernel."""
+
+    pointers: Any  # [entries, 8] int64, rows of ``EntryPointers``
+    shapes: Any  # [entries, 14] int64, rows of ``EntryShape``
+    sums: Any  # float32: row and column sums; for the update, roots in their places
+    inverse_rms: Any  # [blocks of all matrices] float32: 1 / sqrt(mean(row))
+    scalars: Any  # [entries, 4] int32, rows of ``EntryScalars``
+    partials: Any  # float32: partial sums, one of every row and column of a program
+
+
+class Hyperparameters(NamedTuple):
+    """A param group's hyperparameters, with what the host computes from them in float64."""
+
+    lr: Any  # a float, or a tensor of one element on the device
+    log_beta1: Any
+    log_beta2: Any
+    one_minus_beta1: Any
+    beta2: Any
+    one_minus_beta2: Any
+    weight_decay: Any
+    eps: Any
+
+
+class OnDevice(NamedTuple):
+    """Constants: whether only the device knows a number."""
+
+    lr: Any  # ``Hyperparameters.lr`` is a tensor
+    step: Any  # ``EntryPointers.step`` is the address of the step
+
+
+class UpdateFlags(NamedTuple):
+    """Constants of an update, from the param group's settings."""
+
+    lagged: Any  # False for vectors, which have no stripes
+    maximize: Any
+    nesterov: Any
+    stochastic_rounding: Any  # False for a parameter in float32
+
+
+class StatisticsVariant(NamedTuple):
+    """Constants of ``statistics_kernel``, which depend on the entry."""
+
+    grad_dtype: Any
+    aligned: Any  # rows can be read in vectors of 16 bytes
+    transposed: Any  # every matrix is the transposed view of a contiguous one
+    fused_statistics: Any  # after its first step, the update computes the entry's statistics
+
+
+class StripesVariant(NamedTuple):
+    """Constants of ``stripes_kernel``."""
+
+    lagged: Any  # after the first step, the roots are those of the step before
+    fused_statistics: Any  # after the first step, the sums are there after the update only
+    before_update: Any  # the update still needs the roots
+    has_roots: Any  # the roots are in the places of the sums, divided by sqrt(mean(row))
+
+
+class MatrixVariant(NamedTuple):
+    """Constants of ``matrices_kernel``, which depend on the entry."""
+
+    param_dtype: Any
+    grad_dtype: Any
+    momentum_dtype: Any
+    qmax: Any  # the largest momentum code; 0 where the momentum has no codes
+    aligned: Any
+    transposed: Any
+    narrow: Any  # a block of the matrix has fewer columns than a tile
+    large: Any  # the parameter has more than 2^32 elements
+    fused_statistics: Any  # the update computes the statistics; no tile has two blocks' columns
+
+
+class VectorVariant(NamedTuple):
+    """Constants of ``vectors_kernel``, which depend on the entry."""
+
+    param_dtype: Any
+    grad_dtype: Any
+    aligned: Any
+
+
+Variant = TypeVar("Variant", bound=tuple[Any, ...])
+
+
+def constants(variant: Variant) -> Variant:
+    """Returns the named tuple with every field as a compile-time constant."""
+    return type(variant)(*map(tl.constexpr, variant))
+
+
+# ---------------------------------------------------------------------------------------------
+# rows of integer arrays: the host writes them by name, a kernel reads them by index
+# ---------------------------------------------------------------------------------------------
+
+
+class EntryPointers(NamedTuple):
+    """A row of ``Buffers.pointers``: addresses, 0 where the entry has no such tensor."""
+
+    param: int
+    grad: int
+    exp_avg: int
+    exp_avg_scale: int
+    exp_avg_sq_row: int
+    exp_avg_sq_col: int
+    exp_avg_sq: int
+    step: int  # the address of the step, or the difference from the first entry's step
+
+
+class EntryShape(NamedTuple):
+    """A row of ``Buffers.shapes``. The matrices of a parameter lie one below another.
+
+    A vector has its length in ``columns``, its ``whole_start``, and zeros.
+    """
+
+    rows: int = 0  # of all matrices together
+    matrix_rows: int = 0
+    columns: int = 0
+    block_rows: int = 0
+    block_columns: int = 0
+    column_blocks: int = 0  # blocks side by side
+    summed_rows: int = 0  # rows whose squares one program adds up
+    row_partials: int = 0  # offsets into ``Buffers.partials``
+    column_partials: int = 0
+    row_sums: int = 0  # offsets into ``Buffers.sums``
+    column_sums: int = 0
+    first_block: int = 0  # offset into ``Buffers.inverse_rms``
+    whole_start: int = 0  # index of the first element in the whole parameter
+    whole_stride: int = 0  # distance of two rows in the whole parameter
+
+
+class EntryScalars(NamedTuple):
+    """A row of ``Buffers.scalars``, which ``stripes_kernel`` fills: bits of a float32, or a key."""
+
+    decay: int  # 1 - lr * weight_decay
+    step_size: int  # lr / (1 - beta1^t)
+    key: int  # of the step's random bits
+    floor: int  # lagged: the denominator is at least this times |g|; 0 at step 1
+
+
+(
+    PARAM_POINTER,
+    GRAD_POINTER,
+    EXP_AVG_POINTER,
+    EXP_AVG_SCALE_POINTER,
+    ROW_POINTER,
+    COLUMN_POINTER,
+    EXP_AVG_SQ_POINTER,
+    STEP_POINTER,
+) = map(tl.constexpr, range(len(EntryPointers._fields)))
+POINTERS = tl.constexpr(len(EntryPointers._fields))
+
+(
+    ROWS,
+    MATRIX_ROWS,
+    COLUMNS,
+    BLOCK_ROWS,
+    BLOCK_COLUMNS,
+    COLUMN_BLOCKS,
+    SUMMED_ROWS,
+    ROW_PARTIALS,
+    COLUMN_PARTIALS,
+    ROW_SUMS,
+    COLUMN_SUMS,
+    FIRST_BLOCK,
+    WHOLE_START,
+    WHOLE_STRIDE,
+) = map(tl.constexpr, range(len(EntryShape._fields)))
+SHAPES = tl.constexpr(len(EntryShape._fields))
+
+DECAY, STEP_SIZE, KEY, FLOOR = map(tl.constexpr, range(len(EntryScalars._fields)))
+SCALARS = tl.constexpr(len(EntryScalars._fields))

@@ -1,0 +1,108 @@
+"""Rounding and momentum codes in Triton: device functions that ``kernels.py`` calls.
+
+``striped_hf/optim/rounding.py`` and ``striped_hf/optim/momentum.py`` are the same in PyTorch. The
+random bits and both roundings agree with them to the bit. A code may differ by one, because its
+square roots are the fast ones, which are good to 2 units in the last place.
+"""
+
+import triton
+import triton.language as tl
+
+from striped_hf.optim import rounding
+from striped_hf.optim.backends.triton import INTERPRETED
+
+_SEED = tl.constexpr(rounding.SEED)
+_FLOAT16_MIN_NORMAL = tl.constexpr(2.0**-14)
+_CAST_TRUNCATES = tl.constexpr(INTERPRETED)  # the interpreter's cast to bfloat16 does not round
+# 1.5 * 2^23: added to a number below 2^22 it rounds to an integer, half to even, in the low bits
+_TO_INTEGER = tl.constexpr(12582912.0)
+
+
+# ---------------------------------------------------------------------------------------------
+# random bits
+# ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _mix(x):  # uint32
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def step_key(step):  # int32 -> uint32
+    """The key of a step's random bits."""
+    return _mix(step.to(tl.uint32) ^ _SEED)
+
+
+@triton.jit
+def random_bits(low, high, key):  # uint32
+    """``rounding.random_bits`` of element 2^32 high + low, with the step's key."""
+    return _mix(_mix(low ^ _mix(key ^ high)))
+
+
+# ---------------------------------------------------------------------------------------------
+# rounding
+# ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _truncate_after_adding(values, bits, MASK: tl.constexpr):
+    summed = values.to(tl.uint32, bitcast=True) + (bits & MASK)
+    return (summed & (0xFFFFFFFF - MASK)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def stochastic_round(values, bits, DTYPE: tl.constexpr):  # float32, uint32 -> DTYPE
+    """``rounding.stochastic_round``."""
+    if DTYPE == tl.bfloat16:
+        rounded = _truncate_after_adding(values, bits, 0xFFFF)
+    else:
+        rounded = _truncate_after_adding(values, bits, 0x1FFF)
+        offset = _truncate_after_adding(tl.abs(values) + _FLOAT16_MIN_NORMAL, bits, 0x1FFF)
+        magnitude = (offset - _FLOAT16_MIN_NORMAL).to(tl.uint32, bitcast=True)
+        sign = values.to(tl.uint32, bitcast=True) & 0x80000000
+        subnormal = (magnitude | sign).to(tl.float32, bitcast=True)
+        rounded = tl.where(tl.abs(values) < _FLOAT16_MIN_NORMAL, subnormal, rounded)
+    return tl.where(tl.abs(values) < float("inf"), rounded, values).to(DTYPE)
+
+
+@triton.jit
+def round_to_nearest(values, DTYPE: tl.constexpr):  # float32 -> DTYPE
+    """Rounds to nearest, half to even, as a GPU's cast does."""
+    if _CAST_TRUNCATES and DTYPE == tl.bfloat16:
+        bits = values.to(tl.uint32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        values = tl.where(values == values, rounded, values)
+    return values.to(DTYPE)
+
+
+# ---------------------------------------------------------------------------------------------
+# momentum codes
+# ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def decode(codes, scale, QMAX: tl.constexpr):  # [r, c] int32, [r] float32 -> [r, c] float32
+    """``momentum.decode`` of one quantization block a row; ``codes`` are from -QMAX to QMAX."""
+    values = codes.to(tl.float32)
+    return values * tl.abs(values) * (1.0 / (QMAX * QMAX)) * scale[:, None]
+
+
+@triton.jit
+def largest_magnitude(m):  # [r, c] float32 -> [r] int32
+    """The bits of each row's largest magnitude. As an integer, NaN is the largest of all."""
+    return tl.max(tl.abs(m).to(tl.int32, bitcast=True), axis=1)
+
+
+@triton.jit
+def encode(m, scale, QMAX: tl.constexpr):  # [r, c] float32, [r] float32 -> [r, c] int32
+    """``momentum.encode`` of one quantization block a row, with its scale; from -QMAX to QMAX."""
+    # sqrt(x) / sqrt(scale), not sqrt(x / scale): one division for a row
+    factor = tl.div_rn(QMAX * 1.0, tl.sqrt_rn(scale))
+    magnitude = tl.sqrt(tl.abs(m)) * factor[:, None] + _TO_INTEGER
+    codes = magnitude.to(tl.int32, bitcast=True) & 0xFF
+    coded = (scale > 0.0) & (scale < float("inf"))
+    codes = tl.where(coded[:, None], codes, 0)
+    return tl.where(m < 0.0, -codes, codes)

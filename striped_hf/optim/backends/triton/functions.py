@@ -1,0 +1,303 @@
+"""Functions that the kernels call, and the named tuples that the kernels pass to them."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from striped_hf.optim.backends.triton.arguments import (
+    COLUMN_PARTIALS,
+    DECAY,
+    FLOOR,
+    KEY,
+    ROW_PARTIALS,
+    STEP_POINTER,
+    STEP_SIZE,
+)
+from striped_hf.optim.backends.triton.codec import (
+    random_bits,
+    round_to_nearest,
+    stochastic_round,
+)
+
+# ---------------------------------------------------------------------------------------------
+# named tuples
+# ---------------------------------------------------------------------------------------------
+
+
+class Region(NamedTuple):
+    """Where a program's tiles are in the parameter. A program's rows are of one block."""
+
+    first_row: Any  # of all matrices together
+    first_column: Any
+    rows: Any  # the others are fields of ``EntryShape``
+    matrix_rows: Any
+    columns: Any
+    block_rows: Any
+    block_columns: Any
+    summed_rows: Any
+
+
+class Matrix(NamedTuple):
+    """What all tiles of a program share."""
+
+    param: Any  # pointer
+    grad: Any  # pointer
+    region: Region
+    row_roots: Any  # pointer to sqrt(row), [rows, column_blocks]
+    column_blocks: Any
+    block: Any  # number, from the left, of the block that has the first column
+    next_inverse_rms: Any  # 1 / sqrt(mean(row)) of the block to the right of it
+    whole_start: Any
+    whole_stride: Any
+
+
+class Columns(NamedTuple):
+    """The columns of a tile."""
+
+    index: Any  # [c] int32
+    inside: Any  # [c] bool
+    roots: Any  # [c] float32: c_j
+    inverse_rms: Any  # 1 / sqrt(mean(row)): [c] if the variant is narrow, else of ``Matrix.block``
+
+
+class StepScalars(NamedTuple):
+    """Numbers that all elements of an entry share in a step."""
+
+    decay: Any  # the first four as in ``EntryScalars``
+    step_size: Any
+    key: Any
+    floor: Any
+    one_minus_beta1: Any
+    eps: Any
+
+
+# ---------------------------------------------------------------------------------------------
+# functions of several kernels
+# ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_pointer(pointers, INDEX: tl.constexpr, DTYPE: tl.constexpr):
+    """The pointer in field INDEX of an ``EntryPointers``."""
+    return tl.load(pointers + INDEX).to(tl.pointer_type(DTYPE))
+
+
+@triton.jit
+def load_aligned_pointer(pointers, INDEX: tl.constexpr, DTYPE: tl.constexpr, aligned):
+    """As ``load_pointer``; Triton reads an aligned tensor in vectors of four elements.
+
+    The vectors have four elements in every tensor: if some had more, Triton would convert layouts.
+    """
+    pointer = tl.load(pointers + INDEX).to(tl.pointer_type(DTYPE))
+    if aligned:
+        # not DTYPE.primitive_bitwidth // 2: Triton 3.3 reads no attribute of a constexpr
+        if DTYPE == tl.float32:
+            pointer = tl.multiple_of(pointer, 16)
+        elif DTYPE == tl.bfloat16 or DTYPE == tl.float16:
+            pointer = tl.multiple_of(pointer, 8)
+        else:
+            pointer = tl.multiple_of(pointer, 4)
+    return pointer
+
+
+@triton.jit
+def load_step(pointers, step, on_device):  # int32
+    """The entry's step, from 1. ``step`` is that of the first entry."""
+    if on_device:
+        current = tl.load(load_pointer(pointers, STEP_POINTER, tl.float32)).to(tl.int32)
+    else:
+        current = (tl.load(pointers + STEP_POINTER) + step).to(tl.int32)
+    return current
+
+
+@triton.jit
+def bias_correction(step, log_beta):  # float64
+    """1 - beta^step. The logarithm is float32: its rounding changes the result by 1e-7 of it."""
+    return 1.0 - tl.exp(step.to(tl.float64) * tl.cast(log_beta, tl.float64))
+
+
+@triton.jit
+def decay_and_step_size(step, hyper, on_device):  # float32, float32
+    """1 - lr * weight_decay and lr / (1 - beta1^t)."""
+    if on_device.lr:
+        lr = tl.load(hyper.lr).to(tl.float64)
+    else:
+        lr = tl.cast(hyper.lr, tl.float64)
+    decay = (1.0 - lr * tl.cast(hyper.weight_decay, tl.float64)).to(tl.float32)
+    step_size = (lr / bias_correction(step, hyper.log_beta1)).to(tl.float32)
+    return decay, step_size
+
+
+@triton.jit
+def lerp(start, end, weight):
+    """``torch.lerp``. It starts from the nearer end, so that weights of 0 and 1 are exact."""
+    difference = end - start
+    return tl.where(weight < 0.5, start + weight * difference, end - difference * (1 - weight))
+
+
+@triton.jit
+def scaled_direction(m, g, step, flags):
+    """The step size times the momentum, or times Nesterov's momentum."""
+    if flags.nesterov:
+        m = lerp(m, g, step.one_minus_beta1)
+    return step.step_size * m
+
+
+@triton.jit
+def round_parameter(value, index_low, index_high, key, flags, DTYPE: tl.constexpr):
+    """Rounds values of the elements 2^32 index_high + index_low to the parameter's dtype."""
+    if flags.stochastic_rounding:
+        rounded = stochastic_round(value, random_bits(index_low, index_high, key), DTYPE)
+    else:
+        rounded = round_to_nearest(value, DTYPE)
+    return rounded
+
+
+@triton.jit
+def element_offsets(rows, columns, region, transposed):  # [r], [c] -> [r, c] int64
+    """Offsets of elements in a contiguous tensor, or in one whose matrices are transposed."""
+    if transposed:
+        above = region.first_row // region.matrix_rows * region.matrix_rows
+        inner = (rows - above).to(tl.int64)[:, None]
+        inner += columns.to(tl.int64)[None, :] * region.matrix_rows
+        offsets = inner + above.to(tl.int64) * region.columns
+    else:
+        offsets = rows.to(tl.int64)[:, None] * region.columns + columns[None, :]
+    return offsets
+
+
+@triton.jit
+def partial_sum_pointers(partials, shape, region, TILE_COLUMNS: tl.constexpr):
+    """Pointers to a program's partial sums of row 0 and of column 0.
+
+    The entry's partial sums of rows are [tiles side by side, rows]. Its partial sums of columns are
+    [programs one below another, columns].
+    """
+    row_block = region.first_row // region.block_rows
+    column_block = region.first_column // region.block_columns
+    programs = (region.block_rows + region.summed_rows - 1) // region.summed_rows
+    program = (
+        row_block * programs
+        + (region.first_row - row_block * region.block_rows) // region.summed_rows
+    )
+    tiles = (region.block_columns + TILE_COLUMNS - 1) // TILE_COLUMNS
+    tile = (
+        column_block * tiles
+        + (region.first_column - column_block * region.block_columns) // TILE_COLUMNS
+    )
+    row_partials = partials + tl.load(shape + ROW_PARTIALS) + tile * region.rows
+    column_partials = partials + tl.load(shape + COLUMN_PARTIALS) + program * region.columns
+    return row_partials, column_partials
+
+
+# ---------------------------------------------------------------------------------------------
+# functions of ``matrices_kernel``
+# ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_step_scalars(scalars, one_minus_beta1, eps, lagged):
+    """The ``StepScalars`` of an entry, from what ``stripes_kernel`` wrote."""
+    floor = 0.0
+    decay = tl.load(scalars + DECAY).to(tl.float32, bitcast=True)
+    step_size = tl.load(scalars + STEP_SIZE).to(tl.float32, bitcast=True)
+    key = tl.load(scalars + KEY).to(tl.uint32, bitcast=True)
+    if lagged:
+        floor = tl.load(scalars + FLOOR).to(tl.float32, bitcast=True)
+    return StepScalars(
+        decay=decay,
+        step_size=step_size,
+        key=key,
+        floor=floor,
+        one_minus_beta1=one_minus_beta1,
+        eps=eps,
+    )
+
+
+@triton.jit
+def load_columns(index, inside, column_roots, inverse_rms, block, block_columns, narrow):
+    """The ``Columns`` of a tile; ``block`` is ``Matrix.block``."""
+    roots = tl.load(column_roots + index, mask=inside, other=0.0)
+    if narrow:
+        inverse = tl.load(inverse_rms + index // block_columns, mask=inside, other=0.0)
+    else:
+        inverse = tl.load(inverse_rms + block)
+    return Columns(index=index, inside=inside, roots=roots, inverse_rms=inverse)
+
+
+@triton.jit
+def _load_row_roots(rows, in_rows, columns, mask, matrix, variant):  # [r, 1] or [r, c]
+    """a_i for every element of a tile."""
+    row_roots = matrix.row_roots + rows.to(tl.int64) * matrix.column_blocks
+    block_columns = matrix.region.block_columns
+    if variant.fused_statistics:  # all columns are of one block
+        a = tl.load(row_roots + matrix.block, mask=in_rows, other=0.0) * columns.inverse_rms
+        a = a[:, None]
+    elif variant.narrow:
+        block = columns.index // block_columns
+        a = tl.load(row_roots[:, None] + block[None, :], mask=mask, other=0.0)
+        a *= columns.inverse_rms[None, :]
+    else:
+        # a tile is no wider than a block, so it has columns of two blocks at most
+        next_block = tl.minimum(matrix.block + 1, matrix.column_blocks - 1)
+        a = tl.load(row_roots + matrix.block, mask=in_rows, other=0.0) * columns.inverse_rms
+        next_a = tl.load(row_roots + next_block, mask=in_rows, other=0.0) * matrix.next_inverse_rms
+        in_first = columns.index < (matrix.block + 1) * block_columns
+        a = tl.where(in_first[None, :], a[:, None], next_a[:, None])
+    return a
+
+
+@triton.jit
+def update_tile(m, rows, in_rows, columns, matrix, step, variant, flags):
+    """Updates a tile of a matrix.
+
+    Args:
+        m: [r, c] float32: the momentum before the step, 0 outside of the matrix.
+        rows: [r] int32: indices.
+        in_rows: [r] bool: whether the row is one of the program's.
+        columns: ``Columns``.
+        matrix: ``Matrix``.
+        step: ``StepScalars``.
+        variant: ``MatrixVariant``.
+        flags: ``UpdateFlags``.
+
+    Returns:
+        The new momentum and the squares of the gradient, both [r, c] float32.
+    """
+    mask = in_rows[:, None] & columns.inside[None, :]
+    offsets = element_offsets(rows, columns.index, matrix.region, variant.transposed)
+    g = tl.load(matrix.grad + offsets, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(matrix.param + offsets, mask=mask, other=0.0).to(tl.float32)
+    if flags.maximize:
+        g = -g
+    m = lerp(m, g, step.one_minus_beta1)
+
+    a = _load_row_roots(rows, in_rows, columns, mask, matrix, variant)
+    denominator = a * columns.roots[None, :]
+    if flags.lagged:
+        smallest = tl.abs(g) * step.floor
+        # not tl.maximum, which may drop a NaN
+        denominator = tl.where(denominator < smallest, smallest, denominator)
+
+    index_low = rows.to(tl.uint32)[:, None] * matrix.whole_stride.to(tl.uint32)
+    index_low += columns.index.to(tl.uint32)[None, :]
+    index_low += matrix.whole_start.to(tl.uint32)
+    if variant.large:
+        whole_row = matrix.whole_start + rows.to(tl.int64)[:, None] * matrix.whole_stride
+        index_high = ((whole_row + columns.index[None, :]) >> 32).to(tl.uint32)
+    else:
+        index_high = tl.zeros([1, 1], tl.uint32)
+    denominator += step.eps
+    value = value * step.decay - scaled_direction(m, g, step, flags) / denominator
+    value = round_parameter(value, index_low, index_high, step.key, flags, variant.param_dtype)
+    tl.store(matrix.param + offsets, value, mask=mask)
+    return m, g * g
+
+
+@triton.jit
+def fold_rows(squares, HEIGHT: tl.constexpr):  # [r, c] -> [HEIGHT, c]
+    """Adds up rows that are HEIGHT apart: one thread has them all, so it keeps only their sum."""
+    rows: tl.constexpr = squares.shape[0]
+    columns: tl.constexpr = squares.shape[1]
+    return tl.sum(tl.reshape(squares, [rows // HEIGHT, HEIGHT, columns]), axis=0)

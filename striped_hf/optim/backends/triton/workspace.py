@@ -1,0 +1,228 @@
+"""The buffers of a plan, and the work of ``combine_kernel`` and ``stripes_kernel`` on them."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from striped_hf.optim import momentum
+from striped_hf.optim.backends.reference import Entry, Sums
+from striped_hf.optim.backends.triton import arguments, tile_sizes
+from striped_hf.optim.backends.triton.addresses import copy_to_device
+from striped_hf.optim.backends.triton.arguments import EntryShape
+
+Key = TypeVar("Key")
+
+
+class Workspace:
+    """The buffers of a plan, and what its programs do with them.
+
+    It depends on the entries' shapes and blocks alone.
+
+    Attributes:
+        shapes: Of each entry.
+        fused_statistics: For each entry, whether its update computes the statistics.
+        device_shapes, sums, inverse_rms, scalars: As in ``arguments.Buffers``.
+        reductions: [programs, 6] int64, what ``combine_kernel`` adds up, by ``fused_statistics``.
+        segments: [programs, 7] int64, what ``stripes_kernel`` averages, by ``fused_statistics``.
+    """
+
+    def __init__(self, entries: list[Entry], lagged: bool, device: torch.device) -> None:
+        self.fused_statistics = [lagged and _can_fuse_statistics(entry) for entry in entries]
+        self.shapes, self._partials_size, sums, blocks = _place(entries, self.fused_statistics)
+        self.sums = torch.zeros(sums, dtype=torch.float32, device=device)
+        self.inverse_rms = torch.zeros(blocks, dtype=torch.float32, device=device)
+        scalars = (len(entries), arguments.SCALARS.value)
+        self.scalars = torch.zeros(scalars, dtype=torch.int32, device=device)
+        self.device_shapes = copy_to_device(np.array(self.shapes, dtype=np.int64), device)
+        reductions: dict[bool, list[np.ndarray]] = defaultdict(list)
+        segments: dict[bool, list[np.ndarray]] = defaultdict(list)
+        for number, (shape, fused) in enumerate(
+            zip(self.shapes, self.fused_statistics, strict=True)
+        ):
+            if shape.rows:
+                reductions[fused] += _reductions(shape, tile_columns(fused))
+                segments[fused] += [_row_segments(number, shape), _column_segments(number, shape)]
+        self.reductions = copy_each(reductions, device)
+        self.segments = copy_each(segments, device)
+
+    def new_partials(self) -> Tensor:
+        """Allocates the buffer of a step's partial sums."""
+        return self.sums.new_empty(self._partials_size)
+
+    def sums_of(self, number: int, entry: Entry) -> Sums:
+        """Views of a matrix's row sums [..., R, bc] and column sums [..., br, C]."""
+        *matrices, rows, columns = entry.param.shape
+        row_blocks, column_blocks = entry.blocks
+        shape = self.shapes[number]
+        row_shape, column_shape = (*matrices, rows, column_blocks), (*matrices, row_blocks, columns)
+        return self._view(shape.row_sums, row_shape), self._view(shape.column_sums, column_shape)
+
+    def _view(self, start: int, shape: tuple[int, ...]) -> Tensor:
+        return self.sums[start : start + math.prod(shape)].view(shape)
+
+
+def _can_fuse_statistics(entry: Entry) -> bool:
+    """Whether no tile of the update has columns of two blocks."""
+    if entry.param.dim() < 2:
+        return False
+    column_blocks = entry.blocks[1]
+    return column_blocks == 1 or entry.param.shape[-1] // column_blocks % momentum.BLOCK_SIZE == 0
+
+
+def tile_columns(fused_statistics: bool) -> int:
+    """Returns how many columns' squares one program adds up: a program of the update, if fused."""
+    return momentum.BLOCK_SIZE if fused_statistics else tile_sizes.STATISTICS_TILE_COLUMNS
+
+
+def _place(
+    entries: list[Entry], fused_statistics: list[bool]
+) -> tuple[list[EntryShape], int, int, int]:
+    """Gives every entry its places in the buffers.
+
+    Returns:
+        The shapes, and how many partial sums, sums and blocks there are.
+    """
+    elements = sum(entry.param.numel() for entry in entries if entry.param.dim() >= 2)
+    summed_rows = tile_sizes.SUMMED_ROWS_OF_SMALL_MODELS
+    if elements >= tile_sizes.LARGE_MODEL:
+        summed_rows = tile_sizes.SUMMED_ROWS_OF_LARGE_MODELS
+    shapes = []
+    partials = sums = blocks = 0
+    for entry, fused in zip(entries, fused_statistics, strict=True):
+        if entry.param.dim() < 2:
+            shapes.append(EntryShape(columns=entry.param.numel(), whole_start=entry.start))
+            continue
+        matrix_rows, columns = entry.param.shape[-2:]
+        shape = EntryShape(
+            rows=entry.param.numel() // columns,
+            matrix_rows=matrix_rows,
+            columns=columns,
+            block_rows=matrix_rows // entry.blocks[0],
+            block_columns=columns // entry.blocks[1],
+            column_blocks=entry.blocks[1],
+            summed_rows=summed_rows,
+            first_block=blocks,
+            whole_start=entry.start,
+            whole_stride=entry.pitch or columns,
+        )
+        row_blocks = shape.rows // shape.block_rows  # of all matrices
+        programs = ceil_div(shape.block_rows, summed_rows)
+        tiles = ceil_div(shape.block_columns, tile_columns(fused))
+        column_partials = partials + shape.column_blocks * tiles * shape.rows
+        column_sums = _padded(sums + shape.rows * shape.column_blocks)
+        shapes.append(
+            shape._replace(
+                row_partials=partials,
+                column_partials=column_partials,
+                row_sums=sums,
+                column_sums=column_sums,
+            )
+        )
+        partials = column_partials + row_blocks * programs * columns
+        sums = _padded(column_sums + row_blocks * columns)
+        blocks += row_blocks * shape.column_blocks
+    return shapes, partials, sums, blocks
+
+
+def _reductions(shape: EntryShape, columns_of_tile: int) -> Iterator[np.ndarray]:
+    """What ``combine_kernel`` adds up of one entry."""
+    tiles = ceil_div(shape.block_columns, columns_of_tile)
+    for block in range(shape.column_blocks):  # [tiles, rows] to [rows]
+        yield _reduction(
+            size=shape.rows,
+            source=shape.row_partials + block * tiles * shape.rows,
+            count=tiles,
+            stride=shape.rows,
+            target=shape.row_sums + block,
+            target_stride=shape.column_blocks,
+        )
+    row_blocks = shape.rows // shape.block_rows
+    programs = ceil_div(shape.block_rows, shape.summed_rows)
+    # [programs, columns] to [columns] for each row of blocks; one copy if there is one program each
+    vectors, size = (
+        (1, row_blocks * shape.columns) if programs == 1 else (row_blocks, shape.columns)
+    )
+    for i in range(vectors):
+        yield _reduction(
+            size=size,
+            source=shape.column_partials + i * programs * size,
+            count=programs,
+            stride=size,
+            target=shape.column_sums + i * size,
+            target_stride=1,
+        )
+
+
+def _reduction(
+    size: int, source: int, count: int, stride: int, target: int, target_stride: int
+) -> np.ndarray:
+    """[programs, 6]: adds up ``count`` vectors of ``size`` partial sums, ``stride`` apart.
+
+    The columns are the first partial sum, ``count``, ``stride``, how many sums, the first sum, and
+    the distance of two sums.
+    """
+    first = np.arange(0, size, tile_sizes.COMBINED_WIDTH)
+    reduction = np.empty((len(first), 6), dtype=np.int64)
+    reduction[:, 0] = source + first
+    reduction[:, 1] = count
+    reduction[:, 2] = stride
+    reduction[:, 3] = np.minimum(size - first, tile_sizes.COMBINED_WIDTH)
+    reduction[:, 4] = target + first * target_stride
+    reduction[:, 5] = target_stride
+    return reduction
+
+
+def _row_segments(number: int, shape: EntryShape) -> np.ndarray:
+    """[blocks, 7]: the segments of row [..., R, bc], one for each block of the entry.
+
+    The columns are the entry, whether the stripe is col, the first element, the distance of two
+    elements, how many there are, how many squares each is the mean of, and the block.
+    """
+    row_blocks = shape.rows // shape.block_rows
+    row, column = (axis.ravel() for axis in np.indices((row_blocks, shape.column_blocks)))
+    segments = np.zeros((len(row), 7), dtype=np.int64)
+    segments[:, 0] = number
+    segments[:, 2] = row * shape.block_rows * shape.column_blocks + column
+    segments[:, 3] = shape.column_blocks
+    segments[:, 4] = shape.block_rows
+    segments[:, 5] = shape.block_columns
+    segments[:, 6] = shape.first_block + row * shape.column_blocks + column
+    return segments
+
+
+def _column_segments(number: int, shape: EntryShape) -> np.ndarray:
+    """[programs, 7]: the segments of col [..., br, C], with the columns of ``_row_segments``."""
+    size = shape.rows // shape.block_rows * shape.columns
+    first = np.arange(0, size, tile_sizes.STRIPE_BLOCK)
+    segments = np.zeros((len(first), 7), dtype=np.int64)
+    segments[:, 0] = number
+    segments[:, 1] = 1
+    segments[:, 2] = first
+    segments[:, 3] = 1
+    segments[:, 4] = np.minimum(size - first, tile_sizes.STRIPE_BLOCK)
+    segments[:, 5] = shape.block_rows
+    return segments
+
+
+def copy_each(
+    arrays: dict[Key, list[np.ndarray]], device: torch.device, dtype: type[np.generic] = np.int64
+) -> dict[Key, Tensor]:
+    """Concatenates each list and copies the result to the device."""
+    return {
+        key: copy_to_device(np.concatenate(parts).astype(dtype), device)
+        for key, parts in arrays.items()
+    }
+
+
+def ceil_div(size: int, step: int) -> int:
+    return -(-size // step)
+
+
+def _padded(offset: int) -> int:
+    """The next multiple of 32, at which a buffer can be read in vectors."""
+    return ceil_div(offset, 32) * 32
