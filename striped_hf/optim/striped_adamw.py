@@ -1,36 +1,24 @@
 """StripedAdamW: AdamW whose second moment is one row and one column of means per matrix."""
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from striped_hf.optim import backends, momentum
-from striped_hf.optim.backends.reference import Entry, Settings
-from striped_hf.optim.checks import (
-    check_gradient,
-    check_group,
-    check_hyperparameters,
-    check_not_flattened,
-)
-from striped_hf.optim.sharded import step as sharding
-from striped_hf.optim.state import (
-    Blocks,
-    Group,
-    blocks_of,
-    init_state,
-    prepare_state_dict,
-)
-
-Table = tuple[ModuleType, Settings, list[Entry]]
+from striped_hf.optim import backends
+from striped_hf.optim.checkpoint import prepare_state_dict
+from striped_hf.optim.checks import check_gradient, check_group, check_not_flattened
+from striped_hf.optim.interface import Backend, Batch, Blocks, Entry, Group, State
+from striped_hf.optim.options import OPTIONS, check_options, settings_of
+from striped_hf.optim.sharded import state as sharded_state
+from striped_hf.optim.sharded import step as sharded_step
+from striped_hf.optim.sharded.layout import is_sharded
+from striped_hf.optim.sharded.step import Matrix, MatrixBatch
+from striped_hf.optim.state import Description, description_of, zero_state
 
 _ONE = torch.tensor(1.0, dtype=torch.float32, device="cpu")
-
-# the least eps: a step must not be 0/0 where the gradient was always zero
-_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
 class StripedAdamW(Optimizer):
@@ -93,28 +81,18 @@ class StripedAdamW(Optimizer):
         lagged: bool = False,
         capturable: bool = False,
     ) -> None:
+        arguments = locals()
         backends.check(backend)
         self.backend = backend
         self.capturable = capturable
         self._matrices: list[int] = []  # in each group, before anything may flatten them
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-            "momentum_dtype": momentum_dtype,
-            "blocks": blocks,
-            "stochastic_rounding": stochastic_rounding,
-            "nesterov": nesterov,
-            "lagged": lagged,
-        }
-        check_hyperparameters(defaults)
+        defaults = {name: arguments[name] for name in OPTIONS}
+        check_options(defaults)
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("backend", "capturable", "_matrices")
-        return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
+        added = ("backend", "capturable", "_matrices")
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in added}}
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a param group.
@@ -158,21 +136,21 @@ class StripedAdamW(Optimizer):
 
     @torch.compiler.disable  # a compiled training step calls it between two of its graphs
     def _update(self) -> None:
-        tables, sharded = self._tables()
-        for backend, settings, table in tables:
-            backend.step(table, settings)
-        sharding.step(sharded)
+        batches, matrix_batches = self._collect()
+        for backend, settings, entries in batches:
+            backend.step(entries, settings)
+        sharded_step.step(matrix_batches)
         # kernels write past torch, which must know that values saved for backward are gone
-        whole = [entry.param for _, _, table in tables for entry in table]
-        parts = [matrix.local for _, _, table in sharded for matrix in table]
+        whole = [entry.param for batch in batches for entry in batch.entries]
+        parts = [matrix.local for batch in matrix_batches for matrix in batch.matrices]
         torch.autograd.graph.increment_version(whole + parts)
 
-    def _tables(self) -> tuple[list[Table], list[sharding.Table]]:
-        """Collects what is to be updated, makes missing state and counts the step.
+    def _collect(self) -> tuple[list[Batch], list[MatrixBatch]]:
+        """Collects what is to be stepped, creates missing state and counts the step.
 
         Returns:
-            For each param group, and each device that it has parameters on: the backend, the
-            group's settings, and the table; and the same of matrices with sharded rows or columns.
+            For each param group and each device of its parameters a batch; and the same of the
+            matrices with sharded rows or columns.
         """
         self._check_capture()
         with_grad: list[list[int]] = []
@@ -180,50 +158,57 @@ class StripedAdamW(Optimizer):
             check_not_flattened(group, self._matrices[group_index], group_index)
             with_grad.append([i for i, p in enumerate(group["params"]) if p.grad is not None])
             for i in with_grad[-1]:
-                check_gradient(group["params"][i], group, i, group_index, self.capturable)
+                check_gradient(group, i, group_index, self.capturable)
             for device_type in {group["params"][i].device.type for i in with_grad[-1]}:
                 self._backend(device_type)
 
-        tables: list[Table] = []
-        sharded: list[sharding.Table] = []
+        batches: list[Batch] = []
+        matrix_batches: list[MatrixBatch] = []
         for group, positions in zip(self.param_groups, with_grad, strict=True):
-            states = [self._state(group, i) for i in positions]
-            by_device: dict[torch.device, list[Entry]] = {}
-            matrices: dict[torch.device, list[sharding.Matrix]] = {}
-            for i, state, step in zip(positions, states, self._count_steps(states), strict=True):
-                param, blocks = group["params"][i], blocks_of(group, i)
+            entries: dict[torch.device, list[Entry]] = {}
+            matrices: dict[torch.device, list[Matrix]] = {}
+            params = [group["params"][i] for i in positions]
+            descriptions = [description_of(group, i) for i in positions]
+            states = list(map(self._state_of, params, descriptions))
+            steps = self._count_steps(states)
+            for param, description, state, step in zip(
+                params, descriptions, states, steps, strict=True
+            ):
                 if param.numel() == 0:
                     continue
-                table = by_device.setdefault(param.device, [])
-                if sharding.is_sharded(param):
-                    entries, matrix = sharding.localize(
-                        param, state, group["momentum_dtype"], blocks, step
-                    )
-                    table += entries
-                    if matrix is not None:
-                        matrices.setdefault(param.device, []).append(matrix)
-                else:
-                    momentum_dtype = momentum.storage_format(param.shape, group["momentum_dtype"])
-                    table.append(Entry(param, param.grad, state, momentum_dtype, blocks, step))
-            settings = self._settings(group)
-            for device, table in by_device.items():
-                if table:
-                    tables.append((self._backend(device.type), settings, table))
-            for device, of_device in matrices.items():
-                sharded.append((self._backend(device.type), settings, of_device))
-        return tables, sharded
+                of_device = entries.setdefault(param.device, [])
+                if description.layout is None:
+                    storage = (description.momentum_dtype, description.blocks)
+                    of_device.append(Entry(param, param.grad, state, *storage, step))
+                    continue
+                pieces, matrix = sharded_step.localize(param, state, description, step)
+                of_device += pieces
+                if matrix is not None:
+                    matrices.setdefault(param.device, []).append(matrix)
+            settings = settings_of(group, self.capturable)
+            batches += [
+                Batch(self._backend(device.type), settings, of_device)
+                for device, of_device in entries.items()
+                if of_device
+            ]
+            matrix_batches += [
+                MatrixBatch(self._backend(device.type), settings, of_device)
+                for device, of_device in matrices.items()
+            ]
+        return batches, matrix_batches
 
-    def _state(self, group: Group, position: int) -> dict[str, Tensor]:
-        """Returns the state of a parameter, made where there is none."""
-        param = group["params"][position]
+    def _state_of(self, param: Tensor, description: Description) -> State:
+        """Returns the state of a parameter, created where there is none."""
         state = self.state[param]
         if not state:
-            init = sharding.init_state if sharding.is_sharded(param) else init_state
-            state.update(init(param, group["momentum_dtype"], blocks_of(group, position)))
+            if is_sharded(param):
+                state.update(sharded_state.init_state(param, description))
+            else:
+                state.update(zero_state(description, param.device))
             state["step"] = state["step"].to(self._step_device(param))
         return state
 
-    def _count_steps(self, states: list[dict[str, Tensor]]) -> list[int]:
+    def _count_steps(self, states: list[State]) -> list[int]:
         """Adds one to the steps and returns them; zeros where only the device may know them."""
         steps = [state["step"] for state in states]
         if not steps:
@@ -231,16 +216,16 @@ class StripedAdamW(Optimizer):
         if self.capturable:
             torch._foreach_add_(steps, 1)
             return [0] * len(steps)
-        # on a CPU a number would be wrapped in a tensor anew for each of them
+        # on a CPU torch would wrap a number in a new tensor for each of them
         torch._foreach_add_(steps, _ONE, alpha=1)
         return [int(step.item()) for step in steps]
 
     def _step_device(self, param: Tensor) -> torch.device:
         return param.device if self.capturable else torch.device("cpu")
 
-    def _backend(self, device_type: str) -> ModuleType:
+    def _backend(self, device_type: str) -> Backend:
         backend = backends.resolve(self.backend, device_type)
-        if self.capturable and not getattr(backend, "CAPTURABLE", False):
+        if self.capturable and not backend.CAPTURABLE:
             raise RuntimeError(
                 f"capturable=True needs the triton backend, which does not step parameters on "
                 f"{device_type} here: leave capturable out, or move the model to a GPU with triton"
@@ -257,22 +242,6 @@ class StripedAdamW(Optimizer):
                 "this step is being captured in a CUDA graph, which would repeat its number and "
                 "its learning rate for good: construct StripedAdamW with capturable=True"
             )
-
-    def _settings(self, group: Group) -> Settings:
-        beta1, beta2 = group["betas"]
-        lr = group["lr"]
-        on_device = self.capturable and isinstance(lr, Tensor) and lr.device.type != "cpu"
-        return Settings(
-            lr=lr if on_device else float(lr),
-            beta1=float(beta1),
-            beta2=float(beta2),
-            eps=max(float(group["eps"]), _SMALLEST_NORMAL),
-            weight_decay=float(group["weight_decay"]),
-            maximize=group["maximize"],
-            nesterov=group["nesterov"],
-            lagged=group["lagged"],
-            stochastic_rounding=group["stochastic_rounding"] is not False,
-        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of a StripedAdamW, or of a ``torch.optim.AdamW``.
@@ -298,17 +267,17 @@ class StripedAdamW(Optimizer):
             places = [
                 (group, i) for group in self.param_groups for i in range(len(group["params"]))
             ]
-            for position, state in prepared["state"].items():
+            for position, loaded in prepared["state"].items():
                 group, i = places[position]
-                param, blocks = group["params"][i], blocks_of(group, i)
-                for key, value in state.items():
+                param, description = group["params"][i], description_of(group, i)
+                for key, value in loaded.items():
                     device = param.device
                     if key == "step":
                         device = self._step_device(param)
-                    else:
-                        value = sharding.place_state(
-                            key, value, param, group["momentum_dtype"], blocks
-                        )
+                    elif is_sharded(param):
+                        value = sharded_state.place_state(key, value, param, description)
+                    elif is_sharded(value):
+                        value = value.full_tensor()
                     self.state[param][key] = value.to(
                         device, copy=True, memory_format=torch.contiguous_format
                     )
