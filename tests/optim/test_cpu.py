@@ -245,10 +245,10 @@ DRAW = """
 
 void draw(const float *values, uint16_t *rounded, int64_t start, int64_t n, int64_t step)
 {
-    Tensor t = {.param = rounded, .param_dtype = BFLOAT16, .step = step};
+    Entry e = {.param = rounded, .param_dtype = BFLOAT16, .step = step};
     Settings settings = {.stochastic_rounding = 1};
     for (int64_t i = 0; i < n; i += CODE_BLOCK)
-        store_parameter(values + i, &t, i, start + i, least(n - i, CODE_BLOCK), &settings);
+        store_parameter(values + i, &e, i, start + i, minimum(n - i, CODE_BLOCK), &settings);
 }
 """
 
