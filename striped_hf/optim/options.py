@@ -15,7 +15,7 @@ from torch import Tensor
 from striped_hf.optim.interface import Group, Settings
 from striped_hf.optim.momentum import MOMENTUM_DTYPES
 
-# the least eps: a step must not be 0/0 where the gradient was always zero
+# the smallest eps: a step must not be 0/0 where the gradient was always zero
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
@@ -33,7 +33,9 @@ class Option(NamedTuple):
 
 def _check_lr(name: str, value: Any) -> None:
     if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"{name}={value} is a tensor of several elements: pass one of one")
+        raise ValueError(
+            f"{name}={value} is a tensor of several elements: pass a tensor with one element"
+        )
     _check_number(name, value)
 
 
@@ -55,13 +57,13 @@ def _check_momentum_dtype(name: str, value: Any) -> None:
 def _check_blocks(name: str, value: Any) -> None:
     for pair in value if is_list_of_blocks(value) else [value]:
         if not _is_pair(pair) or not all(isinstance(b, int) and b > 0 for b in pair):
-            raise ValueError(f"{name}={pair} is no pair of counts: pass two integers >= 1")
+            raise ValueError(f"{name}={pair} is not a pair of counts: pass two integers >= 1")
 
 
 def _check_one_of(*allowed: bool | None) -> Callable[[str, Any], None]:
     def check(name: str, value: Any) -> None:
         if value not in allowed:
-            raise ValueError(f"{name}={value!r} is no switch: pass one of {allowed}")
+            raise ValueError(f"{name}={value!r} is not a switch: pass one of {allowed}")
 
     return check
 

@@ -1,4 +1,4 @@
-"""StripedAdamW: AdamW whose second moment is one row and one column of means per matrix."""
+"""StripedAdamW: AdamW whose second moment is the row means and the column means of a matrix."""
 
 from collections.abc import Callable
 from typing import Any, overload
@@ -22,46 +22,46 @@ _ONE = torch.tensor(1.0, dtype=torch.float32, device="cpu")
 
 
 class StripedAdamW(Optimizer):
-    """AdamW at a fraction of its memory: a factored second moment and a coded momentum.
+    """AdamW at a fraction of its memory: a factored second moment and a momentum in fewer bits.
 
-    The second moment of a matrix [..., R, C] is kept as the means of its rows and of its columns,
-    R + C numbers in place of R x C; the momentum is AdamW's, optionally in fewer bits. Learning
-    rate, schedule and weight decay carry over from AdamW. ``striped_hf/optim/reference.py`` has the
-    equations and where they come from.
+    The second moment of a matrix [..., R, C] is stored as the means of its rows and of its columns:
+    R + C numbers instead of R x C. The momentum is AdamW's, optionally in fewer bits. Learning
+    rate, schedule and weight decay carry over from AdamW. ``backends/reference.py`` has the
+    equations and their sources.
 
-    State per parameter, made at its first gradient: ``step``; ``exp_avg``, and ``exp_avg_scale``
-    where it is coded; ``exp_avg_sq_row`` [..., R, bc] and ``exp_avg_sq_col`` [..., br, C] for
-    matrices, ``exp_avg_sq`` for 0-D and 1-D parameters, which keep AdamW's exact second moment and
-    float32 momentum.
+    The state of a parameter is created at its first gradient: ``step``; ``exp_avg``, and
+    ``exp_avg_scale`` for the integer formats; ``exp_avg_sq_row`` [..., R, bc] and
+    ``exp_avg_sq_col`` [..., br, C] for matrices, ``exp_avg_sq`` for 0-D and 1-D parameters. The
+    latter keep AdamW's exact second moment and a float32 momentum.
 
-    A ``torch.optim.AdamW`` state dict can be loaded: the run goes on from its reduced moments.
+    A ``torch.optim.AdamW`` state dict can be loaded: its second moments are reduced to the means.
 
     Args:
         params: Parameters or param groups, named or not, of float32, bfloat16 or float16.
-            Gradients may be of any of the three; the arithmetic is float32.
-        lr: Learning rate, a float or a tensor of one element.
+            Gradients may have any of the three dtypes; the arithmetic is float32.
+        lr: Learning rate, a float or a tensor with one element.
         betas: Decay rates of the momentum and of the second moment, each in [0, 1).
         eps: Added to the root of the second moment, as in AdamW.
         weight_decay: Decoupled weight decay, as a rate times ``lr``.
-        maximize: Maximise the objective instead of minimising it.
+        maximize: Maximize the objective instead of minimizing it.
         momentum_dtype: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``: how the momentum of
             matrices is stored (4, 2, 1.03 and 0.53 bytes per element).
-        blocks: (br, bc): take each matrix of the group as br x bc equal blocks with stripes of
-            their own. For a matrix that packs several projections along its rows or columns, such
-            as GPT-2's ``c_attn``: (1, 3). Without meaning for 0-D and 1-D parameters. A param
-            group may have a list instead, of one such tuple for each of its parameters.
+        blocks: (br, bc): divide each matrix of the group into br x bc equal blocks, each with its
+            own row and column means. For a matrix that packs several projections along its rows or
+            columns, such as GPT-2's ``c_attn``: (1, 3). 0-D and 1-D parameters ignore it. A param
+            group may instead have a list with one such tuple for each of its parameters.
         backend: What computes the step: ``"auto"``, the fastest that can run, or one by name.
         stochastic_rounding: Round updates of bfloat16 and float16 parameters stochastically instead
-            of to nearest. None means True. Without meaning for float32 parameters.
-        nesterov: Let the update look ahead: b1 m + (1 - b1) g in m's place.
-        lagged: Divide by the stripes of the step before, so that each gradient is read only once.
-        capturable: Keep ``step`` on the parameters' device, and take ``lr`` from there where it is
-            a tensor, so that a step can be captured in a CUDA graph. Needs the triton backend, and
-            a step before the capture.
+            of to nearest. None means True. Float32 parameters ignore it.
+        nesterov: Use b1 m + (1 - b1) g instead of m in the update.
+        lagged: Divide by the means of the step before, so that each gradient is read only once.
+        capturable: Keep ``step`` on the parameters' device, and read ``lr`` from there if it is a
+            tensor, so that a step can be captured in a CUDA graph. Needs the triton backend, and
+            one step before the capture.
 
     Raises:
         ValueError: A hyperparameter is out of its range, ``blocks`` does not divide a matrix, or a
-            parameter is of another dtype or was flattened by FSDP1.
+            parameter has another dtype or was flattened by FSDP1.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class StripedAdamW(Optimizer):
         """Adds a param group.
 
         Raises:
-            ValueError: As on construction; the optimizer is then as it was.
+            ValueError: As on construction; the optimizer has not changed then.
         """
         super().add_param_group(param_group)
         try:
@@ -122,10 +122,11 @@ class StripedAdamW(Optimizer):
             closure: Reevaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: A gradient is sparse or not of a floating dtype that the optimizer takes,
-                a wrapper flattened the parameters, only one of a parameter and its gradient is
-                sharded, the backend asked for by name cannot run, or a CUDA graph is captured
-                without ``capturable``, or with it and sharded parameters. Nothing has changed then.
+            RuntimeError: A gradient is sparse or has another dtype than float32, bfloat16 or
+                float16; a wrapper flattened the parameters; only one of a parameter and its
+                gradient is sharded; the backend asked for by name cannot run; or a CUDA graph is
+                captured without ``capturable``, or with it and sharded parameters. No parameter
+                or state has changed then.
         """
         loss = None
         if closure is not None:
@@ -239,26 +240,26 @@ class StripedAdamW(Optimizer):
             and torch.cuda.is_current_stream_capturing()
         ):
             raise RuntimeError(
-                "this step is being captured in a CUDA graph, which would repeat its number and "
-                "its learning rate for good: construct StripedAdamW with capturable=True"
+                "this step is being captured in a CUDA graph, which would repeat its step number "
+                "and its learning rate in every replay: construct StripedAdamW with capturable=True"
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of a StripedAdamW, or of a ``torch.optim.AdamW``.
 
-        As in torch the saved hyperparameters take the place of the constructed ones. Every entry
+        As in torch, the saved hyperparameters replace the constructed ones. Every state tensor
         keeps the dtype that it was saved with, and none shares memory with ``state_dict``.
 
         Raises:
             ValueError: The state dict's groups, momentum format or stripes differ from this
-                optimizer's, or an entry is missing or of a wrong shape; the optimizer is then as
-                it was.
+                optimizer's, or a tensor is missing or has a wrong shape; the optimizer has not
+                changed then.
         """
         prepared: dict[str, Any] = {}
 
         # Optimizer.load_state_dict casts state to the parameter's dtype, which destroys codes and
-        # rounds stripes, so it is given the groups only. Between the user's own hooks: pre-hooks
-        # may still replace the state dict, post-hooks see the final state.
+        # rounds stripes, so it gets the groups only. These hooks run between those of the user:
+        # pre-hooks may still replace the state dict, post-hooks see the final state.
         def prepare(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
             prepared.update(prepare_state_dict(incoming, self.param_groups))
             return {**prepared, "state": {}}

@@ -81,7 +81,7 @@ SHAPES: list[tuple[tuple[int, ...], tuple[int, int], str]] = [
 SHAPES_OF: dict[str, list[Any]] = {
     "reference": [*SHAPES, ((90, 1500), (1, 1), "rows")],
     "cpu": [*SHAPES, ((90, 1500), (1, 1), "rows")],
-    "triton": [*SHAPES[3:6], SHAPES[1], *SHAPES[-3:]],  # its interpreter takes seconds for all
+    "triton": [*SHAPES[3:6], SHAPES[1], *SHAPES[-3:]],  # its interpreter is slow
 }
 
 
