@@ -39,8 +39,8 @@ int striped_statistics(Entry *entries, int64_t entry_count, const Settings *sett
         return 1;
 #pragma omp parallel num_threads(threads)
     for (int64_t b = 0; b < plan.bundle_count; b++) {
-        const Task *tasks = plan.tasks + plan.bundles[b].first;
-        int64_t count = plan.bundles[b].count;
+        const Task *tasks = plan.tasks + plan.bundles[b].first_task;
+        int64_t count = plan.bundles[b].task_count;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < count; i++) sum_task(entries + tasks[i].entry, tasks + i);
 #pragma omp for schedule(dynamic, 1) nowait
@@ -57,7 +57,7 @@ int striped_update(Entry *entries, int64_t entry_count, const Settings *settings
     if (make_plan(&plan, entries, entry_count, settings, 0))
         return 1;
     int64_t count = 0;
-    for (int64_t b = 0; b < plan.bundle_count; b++) count += plan.bundles[b].count;
+    for (int64_t b = 0; b < plan.bundle_count; b++) count += plan.bundles[b].task_count;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t i = 0; i < count; i++)
         update_task(entries + plan.tasks[i].entry, plan.tasks + i, settings);
@@ -89,8 +89,8 @@ int striped_step(Entry *entries, int64_t entry_count, const Settings *settings, 
         return 1;
 #pragma omp parallel num_threads(threads)
     for (int64_t b = 0; b < plan.bundle_count; b++) {
-        Task *tasks = plan.tasks + plan.bundles[b].first;
-        int64_t count = plan.bundles[b].count;
+        Task *tasks = plan.tasks + plan.bundles[b].first_task;
+        int64_t count = plan.bundles[b].task_count;
         int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
         int64_t share = thread * count / team, share_end = (thread + 1) * count / team;
         for (int64_t k = 0; k < count; k++) { /* its share first, then what others left */

@@ -11,7 +11,7 @@
 
 /* Consecutive entries, whose gradients fit into a cache together, and their tasks. */
 typedef struct {
-    int64_t entry, entries, first, count;
+    int64_t first_entry, entry_count, first_task, task_count;
 } Bundle;
 
 /* The tasks of all entries, in bundles, and memory for sums and roots. */
@@ -65,13 +65,13 @@ static int make_plan(Plan *plan, Entry *entries, int64_t entry_count, const Sett
     for (int64_t k = 0; k < entry_count; k++) {
         const Entry *e = entries + k;
         if (elements == 0) {
-            plan->bundles[plan->bundle_count++] = (Bundle){.entry = k, .first = count};
+            plan->bundles[plan->bundle_count++] = (Bundle){.first_entry = k, .first_task = count};
             used = 0;
         }
         Bundle *bundle = plan->bundles + plan->bundle_count - 1;
         count += cut(e, k, NULL, NULL, &partials);
-        bundle->entries = k + 1 - bundle->entry;
-        bundle->count = count - bundle->first;
+        bundle->entry_count = k + 1 - bundle->first_entry;
+        bundle->task_count = count - bundle->first_task;
         used += partials;
         if (place_sums)
             used += stripe_elements(e) * (is_lagged(e, settings) ? 2 : 1);
@@ -90,7 +90,8 @@ static int make_plan(Plan *plan, Entry *entries, int64_t entry_count, const Sett
     for (int64_t b = 0; b < plan->bundle_count; b++) {
         const Bundle *bundle = plan->bundles + b;
         float *scratch = plan->scratch + b % 2 * most;
-        for (int64_t k = bundle->entry; k < bundle->entry + bundle->entries; k++) {
+        int64_t first = bundle->first_entry;
+        for (int64_t k = first; k < first + bundle->entry_count; k++) {
             tasks += cut(entries + k, k, tasks, scratch, &partials);
             scratch += partials;
             if (place_sums && !is_vector(entries + k))

@@ -13,7 +13,7 @@
  * A row's sum has PARTIAL_SUMS parts, which vectors can hold: compilers may not reorder a sum.
  */
 INLINE void sum_chunk(const float *const *g, float *restrict col_sums, int64_t n,
-                        double *restrict row_sums)
+                      double *restrict row_sums)
 {
     float parts[SUM_ROWS][PARTIAL_SUMS] = {{0}};
     int64_t i = 0;

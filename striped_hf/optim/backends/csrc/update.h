@@ -51,8 +51,8 @@ INLINE float striped_root(float a, float c, float g, int lagged, const Step *s)
  * nesterov and lagged are constants where this is inlined.
  */
 INLINE void update_elements(float *restrict p, float *restrict m, uint16_t *restrict stored,
-                         const float *restrict g, float a, const float *restrict c, int64_t n,
-                         int nesterov, int lagged, const Step *step)
+                            const float *restrict g, float a, const float *restrict c, int64_t n,
+                            int nesterov, int lagged, const Step *step)
 {
     Step s = *step;
     if (m) {
@@ -86,8 +86,8 @@ typedef struct {
  * nesterov and lagged are constants where this is inlined.
  */
 INLINE void update_coded(const Entry *e, int64_t row, int64_t column, float *restrict p,
-                       const float *restrict g, float a, const float *restrict c, int nesterov,
-                       int lagged, const Step *step, Pending *pending)
+                         const float *restrict g, float a, const float *restrict c, int nesterov,
+                         int lagged, const Step *step, Pending *pending)
 {
     int8_t buffer[CODE_BLOCK + 1], buffer_before[CODE_BLOCK + 1];
     int in_place = e->momentum_dtype == INT8 && pending->place;
@@ -115,7 +115,7 @@ INLINE void update_coded(const Entry *e, int64_t row, int64_t column, float *res
 
 /* Returns the gradient of what is minimized; see load. */
 INLINE const float *load_gradient(const Entry *e, int64_t offset, int64_t n,
-                                const Settings *settings, float *buffer)
+                                  const Settings *settings, float *buffer)
 {
     const float *g = load(e->grad, e->grad_dtype, offset, n, buffer);
     if (!settings->maximize)
@@ -126,8 +126,8 @@ INLINE const float *load_gradient(const Entry *e, int64_t offset, int64_t n,
 
 /* Updates n elements of a row from `column` on: at most CODE_BLOCK, unless needs_no_buffers. */
 INLINE void update_chunk(const Entry *e, int64_t row, int64_t column, int64_t n,
-                           const float *restrict c, int lagged, const Settings *settings,
-                           const Step *step, Pending *pending)
+                         const float *restrict c, int lagged, const Settings *settings,
+                         const Step *step, Pending *pending)
 {
     int64_t block_columns = e->columns / e->column_blocks, offset = row * e->columns + column;
     float g_buffer[CODE_BLOCK], p_buffer[CODE_BLOCK], m_buffer[CODE_BLOCK];
