@@ -21,7 +21,8 @@ What a processor can change is taken out, so that one record serves every x86-64
   installed library is tested against the reference instead, within tolerances (``test_cpu.py``).
 
 What remains is checked, and the tests are skipped where it differs from the record: the versions of
-torch, numpy and Triton, and the bits of the elementary functions that the steps use.
+torch, numpy and Triton, and the bits of the elementary functions that the steps use (glibc's
+exponential differs on processors without fused operations).
 """
 
 from __future__ import annotations
