@@ -19,7 +19,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: demo test lint bench gpu gpu-smoke gpu-check clean
 .DEFAULT_GOAL := demo
 
-.venv/.installed: setup.cfg setup.py pyproject.toml constraints.txt striped_hf/optim/backends/csrc/cpu.c
+.venv/.installed: setup.cfg setup.py pyproject.toml constraints.txt $(wildcard striped_hf/optim/backends/csrc/*)
 	@echo "== making .venv and installing striped_hf with the pinned packages (a minute or two)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,recipes,docs]'

@@ -1,16 +1,17 @@
 """How the momentum is stored: float32, bfloat16, or block-wise codes of 8 or 4 bits.
 
-The integer formats cut the last dimension into blocks of ``BLOCK_SIZE`` elements (the last block of
-a row may be shorter; no block crosses a row, so any sharding by rows keeps whole blocks) and keep
-one float32 scale per block, its largest magnitude. Block-wise scales are those of Dettmers et al.,
-"8-bit Optimizers via Block-wise Quantization" (https://arxiv.org/abs/2110.02861); the square-root
-companding, which spends the codes on small magnitudes, takes the place of their table:
+The integer formats divide the last dimension into blocks of ``BLOCK_SIZE`` elements and store one
+float32 scale per block, its largest magnitude. The last block of a row may be shorter. No block
+crosses a row, so a parameter that is sharded by rows is sharded at blocks. The block-wise scales
+are those of Dettmers et al., "8-bit Optimizers via Block-wise Quantization"
+(https://arxiv.org/abs/2110.02861). Instead of their table of codes there is a square root, which
+gives small magnitudes more codes:
 
     code    = round(sign(x) * sqrt(|x| / scale) * qmax)
     decoded = scale * sign(code) * (code / qmax)^2
 
-Two 4-bit codes share a byte, each plus 8: byte ``k`` of a block of ``n`` elements holds element
-``k`` in its low nibble and element ``k + ceil(n / 2)`` in its high one, so that both halves of a
+Two 4-bit codes share a byte, each plus 8. Byte ``k`` of a block of ``n`` elements holds element
+``k`` in its low nibble and element ``k + ceil(n / 2)`` in its high nibble, so that both halves of a
 block are read and written as contiguous vectors.
 """
 
@@ -28,12 +29,12 @@ MOMENTUM_DTYPES = ("float32", "bfloat16", "int8", "int4")
 def storage_format(shape: torch.Size, momentum_dtype: str) -> str:
     """Returns the format in which the momentum of one parameter is kept.
 
-    0-D and 1-D parameters keep float32 in every format, and so does a matrix for which codes and
-    scales would not take fewer bytes than float32 does.
+    It is float32 for 0-D and 1-D parameters, and for a matrix whose codes and scales would need as
+    many bytes as float32.
 
     Args:
         shape: The parameter's shape.
-        momentum_dtype: One of ``MOMENTUM_DTYPES``, as asked for.
+        momentum_dtype: One of ``MOMENTUM_DTYPES``: what the param group asks for.
     """
     if len(shape) < 2 or shape.numel() == 0:
         return "float32"
@@ -43,18 +44,18 @@ def storage_format(shape: torch.Size, momentum_dtype: str) -> str:
 
 
 def coded_bytes(columns: int, momentum_dtype: str) -> int:
-    """Returns the bytes of codes and scales that one row of ``columns`` elements takes."""
+    """Returns the bytes of the codes and scales of a row of ``columns`` elements."""
     return code_columns(columns, momentum_dtype) + 4 * scale_columns(columns)
 
 
 def code_columns(columns: int, momentum_dtype: str) -> int:
-    """Returns how many elements of storage hold the codes of a row of ``columns`` elements."""
+    """Returns the number of stored elements for the codes of a row of ``columns`` elements."""
     # whole blocks are even, so packing in pairs rounds up once, in the last block
     return math.ceil(columns / 2) if momentum_dtype == "int4" else columns
 
 
 def scale_columns(columns: int) -> int:
-    """Returns how many blocks, and so scales, a row of ``columns`` elements has."""
+    """Returns the number of blocks, and so of scales, of a row of ``columns`` elements."""
     return math.ceil(columns / BLOCK_SIZE)
 
 
@@ -89,8 +90,8 @@ def encode(values: Tensor, momentum_dtype: str) -> tuple[Tensor, Tensor | None]:
         momentum_dtype: One of ``MOMENTUM_DTYPES``.
 
     Returns:
-        The stored momentum and its scales (None but for the integer formats), shaped as ``init``
-        shapes them. Inf or NaN in a block makes its scale, and so its decoded values, non-finite.
+        The stored momentum and its scales (None for the floating formats), with the shapes of
+        ``init``. Inf or NaN in a block makes its scale, and so its decoded values, non-finite.
     """
     if momentum_dtype not in QMAX:
         return values.to(getattr(torch, momentum_dtype)), None
@@ -98,7 +99,7 @@ def encode(values: Tensor, momentum_dtype: str) -> tuple[Tensor, Tensor | None]:
     blocks = _blocks(values)
     scale = blocks.abs().amax(-1)
     magnitude = blocks.abs().div_(scale.unsqueeze(-1)).sqrt_().mul_(QMAX[momentum_dtype])
-    # an all-zero block gave 0/0 and an Inf one Inf/Inf; neither has a code
+    # a block of zeros gave 0/0, and a block with an Inf gave Inf/Inf; neither has a code
     codes = magnitude.round_().nan_to_num_(0.0).copysign_(blocks).to(torch.int8)
     codes = codes.flatten(-2)[..., :columns]
     return (_pack(codes) if momentum_dtype == "int4" else codes), scale
@@ -114,7 +115,7 @@ def decode(codes: Tensor, scale: Tensor | None, momentum_dtype: str, columns: in
         columns: C.
 
     Returns:
-        [..., C] float32; ``codes`` itself where it is float32 already.
+        [..., C] float32; ``codes`` itself if it is float32.
     """
     if scale is None:
         return codes.float()
@@ -125,15 +126,14 @@ def decode(codes: Tensor, scale: Tensor | None, momentum_dtype: str, columns: in
 
 
 def _blocks(values: Tensor) -> Tensor:
-    """[..., C] to [..., ceil(C / 128), 128], zeros behind the last element; a view where it can.
+    """[..., C] to [..., ceil(C / 128), 128], padded with zeros; a view where nothing is padded.
 
-    A row shorter than a block stays as it is, [..., 1, C]: filling up rows of 2 would take 64 times
-    the memory.
+    A row shorter than a block is not padded, [..., 1, C]: rows of 2 would need 64 times the memory.
     """
     if values.shape[-1] <= BLOCK_SIZE:
         return values.unsqueeze(-2)
     missing = -values.shape[-1] % BLOCK_SIZE
-    # F.pad copies even where there is nothing to add
+    # F.pad copies even if there is nothing to add
     padded = pad(values, (0, missing)) if missing else values
     return padded.unflatten(-1, (-1, BLOCK_SIZE))
 

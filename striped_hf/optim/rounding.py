@@ -1,11 +1,12 @@
 """Stochastic rounding of float32 values to bfloat16 and float16.
 
-Rounding to nearest loses every update below half a unit in the last place, for bfloat16 anything
-under about 1/512 of the weight. Rounding up with the probability of the remainder keeps the mean.
+Rounding to nearest loses every update below half a unit in the last place. For bfloat16 this is
+anything under about 1/512 of the weight. Rounding up with the probability of the remainder keeps
+the mean.
 
-The random bits are no generator's but a hash of (``SEED``, step, index of the element in the whole
-parameter), so that data-parallel replicas, a resumed run, every backend and every sharding draw the
-same ones.
+The random bits do not come from a generator. They are a hash of (``SEED``, step, index of the
+element in the whole parameter), so that data-parallel replicas, a resumed run, every backend and
+every sharding use the same bits.
 """
 
 import torch
@@ -51,7 +52,7 @@ def random_bits(start: int, count: int, step: int, device: torch.device) -> Tens
         start: Row-major index in the whole parameter of the first element.
         count: How many elements.
         step: The parameter's step, from 1.
-        device: Where the bits are wanted.
+        device: Of the result.
 
     Returns:
         [count] int32.
@@ -63,16 +64,16 @@ def random_bits(start: int, count: int, step: int, device: torch.device) -> Tens
         return torch.cat((head, tail))
     key = _mix_int(_mix_int(SEED ^ step & 0xFFFF_FFFF) ^ start >> 32)
     low = torch.arange(start & 0xFFFF_FFFF, (start & 0xFFFF_FFFF) + count, device=device)
-    # two rounds: one leaves the bits of neighbouring indices correlated under a common key
+    # two rounds: after one, the bits of neighboring indices are correlated under a common key
     return _mix(_mix(low.bitwise_xor_(key).to(torch.int32)))
 
 
 def stochastic_round(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
-    """Rounds each value to one of its two neighbours in ``dtype``, at random.
+    """Rounds each value to one of its two neighbors in ``dtype``, at random.
 
-    The upper neighbour in magnitude is taken with the probability of the remainder, so the mean is
-    the value. Values that ``dtype`` holds exactly, Inf and NaN stay as they are; past its largest
-    finite value the next neighbour is Inf, as in rounding to nearest.
+    The probability of the neighbor with the larger magnitude is the remainder, so the mean is the
+    value. Values that ``dtype`` can represent, Inf and NaN do not change. Above its largest finite
+    value the next neighbor is Inf, as in rounding to nearest.
 
     Args:
         values: Any shape, float32.
@@ -86,7 +87,7 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor
         rounded = _truncate_after_adding(values, bits, dropped=16)
     else:
         rounded = _truncate_after_adding(values, bits, dropped=13)
-        # subnormal float16 has a fixed unit, 2^-24: the same one as just above its smallest normal
+        # the unit of subnormal float16 is 2^-24, as just above its smallest normal number
         offset = _truncate_after_adding(values.abs() + _FLOAT16_MIN_NORMAL, bits, dropped=13)
         subnormal = offset.sub_(_FLOAT16_MIN_NORMAL).copysign_(values)
         rounded = torch.where(values.abs() < _FLOAT16_MIN_NORMAL, subnormal, rounded)

@@ -1,23 +1,76 @@
-"""The state of one parameter: how it begins, and how it comes back from a state dict."""
+"""What the state of one parameter is: decided once from its shape and its group's options."""
 
-from itertools import chain
-from typing import Any
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Placement
 
 from striped_hf.optim import momentum
-
-State = dict[str, Tensor]
-Blocks = tuple[int, int]
-Group = dict[str, Any]
-
-# What an AdamW's group and ours both mean by the same name; the rest stays as constructed.
-_SHARED_WITH_ADAMW = ("lr", "betas", "eps", "weight_decay", "maximize", "initial_lr")
+from striped_hf.optim.interface import Blocks, Group, State
+from striped_hf.optim.sharded.layout import Layout, is_sharded, layout_of
 
 
-def describe(group: Group, position: int, group_index: int | None = None) -> str:
-    """Names a parameter for a message: by its name where known, else by where it stands."""
+@dataclass(frozen=True)
+class Description:
+    """What is decided about a parameter before its first step, and holds in every step.
+
+    Attributes:
+        shape: [..., R, C], or [n], or [].
+        momentum_dtype: The format in which its momentum is stored.
+        blocks: (br, bc).
+        layout: How this process steps its part of a DTensor; None for a plain tensor.
+    """
+
+    shape: torch.Size
+    momentum_dtype: str
+    blocks: Blocks
+    layout: Layout | None
+
+
+def description_of(group: Group, position: int) -> Description:
+    """Describes one parameter of a param group."""
+    return describe(group["params"][position], group["momentum_dtype"], blocks_of(group, position))
+
+
+def describe(param: Tensor, momentum_dtype: str, blocks: Blocks) -> Description:
+    """Describes a parameter.
+
+    Args:
+        param: Only its shape counts, and where it is a DTensor its mesh and placements.
+        momentum_dtype: The format that its param group asks for.
+        blocks: (br, bc).
+    """
+    if is_sharded(param):
+        mesh, placements = param.device_mesh, tuple(param.placements)
+        return _describe(param.shape, momentum_dtype, blocks, mesh, placements)
+    return _describe(param.shape, momentum_dtype, blocks)
+
+
+@cache  # no parameter's description changes from step to step
+def _describe(
+    shape: torch.Size,
+    momentum_dtype: str,
+    blocks: Blocks,
+    mesh: DeviceMesh | None = None,
+    placements: tuple[Placement, ...] = (),
+) -> Description:
+    stored = momentum.storage_format(shape, momentum_dtype)
+    layout = layout_of(shape, mesh, placements, stored, blocks) if mesh is not None else None
+    return Description(shape, stored, blocks, layout)
+
+
+def blocks_of(group: Group, position: int) -> Blocks:
+    """Returns the blocks of one parameter: a group has one pair for all, or a list of one each."""
+    blocks = group["blocks"]
+    row_blocks, column_blocks = blocks if isinstance(blocks[0], int) else blocks[position]
+    return row_blocks, column_blocks
+
+
+def name_of(group: Group, position: int, group_index: int | None = None) -> str:
+    """Names a parameter for a message: by its name where known, else by its position."""
     shape = tuple(group["params"][position].shape)
     if "param_names" in group:
         return f"parameter {group['param_names'][position]!r} of shape {shape}"
@@ -25,225 +78,45 @@ def describe(group: Group, position: int, group_index: int | None = None) -> str
     return f"parameter {position}{where}, of shape {shape}"
 
 
-def blocks_of(group: Group, position: int) -> Blocks:
-    """Returns the blocks of one parameter: a group has one pair for all, or a list of one each."""
-    blocks = group["blocks"]
-    row_blocks, col_blocks = blocks if isinstance(blocks[0], int) else blocks[position]
-    return row_blocks, col_blocks
-
-
 def init_state(
     param: Tensor, momentum_dtype: str, blocks: Blocks, device: torch.device | None = None
 ) -> State:
-    """Returns the zero state of one parameter.
+    """Returns the zero state of one whole parameter.
 
     Args:
-        param: The parameter; only its shape and device count.
-        momentum_dtype: As its param group has it.
-        blocks: (br, bc), as ``blocks_of`` gives them.
+        param: Only its shape and device count.
+        momentum_dtype: The format that its param group asks for.
+        blocks: (br, bc).
         device: Where to allocate, instead of on the parameter's device.
 
     Returns:
+        As ``zero_state``.
+    """
+    stored = momentum.storage_format(param.shape, momentum_dtype)
+    description = Description(param.shape, stored, blocks, None)
+    return zero_state(description, param.device if device is None else device)
+
+
+def zero_state(description: Description, device: torch.device) -> State:
+    """Returns the zero state of the whole of a parameter.
+
+    Returns:
         ``step``: [] float32, on the CPU; ``exp_avg`` and perhaps ``exp_avg_scale`` as
-        ``momentum.init`` gives them; for a matrix ``exp_avg_sq_row`` [..., R, bc] and
-        ``exp_avg_sq_col`` [..., br, C], for other shapes ``exp_avg_sq`` of the parameter's,
+        ``momentum.init`` returns them; for a matrix ``exp_avg_sq_row`` [..., R, bc] and
+        ``exp_avg_sq_col`` [..., br, C], for other shapes ``exp_avg_sq`` of the parameter's shape,
         all float32.
     """
-    device = param.device if device is None else device
+    shape = description.shape
     # dtypes are spelled out: torch.set_default_dtype must not change what the state is
     step_device = "meta" if device.type == "meta" else "cpu"
     state = {"step": torch.zeros((), dtype=torch.float32, device=step_device)}
-    momentum_dtype = momentum.storage_format(param.shape, momentum_dtype)
-    state.update(momentum.init(param.shape, momentum_dtype, device))
-    if param.dim() < 2:
-        state["exp_avg_sq"] = torch.zeros(param.shape, dtype=torch.float32, device=device)
-    else:
-        *matrices, rows, columns = param.shape
-        row_blocks, col_blocks = blocks
-        for key, shape in (
-            ("exp_avg_sq_row", (*matrices, rows, col_blocks)),
-            ("exp_avg_sq_col", (*matrices, row_blocks, columns)),
-        ):
-            state[key] = torch.zeros(shape, dtype=torch.float32, device=device)
+    state |= momentum.init(shape, description.momentum_dtype, device)
+    if len(shape) < 2:
+        state["exp_avg_sq"] = torch.zeros(shape, dtype=torch.float32, device=device)
+        return state
+    *matrices, rows, columns = shape
+    row_blocks, column_blocks = description.blocks
+    row_shape, col_shape = (*matrices, rows, column_blocks), (*matrices, row_blocks, columns)
+    state["exp_avg_sq_row"] = torch.zeros(row_shape, dtype=torch.float32, device=device)
+    state["exp_avg_sq_col"] = torch.zeros(col_shape, dtype=torch.float32, device=device)
     return state
-
-
-def prepare_state_dict(state_dict: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
-    """Checks a state dict against the param groups that are to take it, and fits it to them.
-
-    Nothing is changed, neither the state dict nor the groups. A ``torch.optim.AdamW`` state dict
-    is converted: full second moments are reduced to their means by row and by column, momentum is
-    coded, and what AdamW has no name for stays as the groups have it. Its parameters are matched by
-    name where both sides know names, else by position.
-
-    Args:
-        state_dict: Of a StripedAdamW or an AdamW.
-        groups: The optimizer's param groups.
-
-    Returns:
-        A state dict whose groups are laid out as ``groups`` and whose states have the dtypes and
-        shapes that ``init_state`` gives, keyed by position.
-
-    Raises:
-        ValueError: The state dict has other groups, another momentum format, other stripes, or a
-            state that is incomplete or of a wrong shape.
-    """
-    if _is_adamw(state_dict):
-        state_dict = _from_adamw(state_dict, groups)
-    saved_groups = state_dict["param_groups"]
-    _check_sizes(saved_groups, groups)
-    saved_ids = list(chain.from_iterable(group["params"] for group in saved_groups))
-    unknown = state_dict["state"].keys() - set(saved_ids)
-    if unknown:
-        raise ValueError(
-            f"the state dict holds state for the parameters {sorted(unknown)}, which none of its "
-            "param groups lists: pass what state_dict() returned, unchanged"
-        )
-
-    states: dict[int, State] = {}
-    new_groups = []
-    position = 0
-    for group_index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
-        first = position
-        for i, param in enumerate(group["params"]):
-            name = describe(group, i, group_index)
-            _check_same_storage(saved, group, i, name)
-            if saved_ids[position] in state_dict["state"]:
-                loaded = state_dict["state"][saved_ids[position]]
-                zeros = init_state(
-                    param, group["momentum_dtype"], blocks_of(group, i), torch.device("meta")
-                )
-                states[position] = _checked_state(loaded, zeros, name)
-            position += 1
-        own = ("params", "param_names", "blocks")  # the blocks are the same, perhaps as one pair
-        kept = {key: value for key, value in saved.items() if key not in own}
-        new_groups.append({**group, **kept, "params": list(range(first, position))})
-    return {"state": states, "param_groups": new_groups}
-
-
-def _check_sizes(saved_groups: list[Group], groups: list[Group]) -> None:
-    saved_sizes = [len(group["params"]) for group in saved_groups]
-    sizes = [len(group["params"]) for group in groups]
-    if saved_sizes != sizes:
-        raise ValueError(
-            f"the state dict has param groups of {saved_sizes} parameters, this optimizer of "
-            f"{sizes}: build its param groups as those of the optimizer that was saved"
-        )
-
-
-def _check_same_storage(saved: Group, group: Group, position: int, name: str) -> None:
-    for key in ("momentum_dtype", "blocks"):
-        if key not in saved:
-            raise ValueError(
-                f"{name}: the state dict's param group has no {key!r} (it has {sorted(saved)}): "
-                "load one that StripedAdamW or torch.optim.AdamW saved"
-            )
-        own, theirs = (
-            blocks_of(side, position) if key == "blocks" else side[key] for side in (group, saved)
-        )
-        if theirs != own:
-            raise ValueError(
-                f"{name}: the state dict was saved with {key}={theirs!r}, this optimizer has "
-                f"{key}={own!r}: construct it with {key}={theirs!r} to go on, or start afresh"
-            )
-
-
-def _checked_state(loaded: dict[str, Any], zeros: State, name: str) -> State:
-    """Returns the entries of ``loaded`` that a state has, each checked against its zeros."""
-    state = {}
-    for key, like in zeros.items():
-        if key not in loaded:
-            raise ValueError(
-                f"{name}: the state dict lacks {key!r} (it has {sorted(loaded)}): it was cut short "
-                "or saved by another optimizer; load the one that StripedAdamW saved"
-            )
-        value = torch.as_tensor(loaded[key], dtype=like.dtype if key == "step" else None)
-        if value.shape != like.shape or value.dtype != like.dtype:
-            raise ValueError(
-                f"{name}: {key!r} in the state dict is {value.dtype} of shape "
-                f"{tuple(value.shape)} where {like.dtype} of shape {tuple(like.shape)} is needed: "
-                "load a state dict of this model, saved with the same momentum_dtype and blocks"
-            )
-        state[key] = value
-    return state
-
-
-def _is_adamw(state_dict: dict[str, Any]) -> bool:
-    return any("amsgrad" in group for group in state_dict["param_groups"])
-
-
-def _from_adamw(state_dict: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
-    """Converts an AdamW's state dict to one of a StripedAdamW with these groups."""
-    saved = [(group, id_) for group in state_dict["param_groups"] for id_ in group["params"]]
-    for group in state_dict["param_groups"]:
-        if group["amsgrad"]:
-            raise ValueError(
-                "the AdamW state dict has amsgrad=True, whose running maximum has no stripes: "
-                "start afresh, or go on with AdamW"
-            )
-    partners = _match(state_dict, groups)
-    states: dict[int, State] = {}
-    new_groups: list[Group] = []
-    position = 0
-    for group_index, group in enumerate(groups):
-        new_group = {**group, "params": []}
-        for i, param in enumerate(group["params"]):
-            name = describe(group, i, group_index)
-            saved_group, id_ = saved[partners[position]]
-            shared = {key: saved_group[key] for key in _SHARED_WITH_ADAMW if key in saved_group}
-            if i > 0 and any(new_group[key] != value for key, value in shared.items()):
-                raise ValueError(
-                    f"{name} and those before it in its group come from AdamW groups with "
-                    "different hyperparameters: split this optimizer's groups as AdamW's were"
-                )
-            new_group.update(shared)
-            new_group["params"].append(position)
-            if id_ in state_dict["state"]:
-                loaded = state_dict["state"][id_]
-                states[position] = _state_from_adamw(
-                    loaded, param, group["momentum_dtype"], blocks_of(group, i), name
-                )
-            position += 1
-        new_groups.append(new_group)
-    return {"state": states, "param_groups": new_groups}
-
-
-def _state_from_adamw(
-    loaded: dict[str, Any], param: Tensor, momentum_dtype: str, blocks: Blocks, name: str
-) -> State:
-    for key in ("step", "exp_avg", "exp_avg_sq"):
-        if key not in loaded or (key != "step" and loaded[key].shape != param.shape):
-            raise ValueError(
-                f"{name}: the AdamW state dict has no {key!r} of its shape: load one of this model"
-            )
-    momentum_dtype = momentum.storage_format(param.shape, momentum_dtype)
-    exp_avg, scale = momentum.encode(loaded["exp_avg"].float(), momentum_dtype)
-    state = {"step": torch.as_tensor(loaded["step"], dtype=torch.float32), "exp_avg": exp_avg}
-    if scale is not None:
-        state["exp_avg_scale"] = scale
-    exp_avg_sq = loaded["exp_avg_sq"].float()
-    if param.dim() < 2:
-        state["exp_avg_sq"] = exp_avg_sq
-    else:
-        row_blocks, col_blocks = blocks
-        state["exp_avg_sq_row"] = exp_avg_sq.unflatten(-1, (col_blocks, -1)).mean(-1)
-        state["exp_avg_sq_col"] = exp_avg_sq.unflatten(-2, (row_blocks, -1)).mean(-2)
-    return state
-
-
-def _match(state_dict: dict[str, Any], groups: list[Group]) -> list[int]:
-    """Returns, for each parameter of ``groups`` in order, its position among the saved ones."""
-    saved_groups = state_dict["param_groups"]
-    if all("param_names" in group for group in (*saved_groups, *groups)):
-        saved_names = list(chain.from_iterable(group["param_names"] for group in saved_groups))
-        names = list(chain.from_iterable(group["param_names"] for group in groups))
-        if sorted(saved_names) != sorted(names):
-            differing = sorted(set(saved_names) ^ set(names))
-            raise ValueError(
-                f"the AdamW state dict and this optimizer differ in the parameters {differing}: "
-                "load one of this model, with the same parameters frozen"
-            )
-        return [saved_names.index(name) for name in names]
-
-    _check_sizes(saved_groups, groups)
-    return list(range(sum(len(group["params"]) for group in groups)))

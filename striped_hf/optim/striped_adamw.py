@@ -1,79 +1,67 @@
-"""StripedAdamW: AdamW whose second moment is one row and one column of means per matrix."""
+"""StripedAdamW: AdamW whose second moment is the row means and the column means of a matrix."""
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from striped_hf.optim import backends, momentum
-from striped_hf.optim.backends.reference import Entry, Settings
-from striped_hf.optim.checks import (
-    check_gradient,
-    check_group,
-    check_hyperparameters,
-    check_not_flattened,
-)
-from striped_hf.optim.sharded import step as sharding
-from striped_hf.optim.state import (
-    Blocks,
-    Group,
-    blocks_of,
-    init_state,
-    prepare_state_dict,
-)
-
-Table = tuple[ModuleType, Settings, list[Entry]]
+from striped_hf.optim import backends
+from striped_hf.optim.checkpoint import prepare_state_dict
+from striped_hf.optim.checks import check_gradient, check_group, check_not_flattened
+from striped_hf.optim.interface import Backend, Batch, Blocks, Entry, Group, State
+from striped_hf.optim.options import OPTIONS, check_options, settings_of
+from striped_hf.optim.sharded import state as sharded_state
+from striped_hf.optim.sharded import step as sharded_step
+from striped_hf.optim.sharded.layout import is_sharded
+from striped_hf.optim.sharded.step import Matrix, MatrixBatch
+from striped_hf.optim.state import Description, description_of, zero_state
 
 _ONE = torch.tensor(1.0, dtype=torch.float32, device="cpu")
 
-# the least eps: a step must not be 0/0 where the gradient was always zero
-_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
-
 
 class StripedAdamW(Optimizer):
-    """AdamW at a fraction of its memory: a factored second moment and a coded momentum.
+    """AdamW at a fraction of its memory: a factored second moment and a momentum in fewer bits.
 
-    The second moment of a matrix [..., R, C] is kept as the means of its rows and of its columns,
-    R + C numbers in place of R x C; the momentum is AdamW's, optionally in fewer bits. Learning
-    rate, schedule and weight decay carry over from AdamW. ``striped_hf/optim/reference.py`` has the
-    equations and where they come from.
+    The second moment of a matrix [..., R, C] is stored as the means of its rows and of its columns:
+    R + C numbers instead of R x C. The momentum is AdamW's, optionally in fewer bits. Learning
+    rate, schedule and weight decay carry over from AdamW. ``backends/reference.py`` has the
+    equations and their sources.
 
-    State per parameter, made at its first gradient: ``step``; ``exp_avg``, and ``exp_avg_scale``
-    where it is coded; ``exp_avg_sq_row`` [..., R, bc] and ``exp_avg_sq_col`` [..., br, C] for
-    matrices, ``exp_avg_sq`` for 0-D and 1-D parameters, which keep AdamW's exact second moment and
-    float32 momentum.
+    The state of a parameter is created at its first gradient: ``step``; ``exp_avg``, and
+    ``exp_avg_scale`` for the integer formats; ``exp_avg_sq_row`` [..., R, bc] and
+    ``exp_avg_sq_col`` [..., br, C] for matrices, ``exp_avg_sq`` for 0-D and 1-D parameters. The
+    latter keep AdamW's exact second moment and a float32 momentum.
 
-    A ``torch.optim.AdamW`` state dict can be loaded: the run goes on from its reduced moments.
+    A ``torch.optim.AdamW`` state dict can be loaded: its second moments are reduced to the means.
 
     Args:
         params: Parameters or param groups, named or not, of float32, bfloat16 or float16.
-            Gradients may be of any of the three; the arithmetic is float32.
-        lr: Learning rate, a float or a tensor of one element.
+            Gradients may have any of the three dtypes; the arithmetic is float32.
+        lr: Learning rate, a float or a tensor with one element.
         betas: Decay rates of the momentum and of the second moment, each in [0, 1).
         eps: Added to the root of the second moment, as in AdamW.
         weight_decay: Decoupled weight decay, as a rate times ``lr``.
-        maximize: Maximise the objective instead of minimising it.
+        maximize: Maximize the objective instead of minimizing it.
         momentum_dtype: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``: how the momentum of
             matrices is stored (4, 2, 1.03 and 0.53 bytes per element).
-        blocks: (br, bc): take each matrix of the group as br x bc equal blocks with stripes of
-            their own. For a matrix that packs several projections along its rows or columns, such
-            as GPT-2's ``c_attn``: (1, 3). Without meaning for 0-D and 1-D parameters. A param
-            group may have a list instead, of one such tuple for each of its parameters.
+        blocks: (br, bc): divide each matrix of the group into br x bc equal blocks, each with its
+            own row and column means. For a matrix that packs several projections along its rows or
+            columns, such as GPT-2's ``c_attn``: (1, 3). 0-D and 1-D parameters ignore it. A param
+            group may instead have a list with one such tuple for each of its parameters.
         backend: What computes the step: ``"auto"``, the fastest that can run, or one by name.
         stochastic_rounding: Round updates of bfloat16 and float16 parameters stochastically instead
-            of to nearest. None means True. Without meaning for float32 parameters.
-        nesterov: Let the update look ahead: b1 m + (1 - b1) g in m's place.
-        lagged: Divide by the stripes of the step before, so that each gradient is read only once.
-        capturable: Keep ``step`` on the parameters' device, and take ``lr`` from there where it is
-            a tensor, so that a step can be captured in a CUDA graph. Needs the triton backend, and
-            a step before the capture.
+            of to nearest. None means True. Float32 parameters ignore it.
+        nesterov: Use b1 m + (1 - b1) g instead of m in the update.
+        lagged: Divide by the means of the step before, so that each gradient is read only once.
+        capturable: Keep ``step`` on the parameters' device, and read ``lr`` from there if it is a
+            tensor, so that a step can be captured in a CUDA graph. Needs the triton backend, and
+            one step before the capture.
 
     Raises:
         ValueError: A hyperparameter is out of its range, ``blocks`` does not divide a matrix, or a
-            parameter is of another dtype or was flattened by FSDP1.
+            parameter has another dtype or was flattened by FSDP1.
     """
 
     def __init__(
@@ -93,34 +81,24 @@ class StripedAdamW(Optimizer):
         lagged: bool = False,
         capturable: bool = False,
     ) -> None:
+        arguments = locals()
         backends.check(backend)
         self.backend = backend
         self.capturable = capturable
         self._matrices: list[int] = []  # in each group, before anything may flatten them
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-            "momentum_dtype": momentum_dtype,
-            "blocks": blocks,
-            "stochastic_rounding": stochastic_rounding,
-            "nesterov": nesterov,
-            "lagged": lagged,
-        }
-        check_hyperparameters(defaults)
+        defaults = {name: arguments[name] for name in OPTIONS}
+        check_options(defaults)
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("backend", "capturable", "_matrices")
-        return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
+        added = ("backend", "capturable", "_matrices")
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in added}}
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a param group.
 
         Raises:
-            ValueError: As on construction; the optimizer is then as it was.
+            ValueError: As on construction; the optimizer has not changed then.
         """
         super().add_param_group(param_group)
         try:
@@ -144,10 +122,11 @@ class StripedAdamW(Optimizer):
             closure: Reevaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: A gradient is sparse or not of a floating dtype that the optimizer takes,
-                a wrapper flattened the parameters, only one of a parameter and its gradient is
-                sharded, the backend asked for by name cannot run, or a CUDA graph is captured
-                without ``capturable``, or with it and sharded parameters. Nothing has changed then.
+            RuntimeError: A gradient is sparse or has another dtype than float32, bfloat16 or
+                float16; a wrapper flattened the parameters; only one of a parameter and its
+                gradient is sharded; the backend asked for by name cannot run; or a CUDA graph is
+                captured without ``capturable``, or with it and sharded parameters. No parameter
+                or state has changed then.
         """
         loss = None
         if closure is not None:
@@ -158,21 +137,21 @@ class StripedAdamW(Optimizer):
 
     @torch.compiler.disable  # a compiled training step calls it between two of its graphs
     def _update(self) -> None:
-        tables, sharded = self._tables()
-        for backend, settings, table in tables:
-            backend.step(table, settings)
-        sharding.step(sharded)
+        batches, matrix_batches = self._collect()
+        for backend, settings, entries in batches:
+            backend.step(entries, settings)
+        sharded_step.step(matrix_batches)
         # kernels write past torch, which must know that values saved for backward are gone
-        whole = [entry.param for _, _, table in tables for entry in table]
-        parts = [matrix.local for _, _, table in sharded for matrix in table]
+        whole = [entry.param for batch in batches for entry in batch.entries]
+        parts = [matrix.local for batch in matrix_batches for matrix in batch.matrices]
         torch.autograd.graph.increment_version(whole + parts)
 
-    def _tables(self) -> tuple[list[Table], list[sharding.Table]]:
-        """Collects what is to be updated, makes missing state and counts the step.
+    def _collect(self) -> tuple[list[Batch], list[MatrixBatch]]:
+        """Collects what is to be stepped, creates missing state and counts the step.
 
         Returns:
-            For each param group, and each device that it has parameters on: the backend, the
-            group's settings, and the table; and the same of matrices with sharded rows or columns.
+            For each param group and each device of its parameters a batch; and the same of the
+            matrices with sharded rows or columns.
         """
         self._check_capture()
         with_grad: list[list[int]] = []
@@ -180,50 +159,57 @@ class StripedAdamW(Optimizer):
             check_not_flattened(group, self._matrices[group_index], group_index)
             with_grad.append([i for i, p in enumerate(group["params"]) if p.grad is not None])
             for i in with_grad[-1]:
-                check_gradient(group["params"][i], group, i, group_index, self.capturable)
+                check_gradient(group, i, group_index, self.capturable)
             for device_type in {group["params"][i].device.type for i in with_grad[-1]}:
                 self._backend(device_type)
 
-        tables: list[Table] = []
-        sharded: list[sharding.Table] = []
+        batches: list[Batch] = []
+        matrix_batches: list[MatrixBatch] = []
         for group, positions in zip(self.param_groups, with_grad, strict=True):
-            states = [self._state(group, i) for i in positions]
-            by_device: dict[torch.device, list[Entry]] = {}
-            matrices: dict[torch.device, list[sharding.Matrix]] = {}
-            for i, state, step in zip(positions, states, self._count_steps(states), strict=True):
-                param, blocks = group["params"][i], blocks_of(group, i)
+            entries: dict[torch.device, list[Entry]] = {}
+            matrices: dict[torch.device, list[Matrix]] = {}
+            params = [group["params"][i] for i in positions]
+            descriptions = [description_of(group, i) for i in positions]
+            states = list(map(self._state_of, params, descriptions))
+            steps = self._count_steps(states)
+            for param, description, state, step in zip(
+                params, descriptions, states, steps, strict=True
+            ):
                 if param.numel() == 0:
                     continue
-                table = by_device.setdefault(param.device, [])
-                if sharding.is_sharded(param):
-                    entries, matrix = sharding.localize(
-                        param, state, group["momentum_dtype"], blocks, step
-                    )
-                    table += entries
-                    if matrix is not None:
-                        matrices.setdefault(param.device, []).append(matrix)
-                else:
-                    momentum_dtype = momentum.storage_format(param.shape, group["momentum_dtype"])
-                    table.append(Entry(param, param.grad, state, momentum_dtype, blocks, step))
-            settings = self._settings(group)
-            for device, table in by_device.items():
-                if table:
-                    tables.append((self._backend(device.type), settings, table))
-            for device, of_device in matrices.items():
-                sharded.append((self._backend(device.type), settings, of_device))
-        return tables, sharded
+                of_device = entries.setdefault(param.device, [])
+                if description.layout is None:
+                    storage = (description.momentum_dtype, description.blocks)
+                    of_device.append(Entry(param, param.grad, state, *storage, step))
+                    continue
+                pieces, matrix = sharded_step.localize(param, state, description, step)
+                of_device += pieces
+                if matrix is not None:
+                    matrices.setdefault(param.device, []).append(matrix)
+            settings = settings_of(group, self.capturable)
+            batches += [
+                Batch(self._backend(device.type), settings, of_device)
+                for device, of_device in entries.items()
+                if of_device
+            ]
+            matrix_batches += [
+                MatrixBatch(self._backend(device.type), settings, of_device)
+                for device, of_device in matrices.items()
+            ]
+        return batches, matrix_batches
 
-    def _state(self, group: Group, position: int) -> dict[str, Tensor]:
-        """Returns the state of a parameter, made where there is none."""
-        param = group["params"][position]
+    def _state_of(self, param: Tensor, description: Description) -> State:
+        """Returns the state of a parameter, created where there is none."""
         state = self.state[param]
         if not state:
-            init = sharding.init_state if sharding.is_sharded(param) else init_state
-            state.update(init(param, group["momentum_dtype"], blocks_of(group, position)))
+            if is_sharded(param):
+                state.update(sharded_state.init_state(param, description))
+            else:
+                state.update(zero_state(description, param.device))
             state["step"] = state["step"].to(self._step_device(param))
         return state
 
-    def _count_steps(self, states: list[dict[str, Tensor]]) -> list[int]:
+    def _count_steps(self, states: list[State]) -> list[int]:
         """Adds one to the steps and returns them; zeros where only the device may know them."""
         steps = [state["step"] for state in states]
         if not steps:
@@ -231,16 +217,16 @@ class StripedAdamW(Optimizer):
         if self.capturable:
             torch._foreach_add_(steps, 1)
             return [0] * len(steps)
-        # on a CPU a number would be wrapped in a tensor anew for each of them
+        # on a CPU torch would wrap a number in a new tensor for each of them
         torch._foreach_add_(steps, _ONE, alpha=1)
         return [int(step.item()) for step in steps]
 
     def _step_device(self, param: Tensor) -> torch.device:
         return param.device if self.capturable else torch.device("cpu")
 
-    def _backend(self, device_type: str) -> ModuleType:
+    def _backend(self, device_type: str) -> Backend:
         backend = backends.resolve(self.backend, device_type)
-        if self.capturable and not getattr(backend, "CAPTURABLE", False):
+        if self.capturable and not backend.CAPTURABLE:
             raise RuntimeError(
                 f"capturable=True needs the triton backend, which does not step parameters on "
                 f"{device_type} here: leave capturable out, or move the model to a GPU with triton"
@@ -254,42 +240,26 @@ class StripedAdamW(Optimizer):
             and torch.cuda.is_current_stream_capturing()
         ):
             raise RuntimeError(
-                "this step is being captured in a CUDA graph, which would repeat its number and "
-                "its learning rate for good: construct StripedAdamW with capturable=True"
+                "this step is being captured in a CUDA graph, which would repeat its step number "
+                "and its learning rate in every replay: construct StripedAdamW with capturable=True"
             )
-
-    def _settings(self, group: Group) -> Settings:
-        beta1, beta2 = group["betas"]
-        lr = group["lr"]
-        on_device = self.capturable and isinstance(lr, Tensor) and lr.device.type != "cpu"
-        return Settings(
-            lr=lr if on_device else float(lr),
-            beta1=float(beta1),
-            beta2=float(beta2),
-            eps=max(float(group["eps"]), _SMALLEST_NORMAL),
-            weight_decay=float(group["weight_decay"]),
-            maximize=group["maximize"],
-            nesterov=group["nesterov"],
-            lagged=group["lagged"],
-            stochastic_rounding=group["stochastic_rounding"] is not False,
-        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of a StripedAdamW, or of a ``torch.optim.AdamW``.
 
-        As in torch the saved hyperparameters take the place of the constructed ones. Every entry
+        As in torch, the saved hyperparameters replace the constructed ones. Every state tensor
         keeps the dtype that it was saved with, and none shares memory with ``state_dict``.
 
         Raises:
             ValueError: The state dict's groups, momentum format or stripes differ from this
-                optimizer's, or an entry is missing or of a wrong shape; the optimizer is then as
-                it was.
+                optimizer's, or a tensor is missing or has a wrong shape; the optimizer has not
+                changed then.
         """
         prepared: dict[str, Any] = {}
 
         # Optimizer.load_state_dict casts state to the parameter's dtype, which destroys codes and
-        # rounds stripes, so it is given the groups only. Between the user's own hooks: pre-hooks
-        # may still replace the state dict, post-hooks see the final state.
+        # rounds stripes, so it gets the groups only. These hooks run between those of the user:
+        # pre-hooks may still replace the state dict, post-hooks see the final state.
         def prepare(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
             prepared.update(prepare_state_dict(incoming, self.param_groups))
             return {**prepared, "state": {}}
@@ -298,17 +268,17 @@ class StripedAdamW(Optimizer):
             places = [
                 (group, i) for group in self.param_groups for i in range(len(group["params"]))
             ]
-            for position, state in prepared["state"].items():
+            for position, loaded in prepared["state"].items():
                 group, i = places[position]
-                param, blocks = group["params"][i], blocks_of(group, i)
-                for key, value in state.items():
+                param, description = group["params"][i], description_of(group, i)
+                for key, value in loaded.items():
                     device = param.device
                     if key == "step":
                         device = self._step_device(param)
-                    else:
-                        value = sharding.place_state(
-                            key, value, param, group["momentum_dtype"], blocks
-                        )
+                    elif is_sharded(param):
+                        value = sharded_state.place_state(key, value, param, description)
+                    elif is_sharded(value):
+                        value = value.full_tensor()
                     self.state[param][key] = value.to(
                         device, copy=True, memory_format=torch.contiguous_format
                     )

@@ -17,6 +17,7 @@ import striped_hf
 from striped_hf import StripedAdamW
 from striped_hf.optim import backends, rounding
 from striped_hf.optim.backends import reference
+from striped_hf.optim.interface import Entry, Settings
 from striped_hf.optim.state import init_state
 
 try:
@@ -142,7 +143,7 @@ def test_it_uses_torchs_threads(threads: Iterator[None], monkeypatch: pytest.Mon
     for count in (1, 2):
         torch.set_num_threads(count)
         run("cpu", "int8", steps=1)
-    assert used == [1, 2]  # one parallel region for the table of each step
+    assert used == [1, 2]  # one parallel region for all entries of each step
 
 
 class Spy:
@@ -167,13 +168,13 @@ def test_the_two_functions_are_the_one(
     settings = [{}, {"lagged": True}]
     whole = [run("cpu", momentum_dtype, **each)[0] for each in settings]
 
-    def step(table: list[reference.Entry], settings: reference.Settings) -> None:
-        roots = reference.stripes(table, cpu.statistics(table), settings)
-        for entry in table:  # those of a sharded matrix are not there
+    def step(entries: list[Entry], settings: Settings) -> None:
+        roots = reference.stripes(entries, cpu.statistics(entries), settings)
+        for entry in entries:  # those of a sharded matrix are not there
             for key in ("exp_avg_sq_row", "exp_avg_sq_col"):
                 kept[entry.param, key] = entry.state.pop(key, None)
-        cpu.update(table, roots, settings)
-        for entry in table:
+        cpu.update(entries, roots, settings)
+        for entry in entries:
             for key in ("exp_avg_sq_row", "exp_avg_sq_col"):
                 if kept[entry.param, key] is not None:
                     entry.state[key] = kept[entry.param, key]
@@ -187,12 +188,12 @@ def test_the_two_functions_are_the_one(
 
 
 def test_statistics_have_the_references_shapes() -> None:
-    table = []
+    entries = []
     for shape, blocks in SHAPES:
         p = torch.nn.Parameter(torch.randn(shape))
         state = init_state(p, "float32", blocks)
-        table.append(reference.Entry(p, torch.randn(shape), state, "float32", blocks, 1))
-    for ours, theirs in zip(cpu.statistics(table), reference.statistics(table), strict=True):
+        entries.append(Entry(p, torch.randn(shape), state, "float32", blocks, 1))
+    for ours, theirs in zip(cpu.statistics(entries), reference.statistics(entries), strict=True):
         assert (ours is None) == (theirs is None)
         for a, b in zip(ours or (), theirs or (), strict=True):
             torch.testing.assert_close(a, b, rtol=STRIPES.value, atol=0)
@@ -245,10 +246,10 @@ DRAW = """
 
 void draw(const float *values, uint16_t *rounded, int64_t start, int64_t n, int64_t step)
 {
-    Tensor t = {.param = rounded, .param_dtype = BFLOAT16, .step = step};
+    Entry e = {.param = rounded, .param_dtype = BFLOAT16, .step = step};
     Settings settings = {.stochastic_rounding = 1};
     for (int64_t i = 0; i < n; i += CODE_BLOCK)
-        store_parameter(values + i, &t, i, start + i, least(n - i, CODE_BLOCK), &settings);
+        store_parameter(values + i, &e, i, start + i, minimum(n - i, CODE_BLOCK), &settings);
 }
 """
 
@@ -256,7 +257,7 @@ void draw(const float *values, uint16_t *rounded, int64_t start, int64_t n, int6
 @pytest.mark.slow
 @pytest.mark.parametrize("start", [0, 77, 2**32 - 200, 5 * 2**32 - 1], ids=str)
 def test_the_bits_that_round_are_the_references(start: int, tmp_path: Path) -> None:
-    """Also where an index passes 2^32, which takes a parameter larger than a test can have."""
+    """Also where an index passes 2^32, which needs a parameter larger than a test can have."""
     source = tmp_path / "draw.c"
     source.write_text(DRAW.replace("cpu.c", str(SOURCE)))
     library = ctypes.CDLL(compile_library(source, tmp_path))

@@ -45,7 +45,7 @@ def assert_names(error: BaseException, *words: str) -> None:
 
 class BadSetting(NamedTuple):
     setting: dict[str, Any]
-    words: tuple[str, ...]  # the argument, the value, and of the mend
+    words: tuple[str, ...]  # the argument, the value, and words of the fix
 
 
 BAD_SETTINGS = [

@@ -147,8 +147,8 @@ def test_temporaries_do_not_grow_with_the_number_of_tensors(
 
 GROWTH = """
 import torch
+from benchmarks.measuring import return_freed_memory, temporary_bytes
 from optim_checks import gpt2_124m_shapes
-from striped_hf.measuring import return_freed_memory, temporary_bytes
 from striped_hf.optim import StripedAdamW
 
 return_freed_memory()

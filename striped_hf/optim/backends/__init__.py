@@ -1,22 +1,33 @@
-"""The choice of a backend: a module with the two functions of ``reference.py``."""
+"""The choice of a backend: ``interface.Backend`` says what a backend is."""
 
-import importlib
 import logging
+from collections.abc import Callable
 from functools import cache
-from types import ModuleType
 
 from striped_hf.optim.backends import reference
+from striped_hf.optim.interface import Backend
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 
-# Importing one raises ImportError where it cannot run, with the reason.
-_MODULES = {
-    "cpu": "striped_hf.optim.backends.cpu",
-    "triton": "striped_hf.optim.backends.triton.launch",
-}
-_FASTEST = {"cpu": "cpu", "cuda": "triton"}
+_FASTEST = {"cpu": "cpu", "cuda": "triton"}  # by device type; the reference for others
+
+
+def _import_cpu() -> Backend:
+    import striped_hf.optim.backends.cpu as backend
+
+    return backend
+
+
+def _import_triton() -> Backend:
+    import striped_hf.optim.backends.triton.launch as backend
+
+    return backend
+
+
+# each raises ImportError, with the reason, where its backend cannot run
+_IMPORTS: dict[str, Callable[[], Backend]] = {"cpu": _import_cpu, "triton": _import_triton}
 
 
 def check(backend: str) -> None:
@@ -25,35 +36,35 @@ def check(backend: str) -> None:
         raise ValueError(f"backend={backend!r} is unknown: pass one of {', '.join(BACKENDS)}")
 
 
-@cache  # so that it says once what it chose
-def resolve(backend: str, device_type: str) -> ModuleType:
-    """Returns the module that computes the step of parameters on one kind of device.
+@cache  # so that it logs its choice once
+def resolve(backend: str, device_type: str) -> Backend:
+    """Returns the backend that steps parameters on one type of device.
 
     Args:
         backend: One of ``BACKENDS``.
-        device_type: Of the parameters, as ``torch.device.type``.
+        device_type: ``torch.device.type`` of the parameters.
 
     Raises:
         RuntimeError: A backend was asked for by name and cannot run here; only "auto" falls back.
     """
     name = _FASTEST.get(device_type, "reference") if backend == "auto" else backend
-    if name != "reference":
-        try:
-            module = importlib.import_module(_MODULES[name])
-            if device_type not in module.DEVICE_TYPES:
-                raise ImportError(f"it steps parameters on {' or '.join(module.DEVICE_TYPES)} only")
-        except ImportError as error:
-            if backend != "auto":
-                raise RuntimeError(
-                    f"backend={backend!r} cannot step parameters on {device_type} here ({error}): "
-                    "mend that, or pass backend='auto', which takes the fastest that can run"
-                ) from error
-            logger.warning(
-                "StripedAdamW: the %s backend cannot run (%s); parameters on %s are stepped in "
-                "plain PyTorch, several times slower",
-                *(name, error, device_type),
-            )
-        else:
-            logger.info("StripedAdamW: parameters on %s are stepped by %s", device_type, name)
-            return module
-    return reference
+    if name == "reference":
+        return reference
+    try:
+        module = _IMPORTS[name]()
+        if device_type not in module.DEVICE_TYPES:
+            raise ImportError(f"it steps parameters on {' or '.join(module.DEVICE_TYPES)} only")
+    except ImportError as error:
+        if backend != "auto":
+            raise RuntimeError(
+                f"backend={backend!r} cannot step parameters on {device_type} here ({error}): "
+                "fix that, or pass backend='auto', which chooses the fastest backend that can run"
+            ) from error
+        logger.warning(
+            "StripedAdamW: the %s backend cannot run (%s); parameters on %s are stepped in "
+            "plain PyTorch, several times slower",
+            *(name, error, device_type),
+        )
+        return reference
+    logger.info("StripedAdamW: parameters on %s are stepped by %s", device_type, name)
+    return module

@@ -1,7 +1,7 @@
-"""The CPU backend: hands tables of tensors to ``cpu.c``, which has the arithmetic.
+"""The CPU backend: hands the entries of a param group to the C code in ``csrc``.
 
-It agrees with ``reference.py`` up to the last places of float32 (``cpu.c`` says where). Its threads
-are torch's (``torch.set_num_threads``), and its bits do not depend on their number.
+It agrees with ``reference.py`` up to the last places of float32 (``csrc/cpu.c`` says where). Its
+threads are torch's (``torch.set_num_threads``), and its bits do not depend on their number.
 
 Importing it raises ImportError where it was not built.
 """
@@ -10,30 +10,29 @@ import ctypes
 import importlib.util
 from array import array
 from collections.abc import Callable
+from dataclasses import fields
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from striped_hf.optim.backends import reference
-from striped_hf.optim.backends.reference import Entry, Roots, Settings, Sums
+from striped_hf.optim.interface import Blocks, Entry, Roots, Settings, Sums
 
 DEVICE_TYPES = ("cpu",)
+CAPTURABLE = False
 
-# cpu.c's enum, by the names that dtypes and momentum formats have here
+# the C code's enum, by the names that dtypes and momentum formats have here
 _FORMATS: dict[torch.dtype | str, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FORMATS |= {"float32": 0, "bfloat16": 1, "int8": 3, "int4": 4}
 
 
-_SWITCHES = ("maximize", "nesterov", "stochastic_rounding", "lagged")
-
-
 class _Settings(ctypes.Structure):
-    """cpu.c's struct of this name."""
+    """The C code's struct of this name: the fields of ``interface.Settings``, 64 bits each."""
 
-    _fields_ = (
-        *((name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "eps", "weight_decay")),
-        *((name, ctypes.c_int64) for name in _SWITCHES),
+    _fields_ = tuple(
+        (field.name, ctypes.c_int64 if field.type is bool else ctypes.c_double)
+        for field in fields(Settings)
     )
 
 
@@ -46,7 +45,7 @@ def _find() -> str:
 
 def _load(path: str) -> ctypes.CDLL:
     try:
-        # torch's own OpenMP is loaded already, so the library takes that one and its threads
+        # torch's own OpenMP is loaded already, so the library uses it and its threads
         library = ctypes.CDLL(path)
     except OSError as error:
         raise ImportError(f"its library does not load: {error}") from error
@@ -58,49 +57,51 @@ def _load(path: str) -> ctypes.CDLL:
 _library = _load(_find())
 
 
-def statistics(table: list[Entry]) -> list[Sums | None]:
+def statistics(entries: list[Entry]) -> list[Sums | None]:
     """Sums the squares of every gradient by row and by column; as ``reference.statistics``."""
-    sums: list[Sums | None] = [None] * len(table)
-    own, others = _split(table)
-    own = [i for i in own if table[i].param.dim() >= 2]
-    for i in own:
-        *matrices, rows, columns = table[i].param.shape
-        row_blocks, col_blocks = table[i].blocks
+    sums: list[Sums | None] = [None] * len(entries)
+    supported, fallback = _split(entries)
+    matrices = [i for i in supported if entries[i].param.dim() >= 2]
+    for i in matrices:
+        *leading, rows, columns = entries[i].param.shape
+        row_blocks, column_blocks = entries[i].blocks
         sums[i] = (
-            torch.empty((*matrices, rows, col_blocks), dtype=torch.float32, device="cpu"),
-            torch.empty((*matrices, row_blocks, columns), dtype=torch.float32, device="cpu"),
+            torch.empty((*leading, rows, column_blocks), dtype=torch.float32, device="cpu"),
+            torch.empty((*leading, row_blocks, columns), dtype=torch.float32, device="cpu"),
         )
-    _call(_library.striped_statistics, [(table[i], sums[i], None) for i in own], None)
-    for i, other in zip(others, reference.statistics([table[i] for i in others]), strict=True):
-        sums[i] = other
+    _call(_library.striped_statistics, [(entries[i], sums[i], None) for i in matrices], None)
+    found = reference.statistics([entries[i] for i in fallback])
+    for i, of_entry in zip(fallback, found, strict=True):
+        sums[i] = of_entry
     return sums
 
 
-def update(table: list[Entry], roots: list[Roots | None], settings: Settings) -> None:
+def update(entries: list[Entry], roots: list[Roots | None], settings: Settings) -> None:
     """Updates momentum and parameters, and vectors' second moments; as ``reference.update``."""
-    own, others = _split(table)
-    _call(_library.striped_update, [(table[i], None, roots[i]) for i in own], settings)
-    reference.update([table[i] for i in others], [roots[i] for i in others], settings)
+    supported, fallback = _split(entries)
+    _call(_library.striped_update, [(entries[i], None, roots[i]) for i in supported], settings)
+    reference.update([entries[i] for i in fallback], [roots[i] for i in fallback], settings)
 
 
-def step(table: list[Entry], settings: Settings) -> None:
+def step(entries: list[Entry], settings: Settings) -> None:
     """As ``reference.step``, and reads most gradients from memory only once."""
-    own, others = _split(table)
-    _call(_library.striped_step, [(table[i], None, None) for i in own], settings)
-    reference.step([table[i] for i in others], settings)
+    supported, fallback = _split(entries)
+    _call(_library.striped_step, [(entries[i], None, None) for i in supported], settings)
+    reference.step([entries[i] for i in fallback], settings)
 
 
-def _split(table: list[Entry]) -> tuple[list[int], list[int]]:
-    """Returns the positions of the entries that lie in memory as cpu.c walks it, and the others.
+def _split(entries: list[Entry]) -> tuple[list[int], list[int]]:
+    """Returns the positions of the entries that the C code steps, and of those that it does not.
 
-    The others, such as parameters that are transposed or strided views, are the reference's.
+    Those of the second kind, such as transposed parameters and strided views, fall back to the
+    reference.
     """
-    own: list[int] = []
-    others: list[int] = []
-    for i, entry in enumerate(table):
-        plain = entry.param.is_contiguous() and all(map(Tensor.is_contiguous, entry.state.values()))
-        (own if plain else others).append(i)
-    return own, others
+    supported: list[int] = []
+    fallback: list[int] = []
+    for i, entry in enumerate(entries):
+        tensors = (entry.param, *entry.state.values())
+        (supported if all(map(Tensor.is_contiguous, tensors)) else fallback).append(i)
+    return supported, fallback
 
 
 def _call(
@@ -108,19 +109,19 @@ def _call(
     entries: list[tuple[Entry, Sums | None, Roots | None]],
     settings: Settings | None,
 ) -> None:
-    """Calls cpu.c with a table of these entries, each with its sums or its roots.
+    """Calls a C function with these entries, each with its sums or its roots.
 
     Raises:
-        MemoryError: There is none for its partial sums. Parameters and state are unchanged then,
-            but for the counted step.
+        MemoryError: There is no memory for its partial sums. Parameters and state are unchanged
+            then, except that the step is counted.
     """
     if not entries:
         return
     grads = [entry.grad.contiguous() for entry, *_ in entries]  # copies must live through the call
-    fields: list[int] = []
+    values: list[int] = []
     for (entry, sums, roots), grad in zip(entries, grads, strict=True):
-        fields += _fields(entry, grad, sums, roots)
-    packed = array("q", fields)
+        values += _c_entry(entry, grad, sums, roots)
+    packed = array("q", values)
     address, _ = packed.buffer_info()
     c_settings = settings and ctypes.byref(
         _Settings(*(getattr(settings, field[0]) for field in _Settings._fields_))
@@ -129,13 +130,13 @@ def _call(
         raise MemoryError("the CPU backend found no memory for its partial sums")
 
 
-def _fields(entry: Entry, grad: Tensor, sums: Sums | None, roots: Roots | None) -> tuple[int, ...]:
-    """Returns cpu.c's Tensor, field by field."""
-    param, _, state, momentum_dtype, blocks, step, start, pitch = entry
+def _c_entry(entry: Entry, grad: Tensor, sums: Sums | None, roots: Roots | None) -> tuple[int, ...]:
+    """Returns the C code's Entry, field by field."""
+    param, _, state, momentum_dtype, blocks, step, whole_start, whole_stride = entry
     find = state.get
     scale, col = find("exp_avg_scale"), find("exp_avg_sq_col")
     row = find("exp_avg_sq_row") if param.dim() >= 2 else find("exp_avg_sq")
-    layout, kinds = _constants(param.shape, blocks, param.dtype, grad.dtype, momentum_dtype)
+    geometry, kinds = _constants(param.shape, blocks, param.dtype, grad.dtype, momentum_dtype)
     return (
         param.data_ptr(),
         grad.data_ptr(),
@@ -145,9 +146,9 @@ def _fields(entry: Entry, grad: Tensor, sums: Sums | None, roots: Roots | None) 
         0 if col is None else col.data_ptr(),
         *((0, 0) if sums is None else (sums[0].data_ptr(), sums[1].data_ptr())),
         *((0, 0) if roots is None else (roots[0].data_ptr(), roots[1].data_ptr())),
-        *layout,
-        start,
-        pitch or layout[2],
+        *geometry,
+        whole_start,
+        whole_stride or geometry[2],
         *kinds,
         step,
     )
@@ -156,16 +157,16 @@ def _fields(entry: Entry, grad: Tensor, sums: Sums | None, roots: Roots | None) 
 @cache
 def _constants(
     shape: torch.Size,
-    blocks: tuple[int, int],
+    blocks: Blocks,
     param_dtype: torch.dtype,
     grad_dtype: torch.dtype,
     momentum_dtype: str,
 ) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
-    """Returns cpu.c's bands, height, columns and col_blocks, is_matrix and the three formats."""
+    """Returns the C code's bands, band_rows, columns, column_blocks; is_matrix and the formats."""
     kinds = _FORMATS[param_dtype], _FORMATS[grad_dtype], _FORMATS[momentum_dtype]
     if len(shape) < 2:
         return (1, 1, shape.numel(), 1), (0, *kinds)
     *matrices, rows, columns = shape
-    row_blocks, col_blocks = blocks
+    row_blocks, column_blocks = blocks
     bands = torch.Size(matrices).numel() * row_blocks
-    return (bands, rows // row_blocks, columns, col_blocks), (1, *kinds)
+    return (bands, rows // row_blocks, columns, column_blocks), (1, *kinds)

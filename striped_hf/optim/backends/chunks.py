@@ -1,0 +1,74 @@
+"""How the reference bounds its temporary memory: small tensors together, large ones in chunks."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from striped_hf.optim.interface import Entry
+
+Index = tuple[int | slice, ...]
+
+# Elements that are worked on at a time. A step's temporaries are about seven float32 arrays of this
+# size, and at least of one row of a matrix. On a CPU they fit into the cache, elsewhere they keep
+# the device busy.
+CHUNK_SIZE = {"cpu": 1 << 16}
+DEFAULT_CHUNK_SIZE = 1 << 20
+
+
+def batches(entries: list[Entry]) -> Iterator[list[int]]:
+    """Yields the positions of entries that are alike and together at most one chunk."""
+    alike = defaultdict(list)
+    for i, entry in enumerate(entries):
+        p = entry.param
+        kind = (p.dtype, entry.grad.dtype, *entry[3:])
+        alike[p.shape, p.device, kind].append(i)
+    for (shape, device, _), positions in alike.items():
+        size = max(1, _chunk_size(device) // shape.numel())
+        yield from (positions[i : i + size] for i in range(0, len(positions), size))
+
+
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns [n, ...]: where n is 1 a view of the tensor, else a copy."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tuple(tensors))
+
+
+def unstack(tensors: Sequence[Tensor], stacked: Tensor) -> None:
+    """Copies what was changed in ``stack(tensors)`` back to the tensors."""
+    if len(tensors) > 1:
+        torch._foreach_copy_(list(tensors), list(stacked.unbind()))
+
+
+def chunks(shape: torch.Size, unit: int, device: torch.device) -> Iterator[tuple[Index, int]]:
+    """Cuts stacked arrays into chunks that are consecutive in row-major order.
+
+    Args:
+        shape: The dimensions of one array that may be cut.
+        unit: The elements behind each position of ``shape``, which are never cut.
+        device: Decides the size of a chunk, which is at least ``unit``.
+
+    Yields:
+        The chunk's index in [n, *shape], which keeps n whole, and the row-major position in
+        elements of its start in each array.
+    """
+    limit = _chunk_size(device)
+
+    def cut(shape: torch.Size, index: Index, start: int) -> Iterator[tuple[Index, int]]:
+        if shape.numel() * unit <= limit or not shape:
+            yield index, start
+            return
+        inner = shape[1:].numel() * unit
+        if inner > limit and len(shape) > 1:
+            for i in range(shape[0]):
+                yield from cut(shape[1:], (*index, i), start + i * inner)
+        else:
+            size = max(1, limit // inner)
+            for i in range(0, shape[0], size):
+                yield (*index, slice(i, i + size)), start + i * inner
+
+    return cut(shape, (slice(None),), 0)
+
+
+def _chunk_size(device: torch.device) -> int:
+    return CHUNK_SIZE.get(device.type, DEFAULT_CHUNK_SIZE)

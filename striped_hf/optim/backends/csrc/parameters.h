@@ -1,0 +1,64 @@
+/* Loads and stores of parameters and gradients. */
+
+#ifndef STRIPED_PARAMETERS_H
+#define STRIPED_PARAMETERS_H
+
+#include <stdint.h>
+
+#include "entry.h"
+#include "numbers.h"
+
+/* Returns n elements from `offset` on as float32: a pointer to them where they are float32, else
+ * converted in buffer.
+ */
+INLINE const float *load(const void *array, int64_t dtype, int64_t offset, int64_t n, float *buffer)
+{
+    if (dtype == FLOAT32)
+        return (const float *)array + offset;
+    const uint16_t *source = (const uint16_t *)array + offset;
+    if (dtype == BFLOAT16)
+        for (int64_t i = 0; i < n; i++) buffer[i] = from_bfloat16(source[i]);
+    else
+        for (int64_t i = 0; i < n; i++) buffer[i] = from_float16(source[i]);
+    return buffer;
+}
+
+/* Prefetches the CODE_BLOCK elements that are PARAMETER_AHEAD of `offset`; they need not exist. */
+INLINE void prefetch_parameter(const Entry *e, int64_t offset)
+{
+    int64_t size = e->param_dtype == FLOAT32 ? 4 : 2;
+    const char *chunk = (const char *)e->param + size * (offset + PARAMETER_AHEAD);
+    for (int64_t i = 0; i < size * CODE_BLOCK; i += 64) __builtin_prefetch(chunk + i, 1);
+}
+
+/* Rounds n values, stochastically or to nearest, and stores them from `offset` on.
+ *
+ * index: of the first one in the whole parameter.
+ */
+INLINE void store_parameter(const float *restrict values, const Entry *e, int64_t offset,
+                            int64_t index, int64_t n, const Settings *settings)
+{
+    uint16_t *restrict target = (uint16_t *)e->param + offset;
+    if (settings->stochastic_rounding) {
+        uint32_t start = (uint32_t)index, step_key = mix(SEED ^ (uint32_t)e->step);
+        uint32_t key = mix(step_key ^ (uint32_t)(index >> 32));
+        uint32_t next_key = mix(step_key ^ (uint32_t)((index >> 32) + 1));
+        uint32_t random[CODE_BLOCK];
+        for (int64_t i = 0; i < n; i++) {
+            uint32_t low = start + (uint32_t)i;
+            random[i] = mix(mix(low ^ (low < start ? next_key : key)));
+        }
+        if (e->param_dtype == BFLOAT16)
+            for (int64_t i = 0; i < n; i++)
+                target[i] = to_bfloat16(stochastic_bfloat16(values[i], random[i]));
+        else
+            for (int64_t i = 0; i < n; i++)
+                target[i] = to_float16(stochastic_float16(values[i], random[i]));
+    } else if (e->param_dtype == BFLOAT16) {
+        for (int64_t i = 0; i < n; i++) target[i] = to_bfloat16(values[i]);
+    } else {
+        for (int64_t i = 0; i < n; i++) target[i] = to_float16(values[i]);
+    }
+}
+
+#endif

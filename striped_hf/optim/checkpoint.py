@@ -1,0 +1,194 @@
+"""Loading state dicts: of a StripedAdamW, and of a ``torch.optim.AdamW``, which is converted."""
+
+from itertools import chain
+from typing import Any
+
+import torch
+
+from striped_hf.optim import momentum
+from striped_hf.optim.interface import Group, State
+from striped_hf.optim.state import Description, blocks_of, description_of, name_of, zero_state
+
+# the keys that AdamW's groups and ours have in common; the rest stays as constructed
+_SHARED_WITH_ADAMW = ("lr", "betas", "eps", "weight_decay", "maximize", "initial_lr")
+# the keys of a group that are not taken from a state dict: its blocks are the same, perhaps as one
+# pair for all
+_NOT_LOADED = ("params", "param_names", "blocks")
+
+
+def prepare_state_dict(state_dict: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
+    """Checks a state dict against the param groups that are to load it, and fits it to them.
+
+    It changes neither the state dict nor the groups. A ``torch.optim.AdamW`` state dict is
+    converted: second moments are reduced to their means by row and by column, and the momentum is
+    encoded. Options that AdamW does not have stay as the groups have them. Its parameters are
+    matched by name where both sides know names, else by position.
+
+    Args:
+        state_dict: Of a StripedAdamW or an AdamW.
+        groups: The optimizer's param groups.
+
+    Returns:
+        A state dict whose groups correspond to ``groups`` and whose states have the dtypes and
+        shapes of ``state.zero_state``, keyed by position.
+
+    Raises:
+        ValueError: The state dict has other groups, another momentum format or other stripes, or a
+            state is incomplete or of a wrong shape.
+    """
+    if _is_adamw(state_dict):
+        state_dict = _from_adamw(state_dict, groups)
+    saved_groups = state_dict["param_groups"]
+    _check_sizes(saved_groups, groups)
+    saved_ids = list(chain.from_iterable(group["params"] for group in saved_groups))
+    unknown = state_dict["state"].keys() - set(saved_ids)
+    if unknown:
+        raise ValueError(
+            f"the state dict holds state for the parameters {sorted(unknown)}, which none of its "
+            "param groups lists: pass what state_dict() returned, unchanged"
+        )
+
+    states: dict[int, State] = {}
+    new_groups = []
+    position = 0
+    for group_index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
+        first = position
+        for i in range(len(group["params"])):
+            name = name_of(group, i, group_index)
+            _check_same_storage(saved, group, i, name)
+            if saved_ids[position] in state_dict["state"]:
+                loaded = state_dict["state"][saved_ids[position]]
+                zeros = zero_state(description_of(group, i), torch.device("meta"))
+                states[position] = _checked_state(loaded, zeros, name)
+            position += 1
+        loaded_options = {key: value for key, value in saved.items() if key not in _NOT_LOADED}
+        new_groups.append({**group, **loaded_options, "params": list(range(first, position))})
+    return {"state": states, "param_groups": new_groups}
+
+
+def _check_sizes(saved_groups: list[Group], groups: list[Group]) -> None:
+    saved_sizes = [len(group["params"]) for group in saved_groups]
+    sizes = [len(group["params"]) for group in groups]
+    if saved_sizes != sizes:
+        raise ValueError(
+            f"the state dict has param groups of {saved_sizes} parameters, this optimizer of "
+            f"{sizes}: build its param groups as those of the optimizer that was saved"
+        )
+
+
+def _check_same_storage(saved: Group, group: Group, position: int, name: str) -> None:
+    for key in ("momentum_dtype", "blocks"):
+        if key not in saved:
+            raise ValueError(
+                f"{name}: the state dict's param group has no {key!r} (it has {sorted(saved)}): "
+                "load one that StripedAdamW or torch.optim.AdamW saved"
+            )
+        here, there = (
+            blocks_of(side, position) if key == "blocks" else side[key] for side in (group, saved)
+        )
+        if there != here:
+            raise ValueError(
+                f"{name}: the state dict was saved with {key}={there!r}, this optimizer has "
+                f"{key}={here!r}: construct it with {key}={there!r} to go on, or start afresh"
+            )
+
+
+def _checked_state(loaded: dict[str, Any], zeros: State, name: str) -> State:
+    """Returns the entries of ``loaded`` that a state has, each checked against its zeros."""
+    state = {}
+    for key, like in zeros.items():
+        if key not in loaded:
+            raise ValueError(
+                f"{name}: the state dict lacks {key!r} (it has {sorted(loaded)}): it was cut short "
+                "or saved by another optimizer; load the one that StripedAdamW saved"
+            )
+        value = torch.as_tensor(loaded[key], dtype=like.dtype if key == "step" else None)
+        if value.shape != like.shape or value.dtype != like.dtype:
+            raise ValueError(
+                f"{name}: {key!r} in the state dict is {value.dtype} of shape "
+                f"{tuple(value.shape)} where {like.dtype} of shape {tuple(like.shape)} is needed: "
+                "load a state dict of this model, saved with the same momentum_dtype and blocks"
+            )
+        state[key] = value
+    return state
+
+
+# -------------------------------------------------------------------------------------------------
+# AdamW
+# -------------------------------------------------------------------------------------------------
+
+
+def _is_adamw(state_dict: dict[str, Any]) -> bool:
+    return any("amsgrad" in group for group in state_dict["param_groups"])
+
+
+def _from_adamw(state_dict: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
+    """Converts an AdamW's state dict to one of a StripedAdamW with these groups."""
+    saved = [(group, id_) for group in state_dict["param_groups"] for id_ in group["params"]]
+    for group in state_dict["param_groups"]:
+        if group["amsgrad"]:
+            raise ValueError(
+                "the AdamW state dict has amsgrad=True, whose running maximum has no stripes: "
+                "start afresh, or go on with AdamW"
+            )
+    partners = _match(state_dict, groups)
+    states: dict[int, State] = {}
+    new_groups: list[Group] = []
+    position = 0
+    for group_index, group in enumerate(groups):
+        new_group = {**group, "params": []}
+        for i in range(len(group["params"])):
+            name = name_of(group, i, group_index)
+            saved_group, id_ = saved[partners[position]]
+            shared = {key: saved_group[key] for key in _SHARED_WITH_ADAMW if key in saved_group}
+            if i > 0 and any(new_group[key] != value for key, value in shared.items()):
+                raise ValueError(
+                    f"{name} and those before it in its group come from AdamW groups with "
+                    "different hyperparameters: split this optimizer's groups as AdamW's were"
+                )
+            new_group.update(shared)
+            new_group["params"].append(position)
+            if id_ in state_dict["state"]:
+                loaded = state_dict["state"][id_]
+                states[position] = _state_from_adamw(loaded, description_of(group, i), name)
+            position += 1
+        new_groups.append(new_group)
+    return {"state": states, "param_groups": new_groups}
+
+
+def _state_from_adamw(loaded: dict[str, Any], description: Description, name: str) -> State:
+    for key in ("step", "exp_avg", "exp_avg_sq"):
+        if key not in loaded or (key != "step" and loaded[key].shape != description.shape):
+            raise ValueError(
+                f"{name}: the AdamW state dict has no {key!r} of its shape: load one of this model"
+            )
+    exp_avg, scale = momentum.encode(loaded["exp_avg"].float(), description.momentum_dtype)
+    state = {"step": torch.as_tensor(loaded["step"], dtype=torch.float32), "exp_avg": exp_avg}
+    if scale is not None:
+        state["exp_avg_scale"] = scale
+    exp_avg_sq = loaded["exp_avg_sq"].float()
+    if len(description.shape) < 2:
+        state["exp_avg_sq"] = exp_avg_sq
+    else:
+        row_blocks, column_blocks = description.blocks
+        state["exp_avg_sq_row"] = exp_avg_sq.unflatten(-1, (column_blocks, -1)).mean(-1)
+        state["exp_avg_sq_col"] = exp_avg_sq.unflatten(-2, (row_blocks, -1)).mean(-2)
+    return state
+
+
+def _match(state_dict: dict[str, Any], groups: list[Group]) -> list[int]:
+    """Returns, for each parameter of ``groups`` in order, its position among the saved ones."""
+    saved_groups = state_dict["param_groups"]
+    if all("param_names" in group for group in (*saved_groups, *groups)):
+        saved_names = list(chain.from_iterable(group["param_names"] for group in saved_groups))
+        names = list(chain.from_iterable(group["param_names"] for group in groups))
+        if sorted(saved_names) != sorted(names):
+            differing = sorted(set(saved_names) ^ set(names))
+            raise ValueError(
+                f"the AdamW state dict and this optimizer differ in the parameters {differing}: "
+                "load one of this model, with the same parameters frozen"
+            )
+        return [saved_names.index(name) for name in names]
+
+    _check_sizes(saved_groups, groups)
+    return list(range(sum(len(group["params"]) for group in groups)))

@@ -1,0 +1,107 @@
+"""What a backend gets and gives: the contract between the optimizer and what computes its step."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+State = dict[str, Tensor]  # of one parameter, by the names that a state dict has
+Blocks = tuple[int, int]  # (br, bc)
+Group = dict[str, Any]  # a param group
+
+Sums = tuple[Tensor, Tensor]  # of squares: by row [..., R, bc] and by column [..., br, C], float32
+Roots = tuple[Tensor, Tensor]  # a [..., R, bc] and c [..., br, C], float32
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of a param group, as a backend sees them.
+
+    ``stochastic_rounding`` is a bool, and ``eps`` is above zero. ``lr`` is a tensor where the
+    optimizer is capturable and the group's ``lr`` is on the device.
+    """
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: bool
+    nesterov: bool
+    stochastic_rounding: bool
+    lagged: bool
+
+
+class Entry(NamedTuple):
+    """A parameter, or a part of one, that a backend steps.
+
+    A step changes ``param`` and the tensors of ``state`` in place.
+
+    Attributes:
+        param: float32, bfloat16 or float16, not empty.
+        grad: The gradient, of ``param``'s shape and any of these dtypes.
+        state: As ``state.init_state`` describes it. A part of a sharded matrix has no stripes.
+        momentum_dtype: The format in which ``state`` holds the momentum.
+        blocks: (br, bc).
+        step: The number of this step, from 1; 0 where only ``state["step"]`` on the device knows
+            it, because the optimizer is capturable.
+        whole_start: The row-major index of the first element in the whole parameter. Stochastic
+            rounding draws its bits by the index in the whole.
+        whole_stride: The distance of two rows in the whole parameter, in elements; 0: the number of
+            columns.
+    """
+
+    param: Tensor
+    grad: Tensor
+    state: State
+    momentum_dtype: str
+    blocks: Blocks
+    step: int
+    whole_start: int = 0
+    whole_stride: int = 0
+
+    @property
+    def start(self) -> int:
+        return self.whole_start
+
+    @property
+    def pitch(self) -> int:
+        return self.whole_stride
+
+
+class Backend(Protocol):
+    """A module that computes the step of the parameters of one param group on one device.
+
+    ``step`` is for whole parameters. For parts of sharded matrices ``statistics`` and ``update``
+    are called, and what is between them adds up the sums of all processes.
+    """
+
+    @property
+    def DEVICE_TYPES(self) -> tuple[str, ...]:  # noqa: N802
+        """The ``torch.device.type`` of parameters that it steps; empty: any."""
+
+    @property
+    def CAPTURABLE(self) -> bool:  # noqa: N802
+        """Whether it steps entries whose step only the device knows."""
+
+    def statistics(self, entries: list[Entry], /) -> list[Sums | None]:
+        """Sums the squares of the gradients: None for entries of fewer than two dimensions."""
+
+    def update(
+        self, entries: list[Entry], roots: list[Roots | None], settings: Settings, /
+    ) -> None:
+        """Updates parameters and momentum by the roots, and the second moments of vectors.
+
+        The entries are those of the last call of ``statistics``.
+        """
+
+    def step(self, entries: list[Entry], settings: Settings, /) -> None:
+        """Does the whole step: statistics, stripes and update."""
+
+
+class Batch(NamedTuple):
+    """The whole parameters of one param group on one device, and what steps them."""
+
+    backend: Backend
+    settings: Settings
+    entries: list[Entry]

@@ -1,0 +1,120 @@
+"""The options of a param group: what values they may have, and what a backend sees of them.
+
+A new option is an argument of ``StripedAdamW`` with its default, a row here, and, where a backend
+needs it, a field of ``Settings``.
+"""
+
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from striped_hf.optim.interface import Group, Settings
+from striped_hf.optim.momentum import MOMENTUM_DTYPES
+
+# the smallest eps: a step must not be 0/0 where the gradient was always zero
+_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+
+
+class Option(NamedTuple):
+    """An option of a param group.
+
+    Attributes:
+        check: Called with name and value; raises ValueError for a value that is not allowed.
+        settings: Returns the fields of ``Settings`` for a value; None: no backend sees the option.
+    """
+
+    check: Callable[[str, Any], None]
+    settings: Callable[[Any], dict[str, Any]] | None = None
+
+
+def _check_lr(name: str, value: Any) -> None:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(
+            f"{name}={value} is a tensor of several elements: pass a tensor with one element"
+        )
+    _check_number(name, value)
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, (Real, Tensor)) or not 0 <= float(value) < math.inf:
+        raise ValueError(f"{name}={value!r} is out of range: pass a finite number >= 0")
+
+
+def _check_betas(name: str, value: Any) -> None:
+    if not _is_pair(value) or not all(0 <= beta < 1 for beta in value):
+        raise ValueError(f"{name}={value} is out of range: pass two numbers in [0, 1)")
+
+
+def _check_momentum_dtype(name: str, value: Any) -> None:
+    if value not in MOMENTUM_DTYPES:
+        raise ValueError(f"{name}={value!r} is unknown: pass one of {', '.join(MOMENTUM_DTYPES)}")
+
+
+def _check_blocks(name: str, value: Any) -> None:
+    for pair in value if is_list_of_blocks(value) else [value]:
+        if not _is_pair(pair) or not all(isinstance(b, int) and b > 0 for b in pair):
+            raise ValueError(f"{name}={pair} is not a pair of counts: pass two integers >= 1")
+
+
+def _check_one_of(*allowed: bool | None) -> Callable[[str, Any], None]:
+    def check(name: str, value: Any) -> None:
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is not a switch: pass one of {allowed}")
+
+    return check
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2
+
+
+def is_list_of_blocks(blocks: Any) -> bool:
+    """Whether a group's ``blocks`` are a list with one pair for each of its parameters."""
+    return isinstance(blocks, list) and all(isinstance(pair, (tuple, list)) for pair in blocks)
+
+
+_check_bool = _check_one_of(True, False)
+
+OPTIONS: dict[str, Option] = {
+    "lr": Option(_check_lr, lambda lr: {"lr": lr}),
+    "betas": Option(
+        _check_betas, lambda betas: {"beta1": float(betas[0]), "beta2": float(betas[1])}
+    ),
+    "eps": Option(_check_number, lambda eps: {"eps": max(float(eps), _SMALLEST_NORMAL)}),
+    "weight_decay": Option(_check_number, lambda rate: {"weight_decay": float(rate)}),
+    "maximize": Option(_check_bool, lambda on: {"maximize": on}),
+    "momentum_dtype": Option(_check_momentum_dtype),
+    "blocks": Option(_check_blocks),
+    "stochastic_rounding": Option(
+        _check_one_of(True, False, None), lambda on: {"stochastic_rounding": on is not False}
+    ),
+    "nesterov": Option(_check_bool, lambda on: {"nesterov": on}),
+    "lagged": Option(_check_bool, lambda on: {"lagged": on}),
+}
+
+
+def check_options(group: Group) -> None:
+    """Raises ValueError unless all options of a param group, or the defaults, are allowed."""
+    for name, option in OPTIONS.items():
+        option.check(name, group[name])
+
+
+def settings_of(group: Group, capturable: bool) -> Settings:
+    """Returns what a backend sees of a param group.
+
+    Args:
+        group: A param group.
+        capturable: Whether ``lr`` may stay a tensor on the device.
+    """
+    fields: dict[str, Any] = {}
+    for name, option in OPTIONS.items():
+        if option.settings is not None:
+            fields |= option.settings(group[name])
+    lr = fields["lr"]
+    if not (capturable and isinstance(lr, Tensor) and lr.device.type != "cpu"):
+        fields["lr"] = float(lr)
+    return Settings(**fields)
