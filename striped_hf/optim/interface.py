@@ -60,14 +60,6 @@ class Entry(NamedTuple):
     whole_start: int = 0
     whole_stride: int = 0
 
-    @property
-    def start(self) -> int:
-        return self.whole_start
-
-    @property
-    def pitch(self) -> int:
-        return self.whole_stride
-
 
 class Backend(Protocol):
     """A module that computes the step of the parameters of one param group on one device.

@@ -34,6 +34,7 @@ from optim_checks import (
 from striped_hf import StripedAdamW
 from striped_hf.optim import backends, rounding
 from striped_hf.optim.backends import reference
+from striped_hf.optim.interface import Entry
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -501,8 +502,8 @@ def test_a_lagged_step_is_that_of_its_two_functions() -> None:
         synchronise(ours, theirs)
 
 
-def entry_of(p: torch.nn.Parameter, optimizer: StripedAdamW) -> reference.Entry:
-    return reference.Entry(p, p.grad, optimizer.state[p], "float32", (1, 1), 2)
+def entry_of(p: torch.nn.Parameter, optimizer: StripedAdamW) -> Entry:
+    return Entry(p, p.grad, optimizer.state[p], "float32", (1, 1), 2)
 
 
 def test_roots_may_come_from_elsewhere() -> None:

@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from striped_hf.optim.backends import reference
-from striped_hf.optim.backends.reference import Entry, Roots, Settings, Sums
 from striped_hf.optim.backends.triton import INTERPRETED, kernels, tile_sizes
 from striped_hf.optim.backends.triton.arguments import (
     Buffers,
@@ -38,6 +37,7 @@ from striped_hf.optim.backends.triton.arguments import (
 )
 from striped_hf.optim.backends.triton.plan import Plan, is_supported, strides_of
 from striped_hf.optim.backends.triton.workspace import tile_columns
+from striped_hf.optim.interface import Entry, Roots, Settings, Sums
 
 logger = logging.getLogger(__name__)
 
@@ -157,8 +157,8 @@ def _plan(entries: list[Entry], lagged: bool) -> Plan:
             e.grad.dtype,
             e.momentum_dtype,
             e.blocks,
-            e.start,
-            e.pitch,
+            e.whole_start,
+            e.whole_stride,
             kind,
         )
         for e, kind in zip(entries, strides, strict=True)

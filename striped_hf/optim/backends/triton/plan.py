@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from striped_hf.optim import momentum
-from striped_hf.optim.backends.reference import Entry, Sums
 from striped_hf.optim.backends.triton import arguments, tile_sizes
 from striped_hf.optim.backends.triton.addresses import Addresses
 from striped_hf.optim.backends.triton.arguments import (
@@ -26,6 +25,7 @@ from striped_hf.optim.backends.triton.arguments import (
     VectorVariant,
 )
 from striped_hf.optim.backends.triton.workspace import Workspace, ceil_div, copy_each, tile_columns
+from striped_hf.optim.interface import Entry, Sums
 
 _ALIGNMENT = 16  # bytes of a vector; also the columns of int8 that are so many bytes
 _TRITON_DTYPES = {

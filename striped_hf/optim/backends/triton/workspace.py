@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from striped_hf.optim import momentum
-from striped_hf.optim.backends.reference import Entry, Sums
 from striped_hf.optim.backends.triton import arguments, tile_sizes
 from striped_hf.optim.backends.triton.addresses import copy_to_device
 from striped_hf.optim.backends.triton.arguments import EntryShape
+from striped_hf.optim.interface import Entry, Sums
 
 Key = TypeVar("Key")
 
@@ -95,7 +95,7 @@ def _place(
     partials = sums = blocks = 0
     for entry, fused in zip(entries, fused_statistics, strict=True):
         if entry.param.dim() < 2:
-            shapes.append(EntryShape(columns=entry.param.numel(), whole_start=entry.start))
+            shapes.append(EntryShape(columns=entry.param.numel(), whole_start=entry.whole_start))
             continue
         matrix_rows, columns = entry.param.shape[-2:]
         shape = EntryShape(
@@ -107,8 +107,8 @@ def _place(
             column_blocks=entry.blocks[1],
             summed_rows=summed_rows,
             first_block=blocks,
-            whole_start=entry.start,
-            whole_stride=entry.pitch or columns,
+            whole_start=entry.whole_start,
+            whole_stride=entry.whole_stride or columns,
         )
         row_blocks = shape.rows // shape.block_rows  # of all matrices
         programs = ceil_div(shape.block_rows, summed_rows)
