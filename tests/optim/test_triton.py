@@ -35,6 +35,7 @@ from striped_hf import StripedAdamW
 from striped_hf.optim import backends, rounding
 from striped_hf.optim.backends import reference
 from striped_hf.optim.interface import Entry
+from striped_hf.optim.options import settings_of
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -513,7 +514,7 @@ def test_roots_may_come_from_elsewhere() -> None:
     for optimizer in optimizers:
         set_grad(parameters(optimizer)[0], gradient_of(spec, 0))
         optimizer.step()
-    settings = optimizers[0]._settings(optimizers[0].param_groups[0])
+    settings = settings_of(optimizers[0].param_groups[0], capturable=False)
     entries = [[entry_of(parameters(o)[0], o)] for o in optimizers]
     sums_of_each = [launch.statistics(of_one) for of_one in entries]
     expected = reference.statistics(entries[0])
@@ -632,7 +633,7 @@ def test_a_learning_rate_in_memory(dtype: torch.dtype) -> None:
         p.grad = gradient_of(Spec(tuple(p.shape)), 0)
         optimizer.step()
         p.grad = gradient_of(Spec(tuple(p.shape)), 1)
-        settings = optimizer._settings(optimizer.param_groups[0])
+        settings = settings_of(optimizer.param_groups[0], capturable=True)
         if i % 2:
             lr = torch.tensor(settings.lr, dtype=dtype, device=DEVICE)
             settings = dataclasses.replace(settings, lr=lr)
