@@ -108,11 +108,12 @@ def test_the_wheel_needs_no_compiler(built: Path, tmp_path: Path) -> None:
     venv.create(environment, with_pip=False, symlinks=True)
     python = environment / "bin" / "python"
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps")
-    run(*pip, wheel, env=os.environ | {"PATH": ""})
+    # nothing of this checkout, and no compiler
+    variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PATH": ""}
+    run(*pip, wheel, cwd=tmp_path, env=variables)
     # torch and the others are this environment's
     (packages,) = environment.glob("lib/python*/site-packages")
     (packages / "others.pth").write_text("\n".join(site.getsitepackages()))
-    variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PATH": ""}
     run(python, "-c", TRAIN, cwd=tmp_path, env=variables)
 
     command = environment / "bin" / "striped-hf-run"
