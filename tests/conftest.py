@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: [item.path.parent.name != name for name in LONGEST])
     if "compat" in config.getoption("markexpr"):
         return
-    skip = pytest.mark.skip(reason="installs another transformers: ask for it by pytest -m compat")
+    skip = pytest.mark.skip(reason="installs packages: ask for it by pytest -m compat")
     for item in items:
         if item.get_closest_marker("compat"):
             item.add_marker(skip)
