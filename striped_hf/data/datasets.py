@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, default_collate
 
-from striped_hf.data.tokens import DataSetError, TokenSplit
+from striped_hf.data.format import DataSetError
+from striped_hf.data.split import TokenSplit
 
 Batch = dict[str, torch.Tensor]
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from striped_hf.cli import UserError, one_line
 from striped_hf.data.prepare import Source, gpt2_encoding
-from striped_hf.data.tokens import DataSetWriter
+from striped_hf.data.writer import DataSetWriter
 
 Position = dict[str, int]  # of what is to be read next: file, record batch in it, row of the whole
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from striped_hf.cli import UserError, load_pretrained, one_line
-from striped_hf.data.tokens import write_data_set
+from striped_hf.data.writer import write_data_set
 
 Source = dict[str, str | None]
 

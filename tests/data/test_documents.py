@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 import tiktoken
 import torch
-from striped_hf.measuring import return_freed_memory, temporary_bytes
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from benchmarks.measuring import return_freed_memory, temporary_bytes
 from striped_hf.cli import UserError
 from striped_hf.data import open_split
 from striped_hf.data.documents import load_documents, val_rows, write_documents

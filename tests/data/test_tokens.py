@@ -9,8 +9,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from striped_hf.measuring import temporary_bytes
 
+from benchmarks.measuring import temporary_bytes
 from striped_hf.data import (
     ContiguousBlocks,
     DataSetWriter,

@@ -1,0 +1,170 @@
+"""Reading a data set: one split, checked and mapped into memory."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from striped_hf.data.format import DTYPES, PREPARE_AGAIN, DataSetError, count_tokens, read_meta
+
+logger = logging.getLogger(__name__)
+
+_PROBED_TOKENS = 1 << 22  # read when a file is opened: 8 or 16 MiB, all of a small one
+_GPT2_VOCAB_SIZE = 50_257
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSplit:
+    """One split of a data set, mapped into memory; made by :func:`open_split`.
+
+    It pickles as its path, not as its tokens, so that spawned data-loader workers map the file
+    again instead of copying it.
+
+    Attributes:
+        path: The ``.bin`` file.
+        dtype: "uint16" or "uint32".
+        vocab_size: The vocabulary of the tokenizer that made the ids.
+        meta: What ``meta.json`` holds; empty for a folder prepared by nanoGPT.
+        model_vocab_size: The vocabulary of the model that is to read them, None if not known.
+    """
+
+    path: Path
+    dtype: str
+    vocab_size: int
+    meta: dict[str, Any]
+    model_vocab_size: int | None = None
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """The token ids: a read-only 1-D array of ``dtype`` backed by the file, unchecked."""
+        # asarray: a plain view, since every operation on a np.memmap pays for its subclass
+        return np.asarray(np.memmap(self.path, dtype=DTYPES[self.dtype], mode="r"))
+
+    def read(self, positions: np.ndarray) -> np.ndarray:
+        """Return the token ids at some positions.
+
+        Args:
+            positions: Integers of any shape; beyond an end of the split stands its last token.
+
+        Returns:
+            ``dtype``, of the shape of ``positions``.
+
+        Raises:
+            DataSetError: If one of them lies outside the data's or the model's vocabulary: a gather
+                from an embedding would be wrong or, on a GPU, end the process.
+        """
+        ids = self.tokens.take(positions, mode="clip")
+        self.check_id(int(ids.max()))
+        return ids
+
+    def check_id(self, largest: int) -> None:
+        """Raise DataSetError where a token id of this split is outside a vocabulary."""
+        if largest >= self.vocab_size:
+            owner, limit = "meta.json's", self.vocab_size
+            fix = f"the file is damaged or not of this data set; {PREPARE_AGAIN}"
+            if not self.meta:
+                owner = "its tokenizer's"
+                fix = (
+                    "without meta.json and meta.pkl it is taken for a folder of nanoGPT's with "
+                    f"GPT-2's vocabulary; if it has another one, {PREPARE_AGAIN}"
+                )
+        elif self.model_vocab_size is not None and largest >= self.model_vocab_size:
+            owner, limit = "the model's", self.model_vocab_size
+            fix = (
+                "prepare the data with the model's own tokenizer, or pass the model that belongs "
+                "to the data"
+            )
+        else:
+            return
+        raise DataSetError(
+            f"{self.path} holds token id {largest}, outside {owner} vocab_size {limit}: {fix}"
+        )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "tokens"}
+
+
+def open_split(
+    data_dir: str | os.PathLike[str], split: str, *, vocab_size: int | None = None
+) -> TokenSplit:
+    """Open one split of a data set, in a time and memory that do not depend on its size.
+
+    Checked at once are the file's length and, against the vocabularies, the largest id that
+    ``meta.json`` records and the file's first 4 million tokens. All others are checked as they are
+    read, by :meth:`TokenSplit.read`, as the data sets of this package do.
+
+    A folder prepared by nanoGPT has no ``meta.json``: it is read as uint16, with GPT-2's
+    vocabulary. A ``meta.pkl`` says that it has one of its own, as small character data does: it is
+    never unpickled, but all splits are read, and the vocabulary taken to end at the largest id.
+
+    Args:
+        data_dir: A folder written by :func:`write_data_set` or by nanoGPT.
+        split: "train" or "val".
+        vocab_size: The model's vocabulary size: no id may reach it.
+
+    Returns:
+        The split, its tokens mapped read-only.
+
+    Raises:
+        FileNotFoundError: If the folder or the split's file is missing.
+        DataSetError: If ``meta.json`` is malformed or names an unknown dtype, the file is empty,
+            odd-sized or of another length than ``meta.json`` says, or is found to hold an id
+            outside a vocabulary.
+    """
+    folder = Path(data_dir)
+    path = folder / f"{split}.bin"
+    if not path.is_file():
+        missing = path if folder.is_dir() else folder
+        raise FileNotFoundError(
+            f"{missing} does not exist: prepare the data first with its script in data_scripts/, "
+            f"e.g. `python data_scripts/shakespeare_char.py --output_dir {folder}`"
+        )
+    if (folder / "meta.json").exists():
+        meta = read_meta(folder / "meta.json")
+        opened = TokenSplit(path, meta["dtype"], meta["vocab_size"], meta, vocab_size)
+        if split not in meta["tokens"]:
+            raise DataSetError(
+                f"{folder / 'meta.json'}: tokens has no count for {split!r}; {PREPARE_AGAIN}"
+            )
+        count = count_tokens(path, opened.dtype)
+        if count != meta["tokens"][split]:
+            raise DataSetError(
+                f"{path} holds {count:,} tokens, meta.json says "
+                f"{meta['tokens'][split]:,}: the file is truncated or not of this data set; "
+                f"{PREPARE_AGAIN}"
+            )
+        opened.check_id(meta.get("largest_id", {}).get(split, 0))
+    else:
+        opened = TokenSplit(path, "uint16", _nanogpt_vocab_size(folder), {}, vocab_size)
+        count_tokens(path, opened.dtype)
+        logger.warning(
+            "%s has no meta.json: reading %s as nanoGPT's uint16, with vocab_size %d and no "
+            "tokenizer",
+            folder,
+            path.name,
+            opened.vocab_size,
+        )
+    # read, not mapped: what is mapped would count as this process's peak memory
+    opened.check_id(int(np.fromfile(path, DTYPES[opened.dtype], _PROBED_TOKENS).max()))
+    return opened
+
+
+def _nanogpt_vocab_size(folder: Path) -> int:
+    if not (folder / "meta.pkl").exists():
+        return _GPT2_VOCAB_SIZE
+    largest = 0
+    for path in folder.glob("*.bin"):
+        count_tokens(path, "uint16")
+        with path.open("rb") as file:
+            while len(piece := np.fromfile(file, DTYPES["uint16"], _PROBED_TOKENS)):
+                largest = max(largest, int(piece.max()))
+    return largest + 1

@@ -1,0 +1,261 @@
+"""Writing a data set: at once, or piece by piece so that a stopped run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from striped_hf.data.format import DTYPES, DataSetError, dtype_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def write_data_set(
+    output_dir: str | os.PathLike[str],
+    splits: Mapping[str, np.ndarray | Iterable[np.ndarray]],
+    *,
+    vocab_size: int,
+    source: Mapping[str, str | None],
+    tokenizer_name: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> dict[str, Any]:
+    """Write the splits, the tokenizer and, last, ``meta.json`` into a folder.
+
+    Everything is written under temporary names and moved into place at the end, so a run that
+    fails leaves the folder as it was. Memory stays flat when the arrays come from a generator.
+
+    Args:
+        output_dir: The folder; made where it does not exist, its older files are replaced.
+        splits: For each split ("train", "val") its token ids: one 1-D integer array, or an
+            iterable of such arrays, which are written one after another.
+        vocab_size: Every id is below it. It decides the dtype: uint16 up to 65,536.
+        source: Where the text comes from: "name", "url" (None for a local file) and "sha256".
+        tokenizer_name: What made the ids, for the record ("characters", "gpt2", ...).
+        tokenizer: The tokenizer itself, saved into the folder so that ``AutoTokenizer`` and a
+            trained model's folder find it.
+
+    Returns:
+        What ``meta.json`` holds.
+
+    Raises:
+        ValueError: If an array is not 1-D or not of integers, an id lies outside
+            [0, vocab_size), a split is empty, or ``vocab_size`` does not fit uint32.
+    """
+    dtype = dtype_for(vocab_size)
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=output_dir) as folder:
+        partial = Path(folder)
+        written = {
+            split: _write_bin(partial / f"{split}.bin", arrays, dtype, vocab_size)
+            for split, arrays in splits.items()
+        }
+        meta = {
+            "dtype": dtype,
+            "vocab_size": vocab_size,
+            "tokens": {split: count for split, (count, _) in written.items()},
+            "largest_id": {split: largest for split, (_, largest) in written.items()},
+            "source": dict(source),
+            "tokenizer": tokenizer_name,
+        }
+        _move_into_place(partial, output_dir, meta, tokenizer)
+    return meta
+
+
+class DataSetWriter:
+    """Writes a data set piece by piece; one that was stopped goes on after its last commit.
+
+    Until :meth:`finish` everything stands in ``DIR/.unfinished`` and older files stay as they were.
+    Use it as a context manager. It holds nothing in memory but the piece at hand.
+
+    Args:
+        output_dir: The folder, as in :func:`write_data_set`.
+        splits: The names of the splits.
+        vocab_size: As in :func:`write_data_set`.
+        job: What is being written, of JSON's types: a writer of another job does not go on here.
+
+    Attributes:
+        position: What the last :meth:`commit` said, None where nothing was committed yet.
+        counts: How many tokens each split has so far.
+
+    Raises:
+        DataSetError: If the folder holds the beginning of another job, or one that is damaged.
+        ValueError: If ``vocab_size`` does not fit uint32.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        splits: Sequence[str],
+        *,
+        vocab_size: int,
+        job: Mapping[str, Any],
+    ) -> None:
+        self._output_dir = Path(output_dir)
+        self._folder = self._output_dir / ".unfinished"
+        self._progress = self._folder / "progress.json"
+        self._vocab_size, self._dtype = vocab_size, dtype_for(vocab_size)
+        self._job = {**job, "vocab_size": vocab_size}
+        self.position: Any = None
+        self.counts = dict.fromkeys(splits, 0)
+        self._largest_ids = dict.fromkeys(splits, 0)
+        if self._progress.exists():
+            self._take_up()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._files: dict[str, IO[bytes]] = {}
+        with ExitStack() as stack:
+            for split, count in self.counts.items():
+                file = stack.enter_context((self._folder / f"{split}.bin").open("ab"))
+                file.truncate(count * DTYPES[self._dtype].itemsize)  # what came after the commit
+                self._files[split] = file
+            self._open_files = stack.pop_all()
+
+    def _take_up(self) -> None:
+        progress = json.loads(self._progress.read_text(encoding="utf-8"))
+        fix = f"delete {self._folder} to begin anew, or pass another output_dir"
+        if progress["job"] != self._job:
+            raise DataSetError(
+                f"{self._folder} holds the beginning of another data set ({progress['job']}, and "
+                f"now {self._job}): {fix}"
+            )
+        for split, count in progress["tokens"].items():
+            path = self._folder / f"{split}.bin"
+            size = path.stat().st_size if path.is_file() else 0
+            if size < count * DTYPES[self._dtype].itemsize:
+                raise DataSetError(f"{path} is shorter than {count:,} tokens: {fix}")
+        self.counts, self.position = progress["tokens"], progress["position"]
+        self._largest_ids = progress["largest_id"]
+
+    def __enter__(self) -> DataSetWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._open_files.close()
+
+    def append(self, split: str, ids: np.ndarray) -> None:
+        """Write a split's next tokens, a 1-D integer array; ValueError for any other."""
+        file = self._files[split]
+        count, largest = _write_ids(file, ids, self._dtype, self._vocab_size, f"{split}.bin")
+        self.counts[split] += count
+        self._largest_ids[split] = max(self._largest_ids[split], largest)
+
+    def commit(self, position: Any) -> None:
+        """Make what was written so far survive a kill or a loss of power.
+
+        Args:
+            position: Where the source is to be read on, of JSON's types.
+        """
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        progress = {
+            "job": self._job,
+            "position": position,
+            "tokens": self.counts,
+            "largest_id": self._largest_ids,
+        }
+        partial = self._folder / "progress.json.partial"
+        with partial.open("wb") as file:
+            file.write(json.dumps(progress).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self._progress)
+        self.position = position
+
+    def finish(
+        self,
+        *,
+        source: Mapping[str, str | None],
+        tokenizer_name: str,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> dict[str, Any]:
+        """Move the data set into place; arguments and what is returned as :func:`write_data_set`.
+
+        Raises:
+            ValueError: If a split is empty.
+        """
+        for split, count in self.counts.items():
+            _refuse_empty(count, f"{split}.bin")
+        self._open_files.close()
+        meta = {
+            "dtype": self._dtype,
+            "vocab_size": self._vocab_size,
+            "tokens": self.counts,
+            "largest_id": self._largest_ids,
+            "source": dict(source),
+            "tokenizer": tokenizer_name,
+        }
+        self._progress.unlink(missing_ok=True)
+        _move_into_place(self._folder, self._output_dir, meta, tokenizer)
+        shutil.rmtree(self._folder)
+        return meta
+
+
+def _write_bin(
+    path: Path, arrays: np.ndarray | Iterable[np.ndarray], dtype: str, vocab_size: int
+) -> tuple[int, int]:
+    """Write token arrays one after another; return how many tokens, and the largest of them."""
+    count = largest = 0
+    with path.open("wb") as file:
+        for ids in [arrays] if isinstance(arrays, np.ndarray) else arrays:
+            more, top = _write_ids(file, ids, dtype, vocab_size, path.name)
+            count, largest = count + more, max(largest, top)
+    _refuse_empty(count, path.name)
+    return count, largest
+
+
+def _write_ids(
+    file: IO[bytes], array: np.ndarray, dtype: str, vocab_size: int, name: str
+) -> tuple[int, int]:
+    """Check and write one array of tokens; return how many, and the largest of them (0 of none)."""
+    ids = np.asarray(array)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ValueError(
+            f"{name}: tokens must be 1-D integer arrays, not {ids.dtype} of shape "
+            f"{ids.shape}; pass np.array(ids) or an iterable of such arrays"
+        )
+    smallest, largest = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
+    if not 0 <= smallest <= largest < vocab_size:
+        raise ValueError(
+            f"{name}: token ids run from {smallest} to {largest}, outside "
+            f"[0, vocab_size={vocab_size}); pass the tokenizer's whole vocabulary size"
+        )
+    ids.astype(DTYPES[dtype], copy=False).tofile(file)
+    return ids.size, largest
+
+
+def _refuse_empty(count: int, name: str) -> None:
+    if count == 0:
+        raise ValueError(f"{name}: no tokens for this split; the source text is too short")
+
+
+def _move_into_place(
+    partial: Path,
+    output_dir: Path,
+    meta: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """Move all files from one folder to another, with the tokenizer's and, last, ``meta.json``."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
+    for path in filter(Path.is_file, sorted(partial.rglob("*"))):
+        target = output_dir / path.relative_to(partial)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
+    (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    (partial / "meta.json").replace(output_dir / "meta.json")
