@@ -6,8 +6,9 @@
         --dataset_config_name sample-10BT --output_dir data/fineweb_edu
 
 Any data set of `datasets.load_dataset` with a column "text" of strings; of text files, each
-paragraph is a document. Every document is followed by an end-of-text token, and 0.05 % of them,
-chosen by a fixed seed as nanoGPT's data/openwebtext/prepare.py chooses them, are the val split.
+paragraph is a document. Every document is followed by an end-of-text token. The val split is 0.05 %
+of the documents, chosen by a fixed seed as nanoGPT's data/openwebtext/prepare.py chooses them; a
+small data set needs a larger --val_fraction.
 Writes data/openwebtext: train.bin and val.bin (uint16, 18 GB), meta.json and the tokenizer. Stopped
 and started again with the same arguments it goes on where it was. GPT-2's BPE is tiktoken's, which
 downloads its vocabulary once; set TIKTOKEN_CACHE_DIR to a folder that has it to work without
@@ -19,7 +20,7 @@ import os
 from pathlib import Path
 
 from striped_hf.cli import UserError, run
-from striped_hf.data.documents import load_documents, write_documents
+from striped_hf.data.documents import VAL_FRACTION, load_documents, write_documents
 
 NAME = "openwebtext"
 EXPECTED = (8_013_769, 9_035_582_198, 4_434_897)
@@ -55,6 +56,13 @@ def parse_arguments() -> argparse.Namespace:
         default=os.cpu_count(),
         help="processes that encode (default: %(default)s, one a core)",
     )
+    parser.add_argument(
+        "--val_fraction",
+        type=float,
+        metavar="SHARE",
+        default=VAL_FRACTION,
+        help="share of the documents in the val split (default: %(default)s)",
+    )
     return parser.parse_args()
 
 
@@ -62,17 +70,26 @@ def main() -> None:
     args = parse_arguments()
     if args.num_proc < 1:
         raise UserError(f"--num_proc {args.num_proc}: pass at least 1")
+    if not 0 < args.val_fraction < 1:
+        raise UserError(f"--val_fraction {args.val_fraction:g}: pass a share between 0 and 1")
     documents = load_documents(args.dataset_name, args.dataset_config_name, args.data_files)
     name = args.dataset_name
     if args.dataset_config_name:
         name += f", {args.dataset_config_name}"
-    source = {"name": name, "url": f"https://huggingface.co/datasets/{args.dataset_name}"}
+    source: dict[str, str | None] = {
+        "name": name,
+        "url": f"https://huggingface.co/datasets/{args.dataset_name}",
+    }
     if args.data_files:
         source = {"name": " ".join(Path(f).name for f in args.data_files), "url": None}
-    meta = write_documents(args.output_dir, documents, source | {"sha256": None}, args.num_proc)
+    source["sha256"] = None
+    meta = write_documents(
+        args.output_dir, documents, source, args.num_proc, val_fraction=args.val_fraction
+    )
 
     counts = (len(documents), meta["tokens"]["train"], meta["tokens"]["val"])
-    known = EXPECTED if name == NAME and not args.data_files else None
+    is_nanogpts = name == NAME and not args.data_files and args.val_fraction == VAL_FRACTION
+    known = EXPECTED if is_nanogpts else None
     print(f"{args.output_dir}: {source['name']} as gpt2")
     for what, count, expected in zip(
         ("documents", "train tokens", "val tokens"), counts, known or (None,) * 3, strict=True

@@ -1,4 +1,4 @@
-"""What the scripts share: failures that a user can mend end them with one line."""
+"""What the scripts share: failures that a user can fix end them with one line."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ sys.excepthook = explain_missing(sys.excepthook)
 
 
 class UserError(Exception):
-    """A failure that the user can mend; its message is one line that says how."""
+    """A failure that the user can fix; its message is one line that says how."""
 
 
 def run(main: Callable[[], None]) -> None:
@@ -30,19 +30,27 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def load_pretrained(auto_class: Any, name_or_path: str) -> Any:
+def load_pretrained(auto_class: Any, name_or_path: str, **options: Any) -> Any:
     """Calls ``auto_class.from_pretrained``.
 
     Args:
         auto_class: Such as ``AutoModelForCausalLM`` or ``AutoTokenizer``.
         name_or_path: A local folder, or a name on the hub.
+        options: What it is called with.
 
     Raises:
         UserError: It is no such folder and the hub does not give it.
     """
     try:
-        return auto_class.from_pretrained(name_or_path)
+        return auto_class.from_pretrained(name_or_path, **options)
     except (OSError, ValueError) as error:
+        found = Path(name_or_path).glob("checkpoint-*")
+        checkpoints = sorted(found, key=lambda path: path.stat().st_mtime)
+        if checkpoints:
+            raise UserError(
+                f"cannot load {name_or_path}: it is the folder of a run that did not end; pass its "
+                f"last checkpoint, {checkpoints[-1]}"
+            ) from error
         raise UserError(
             f"cannot load {name_or_path}: pass a local folder that holds the model and its "
             f"tokenizer, or a hub's name where there is a network ({one_line(error)})"
@@ -64,6 +72,11 @@ def model_names(paths: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def one_line(error: Exception) -> str:
-    """Returns an error's message, cut to fit into a line."""
-    return textwrap.shorten(str(error), 160)
+def one_line(error: BaseException) -> str:
+    """Returns an error's message and the message of its first cause, cut to fit into a line."""
+    text = textwrap.shorten(str(error) or type(error).__name__, 160)
+    cause = error
+    while (inner := cause.__cause__ or cause.__context__) is not None:
+        cause = inner
+    first = textwrap.shorten(str(cause) or type(cause).__name__, 160)
+    return text if first in text else f"{text}: {first}"

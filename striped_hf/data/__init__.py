@@ -11,9 +11,13 @@ that takes long, piece by piece.
 """
 
 from striped_hf.data.datasets import ContiguousBlocks, RandomWindows, StridedWindows, collate
-from striped_hf.data.format import DataSetError
-from striped_hf.data.split import TokenSplit, open_split
-from striped_hf.data.writer import DataSetWriter, write_data_set
+from striped_hf.data.tokens import (
+    DataSetError,
+    DataSetWriter,
+    TokenSplit,
+    open_split,
+    write_data_set,
+)
 
 __all__ = [
     "ContiguousBlocks",

@@ -19,8 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, default_collate
 
-from striped_hf.data.format import DataSetError
-from striped_hf.data.split import TokenSplit
+from striped_hf.data.tokens import DataSetError, TokenSplit
 
 Batch = dict[str, torch.Tensor]
 
@@ -81,7 +80,7 @@ class _Windows(Dataset[Batch]):
         if min(indices) < 0 or max(indices) >= len(self):
             raise IndexError(f"{indices}: indices must lie in [0, {len(self)})")
         positions = self._starts(indices)[:, None] + self._span
-        # clip: past the end of the split stands its last token, whose target is masked
+        # clip: past its end the split repeats its last token, whose target is masked
         window = self.split.read(positions)
         # two copies, not two views of one: the loss needs its labels contiguous
         targets = torch.from_numpy(window[:, 1:].astype(np.int64))

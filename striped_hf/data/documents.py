@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import json
 import math
 import multiprocessing
 import os
@@ -10,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -24,12 +27,12 @@ from tqdm import tqdm
 
 from striped_hf.cli import UserError, one_line
 from striped_hf.data.prepare import Source, gpt2_encoding
-from striped_hf.data.writer import DataSetWriter
+from striped_hf.data.tokens import DataSetWriter
 
-Position = dict[str, int]  # of what is to be read next: file, record batch in it, row of the whole
+Position = dict[str, int]  # what to read next: "file", "batch" in it, "row" of the data set
 
-# nanoGPT's, so that the counts are those that are known
-_VAL_FRACTION, _SEED = 0.0005, 2357
+# nanoGPT's, so that the counts are the known ones
+VAL_FRACTION, _SEED = 0.0005, 2357
 _TEXT = "text"  # the column's name
 # a text file's documents are its paragraphs: what blank lines part
 _BUILDERS: dict[str, tuple[str, dict[str, str]]] = {
@@ -59,7 +62,8 @@ def load_documents(
     try:
         if data_files:
             kind, options = _builder(data_files)
-            builder = datasets.load_dataset_builder(kind, data_files=list(data_files), **options)
+            escaped = [glob.escape(file) for file in data_files]  # names, not patterns
+            builder = datasets.load_dataset_builder(kind, data_files=escaped, **options)
         else:
             builder = datasets.load_dataset_builder(name, config)
         if hasattr(builder.config, "fragment_scan_options"):
@@ -68,6 +72,8 @@ def load_documents(
         builder.download_and_prepare()
         documents = builder.as_dataset(split="train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        for file in data_files or ():
+            _check_file(Path(file))
         raise UserError(
             f"cannot load {' '.join(data_files or [name])}: pass the name of a data set on the hub "
             "where there is a network, or parquet, JSON lines or text with --data_files FILE... "
@@ -75,6 +81,8 @@ def load_documents(
         ) from error
     column = documents.features.get(_TEXT)
     if getattr(column, "dtype", None) not in ("string", "large_string"):
+        for file in data_files or ():
+            _check_file(Path(file))
         raise UserError(
             f"the data set's columns are {', '.join(documents.column_names)}: pass one with a "
             f"column {_TEXT!r} of strings"
@@ -97,21 +105,67 @@ def _builder(data_files: Sequence[str]) -> tuple[str, dict[str, str]]:
     return _BUILDERS[kind]
 
 
-def val_rows(num_documents: int) -> NDArray[np.int64]:
+def _check_file(path: Path) -> None:
+    """Say what is wrong with a file that ``datasets`` could not load, where that can be told.
+
+    Raises:
+        UserError: It does not exist, is not UTF-8, or has a line that is no {"text": string}.
+    """
+    if not path.is_file():
+        raise UserError(f"--data_files {path}: there is no such file")
+    if path.suffix not in (".txt", ".jsonl"):
+        return
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"--data_files {path}: line {number:,} is not UTF-8 text ({error.reason}, byte "
+                    f"{line[error.start]:#04x}): convert the file to UTF-8"
+                ) from error
+            if path.suffix == ".jsonl" and text.strip():
+                _check_json_line(path, number, text)
+
+
+def _check_json_line(path: Path, number: int, line: str) -> None:
+    try:
+        found = json.loads(line)
+        wrong = f"is {found!r:.60}" if not isinstance(found, dict) else ""
+        if not wrong and _TEXT in found and not isinstance(found[_TEXT], str):
+            wrong = f"has {found[_TEXT]!r:.60} as its text"
+    except ValueError as error:
+        wrong = f"is no JSON ({error})"
+    if wrong:
+        raise UserError(
+            f"--data_files {path}: line {number:,} {wrong}; it must be an object with a string "
+            f"{_TEXT!r}: correct the line or leave it out"
+        )
+
+
+def val_rows(num_documents: int, val_fraction: float = VAL_FRACTION) -> NDArray[np.int64]:
     """Choose the documents of the val split.
 
-    They are those that ``train_test_split(test_size=0.0005, seed=2357)`` of ``datasets`` gives
-    nanoGPT, without its index of all documents.
+    They are those that ``train_test_split(test_size=val_fraction, seed=2357)`` of ``datasets``
+    chooses, and by default nanoGPT's, without its index of all documents.
+
+    Args:
+        num_documents: How many there are.
+        val_fraction: The share of the val split, above 0 and below 1.
 
     Returns:
         Their places in the data set, in order.
     """
     permutation = np.random.default_rng(_SEED).permutation(num_documents)
-    return np.sort(permutation[: math.ceil(_VAL_FRACTION * num_documents)])
+    return np.sort(permutation[: math.ceil(val_fraction * num_documents)])
 
 
 def write_documents(
-    output_dir: Path, documents: datasets.Dataset, source: Source, num_proc: int
+    output_dir: Path,
+    documents: datasets.Dataset,
+    source: Source,
+    num_proc: int,
+    val_fraction: float = VAL_FRACTION,
 ) -> dict[str, Any]:
     """Write a data set's documents as GPT-2 tokens, an end-of-text token after each.
 
@@ -124,21 +178,31 @@ def write_documents(
         documents: From :func:`load_documents`.
         source: Where they come from.
         num_proc: How many processes encode.
+        val_fraction: The share of documents in the val split, above 0 and below 1.
 
     Returns:
         What ``meta.json`` holds.
 
     Raises:
-        UserError: If ``output_dir`` holds the beginning of another data set, a document has no
-            text, or tiktoken cannot load its vocabulary.
+        UserError: If ``output_dir`` holds the beginning of another data set, or another process
+            writes there; a document has no text; nothing is left for the train split; tiktoken
+            cannot load its vocabulary; or a process that encodes was killed.
     """
+    val = val_rows(len(documents), val_fraction)
+    if len(val) == len(documents):
+        raise UserError(
+            f"a val share of {val_fraction:g} takes all {len(documents):,} documents: pass a "
+            "smaller --val_fraction"
+        )
     encoding, tokenizer = gpt2_encoding()
-    val = val_rows(len(documents))
     files = [Path(file["filename"]) for file in documents.cache_files]
     job = {
         "source": dict(source),
         "documents": len(documents),
-        "files": [[path.name, path.stat().st_size] for path in files],
+        "val_fraction": val_fraction,
+        # `datasets` names a cached file's folders by the version of its source: the commit on the
+        # hub, or the time when a local file was changed last
+        "files": {"/".join(path.parts[-5:]): path.stat().st_size for path in files},
     }
     try:
         writer = DataSetWriter(output_dir, ("train", "val"), vocab_size=encoding.n_vocab, job=job)
@@ -147,12 +211,19 @@ def write_documents(
     begin = writer.position or {"file": 0, "batch": 0, "row": 0}
     with writer, _Encoders(num_proc) as encoders:
         progress = tqdm(total=len(documents), initial=begin["row"], unit=" documents")
-        with progress:
-            for position, tokens in encoders.encode(_read(files, begin), val):
-                for split, ids in tokens.items():
-                    writer.append(split, ids)
-                writer.commit(position)
-                progress.update(position["row"] - progress.n)
+        try:
+            with progress:
+                for position, tokens in encoders.encode(_read(files, begin), val):
+                    for split, ids in tokens.items():
+                        writer.append(split, ids)
+                    writer.commit(position)
+                    progress.update(position["row"] - progress.n)
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"a process that encodes was killed after {progress.n:,} documents, perhaps for "
+                "want of memory: start the same command again, which goes on there; a smaller "
+                "--num_proc needs less memory"
+            ) from error
         return writer.finish(source=source, tokenizer_name="gpt2", tokenizer=tokenizer)
 
 

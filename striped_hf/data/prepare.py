@@ -12,11 +12,12 @@ import numpy as np
 import tiktoken
 import torch
 from tiktoken.load import read_file_cached
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from striped_hf.cli import UserError, load_pretrained, one_line
-from striped_hf.data.writer import write_data_set
+from striped_hf.cli import UserError, one_line
+from striped_hf.data.characters import character_tokenizer
+from striped_hf.data.tokens import write_data_set
+from striped_hf.pretrained import encode, load_tokenizer
 
 Source = dict[str, str | None]
 
@@ -91,13 +92,15 @@ def download(url: str, sha256: str, path: Path) -> None:
 
 
 def read_text(path: Path) -> tuple[str, Source]:
-    """Read a source text as it is (line ends too) and say where it comes from.
+    """Read a source text, its line ends as "\\n", and say where it comes from.
+
+    That is how nanoGPT reads it; a byte order mark stays a character.
 
     Args:
         path: A UTF-8 file.
 
     Returns:
-        The text, and its name, URL (None if it is not known) and sha256.
+        The text, and its name, URL (None if it is not known) and the sha256 of its bytes.
 
     Raises:
         UserError: If the file is not UTF-8, or too short to be split.
@@ -109,6 +112,7 @@ def read_text(path: Path) -> tuple[str, Source]:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error})") from error
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     if len(text) < 2:
         raise UserError(f"{path} holds {len(text)} characters: too short to be split in two")
     if sha256 == TINY_SHAKESPEARE["sha256"]:
@@ -123,18 +127,6 @@ def read_shakespeare(args: argparse.Namespace) -> tuple[str, Source]:
         path = args.output_dir / "tinyshakespeare.txt"
         download(str(TINY_SHAKESPEARE["url"]), str(TINY_SHAKESPEARE["sha256"]), path)
     return read_text(path)
-
-
-def character_tokenizer(symbols: str) -> PreTrainedTokenizerFast:
-    """Make a tokenizer with one token a character, its id the character's place in ``symbols``.
-
-    It adds no special tokens and decodes what it encodes without loss. A character outside
-    ``symbols`` is an error (tokenizers: "WordLevel error: Missing [UNK] token"), never dropped.
-    """
-    tokenizer = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
 
 
 def gpt2_tokenizer() -> PreTrainedTokenizerBase:
@@ -221,18 +213,26 @@ def write_gpt2_tokens(
 
 
 def write_model_tokens(output_dir: Path, text: str, source: Source, name_or_path: str) -> None:
-    """Write a text as a data set of the tokens of a given model, no special tokens added.
+    """Write a text as a data set of the tokens of a given model, no special tokens among them.
 
-    Arguments as :func:`write_characters`.
+    Nothing in the text is special: "<|endoftext|>" in it becomes the tokens of that spelling, as
+    with :func:`write_gpt2_tokens`. Arguments as :func:`write_characters`.
 
     Raises:
-        UserError: If ``AutoTokenizer`` cannot load ``name_or_path``.
+        UserError: If ``name_or_path`` has no tokenizer, or one without some of the characters.
     """
-    tokenizer = load_pretrained(AutoTokenizer, name_or_path)
+    tokenizer = load_tokenizer(name_or_path)
     cut = _cut(text)
     train, val = (
-        # verbose=False: that the text is longer than the model's context is no news here
-        np.array(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"])
+        np.array(
+            encode(
+                tokenizer,
+                part,
+                str(source["name"]),
+                add_special_tokens=False,
+                split_special_tokens=True,
+            )
+        )
         for part in (text[:cut], text[cut:])
     )
     _write(

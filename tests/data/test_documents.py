@@ -199,12 +199,12 @@ def test_another_data_set_does_not_go_on_there(novels, test_data, tmp_path):
     ("files", "message"),
     [
         ({"a.jsonl": '{"content": "x"}\n' * 9}, "columns are content: pass one with a column"),
-        ({"a.jsonl": '{"text": 5}\n' * 9}, "'text' of strings"),
+        ({"a.jsonl": '{"text": 5}\n' * 9}, "line 1 has 5 as its text"),
         ({"a.jsonl": '{"text": "x"}\n'}, "1 documents: too few"),
-        ({"a.jsonl": '{"text": \n' * 9}, r"cannot load .*a\.jsonl"),
+        ({"a.jsonl": '{"text": \n' * 9}, r"a\.jsonl: line 1 is no JSON"),
         ({"a.jsonl": "", "b.txt": "x"}, r"files of one kind.*\.parquet, \.jsonl"),
         ({"a.csv": "text\nx\n"}, "files of one kind"),
-        ({}, r"cannot load .*no\.parquet: pass .* --data_files"),
+        ({}, r"no\.parquet: there is no such file"),
     ],
 )
 def test_unusable_data_is_refused(tmp_path, files, message):
@@ -221,3 +221,63 @@ def test_document_without_text_is_named(tmp_path):
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="document 1,234 "):
         write_documents(tmp_path / "data", load(tmp_path / "a.parquet"), SOURCE, num_proc=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "caf\xe9\n\n".encode("latin-1") * 9, "a.txt: line 1 is not UTF-8 .*0xe9"),
+        ("a.txt", "one\n\ntwo\n\nthree".encode("utf-16"), "a.txt: line 1 is not UTF-8 .*0xff"),
+        ("a.jsonl", b'{"text": "x"}\n' * 9 + b'{"text": "x\n', "line 10 is no JSON"),
+        ("a.jsonl", b'{"text": "x"}\n' * 9 + b'{"text": ["x"]}\n', r"line 10 has \['x'\] as its"),
+        ("a.jsonl", b'{"text": "x"}\n' * 9 + b"7\n", "line 10 is 7; it must be an object"),
+        ("a.jsonl", b'{"text": "x"}\n\xff\n', "line 2 is not UTF-8"),
+        ("a.parquet", b"PAR1" + bytes(90), "cannot load .*arquet magic bytes not found"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["novel [draft].txt", "what?.txt", "a*.txt"])
+def test_names_of_files_are_no_patterns(tmp_path, name):
+    (tmp_path / name).write_text("One.\n\nTwo.")
+    (tmp_path / "abc.txt").write_text("Three.")
+    assert [text.strip() for text in load(tmp_path / name)["text"]] == ["One.", "Two."]
+
+
+def test_a_source_that_was_corrected_does_not_go_on(tmp_path):
+    """It has the name and length that it had, and half of it was read."""
+    path, folder = tmp_path / "a.jsonl", tmp_path / "data"
+    path.write_text('{"text": "old"}\n' * 5000)
+    process = begin(folder, load(path), num_proc=1)
+    process.kill()
+    process.join()
+    path.write_text('{"text": "new"}\n' * 5000)
+    with pytest.raises(UserError, match=r"another data set \(files\..*delete .*\.unfinished"):
+        write_documents(folder, load(path), SOURCE, num_proc=1)
+
+
+def test_val_share_is_chosen(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(f"number {i}" for i in range(100)))
+    documents = load(tmp_path / "a.txt")
+    write_documents(tmp_path / "data", documents, SOURCE, num_proc=1, val_fraction=0.25)
+    for split, count in (("train", 75), ("val", 25)):
+        tokens = open_split(tmp_path / "data", split).tokens
+        assert (tokens == 50_256).sum() == count
+    with pytest.raises(UserError, match=r"share of 0\.999 takes all 100 .*--val_fraction"):
+        write_documents(tmp_path / "data", documents, SOURCE, num_proc=1, val_fraction=0.999)
+
+
+def test_killed_encoder_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("One.\n\nTwo.")
+    monkeypatch.setattr("striped_hf.data.documents._encode", die)  # forked, it has this too
+    with pytest.raises(UserError, match=r"process that encodes was killed .* the same command"):
+        write_documents(tmp_path / "data", load(tmp_path / "a.txt"), SOURCE, num_proc=1)
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory runs out

@@ -13,6 +13,7 @@ from striped_hf.data import open_split
 tiktoken = pytest.importorskip("tiktoken")
 prepare = pytest.importorskip("striped_hf.data.prepare")
 
+SOURCE = {"name": "abc", "url": None, "sha256": ""}
 CONTENT = b"Twice two makes four.\n" * 20_000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
@@ -76,12 +77,37 @@ def test_unusable_text(tmp_path, content, message):
         prepare.read_text(tmp_path / "text")
 
 
-def test_text_is_taken_as_it_is(tmp_path):
-    (tmp_path / "text").write_bytes(b"a\r\nb\rc\n")
+def test_text_is_read_as_nanogpt_reads_it(tmp_path):
+    content = "\ufeffa\r\nb\rc\n\u2028\x0c".encode()
+    (tmp_path / "text").write_bytes(content)
     text, source = prepare.read_text(tmp_path / "text")
-    assert text == "a\r\nb\rc\n"
-    sha256 = hashlib.sha256(b"a\r\nb\rc\n").hexdigest()
+    with (tmp_path / "text").open(encoding="utf-8") as file:  # what its prepare.py does
+        assert text == file.read() == "\ufeffa\nb\nc\n\u2028\x0c"
+    sha256 = hashlib.sha256(content).hexdigest()
     assert source == {"name": "text", "url": None, "sha256": sha256}
+
+
+@pytest.mark.parametrize("spelled", ["<|endoftext|>", "<|endoftext|>x<|endoftext|>"])
+def test_what_spells_a_special_token_is_text(test_data, tmp_path, monkeypatch, spelled):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(test_data / "tiktoken_cache"))
+    text = f"one story.{spelled}another story. " * 20
+    prepare.write_gpt2_tokens(tmp_path / "a", text, SOURCE)
+    prepare.write_model_tokens(tmp_path / "b", text, SOURCE, str(test_data / "gpt2_tokenizer"))
+    for split in ("train", "val"):
+        one, other = (open_split(tmp_path / name, split).tokens.tolist() for name in "ab")
+        assert one == other
+        assert 50_256 not in one
+    # and the tokenizer that is saved with them reads it as before
+    assert 50_256 in AutoTokenizer.from_pretrained(tmp_path / "b")(spelled)["input_ids"]
+
+
+def test_characters_that_a_model_lacks_are_named(tmp_path):
+    prepare.character_tokenizer("abc").save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"^odd has characters unknown .*: '\u20ac', '\\n'; leave"):
+        prepare.write_model_tokens(
+            tmp_path / "data", "a\u20ac\n" * 3000, SOURCE | {"name": "odd"}, str(tmp_path / "model")
+        )
+    assert not (tmp_path / "data").exists()
 
 
 def test_unexpected_counts_write_nothing(tmp_path):

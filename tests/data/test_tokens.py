@@ -2,7 +2,9 @@
 
 import json
 import logging
+import multiprocessing
 import os
+import pathlib
 import pickle
 import time
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks.measuring import temporary_bytes
+from striped_hf.cli import UserError
 from striped_hf.data import (
     ContiguousBlocks,
     DataSetWriter,
@@ -18,6 +21,8 @@ from striped_hf.data import (
     open_split,
     write_data_set,
 )
+from striped_hf.data.tokens.nanogpt import nanogpt_symbols
+from striped_hf.pretrained import data_tokenizer
 
 SOURCE = {"name": "numbers", "url": None, "sha256": "0" * 64}
 
@@ -148,6 +153,74 @@ def test_piecewise_writer_rejects(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_what_another_job_differs_in_is_named(tmp_path):
+    def begun(**source):
+        job = {"source": {"name": "a", "rows": 10} | source, "files": {"x": 5}}
+        return DataSetWriter(tmp_path, ("train", "val"), vocab_size=300, job=job)
+
+    with begun() as first:
+        first.commit(1)
+    with pytest.raises(ValueError, match=r"data set \(source\.rows 10 before and 20 now\): delete"):
+        begun(rows=20)
+    with begun() as second:
+        assert second.position == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokens": {"train": 0, "val": 0, "../../model": 0}},
+        {"tokens": {"train": 0, "/model": 0}},
+        {"largest_id": {"train": 0, "val": 0, "../model": 0}},
+        {"tokens": {"train": 0}},
+        {"tokens": {"train": -1, "val": 0}},
+        {"tokens": {"train": 0.0, "val": 0}},
+        {"tokens": [["train", 0], ["val", 0]]},
+        {"largest_id": None},
+        {"job": None},
+        None,
+    ],
+)
+def test_progress_file_is_not_believed(tmp_path, changes):
+    """What it names becomes a path, and that file is cut."""
+    folder = tmp_path / "data"
+    with writer(folder) as first:
+        first.commit(1)
+    for path in (tmp_path / "model.bin", folder / "model.bin"):
+        path.write_bytes(b"precious")
+    progress = folder / ".unfinished" / "progress.json"
+    written = json.loads(progress.read_text())
+    progress.write_text("[1" if changes is None else json.dumps({**written, **changes}))
+    with pytest.raises(ValueError, match=r"progress\.json is damaged: delete|of another data set"):
+        writer(folder)
+    assert (tmp_path / "model.bin").read_bytes() == b"precious"
+    assert (folder / "model.bin").read_bytes() == b"precious"
+    assert not (folder / "_lock").exists()
+
+
+def hold(folder, ready, end):
+    with writer(folder) as held:
+        held.append("train", np.array([1, 2]))
+        held.commit(1)
+        ready.set()
+        end.wait()
+
+
+def test_two_processes_do_not_write_into_one_folder(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready, end = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(tmp_path, ready, end))
+    process.start()
+    assert ready.wait(60)
+    for begin in (lambda: writer(tmp_path), lambda: write(tmp_path, np.array([1]))):
+        with pytest.raises(UserError, match=rf"is in use by process {process.pid} on .*: wait"):
+            begin()
+    process.kill()  # as a crash: the system releases the lock
+    process.join()
+    with writer(tmp_path) as second:
+        assert (second.position, second.counts) == (1, {"train": 2, "val": 0})
+
+
 def nanogpt_folder(folder, train, val):
     np.array(train, dtype=np.uint16).tofile(folder / "train.bin")
     np.array(val, dtype=np.uint16).tofile(folder / "val.bin")
@@ -155,9 +228,10 @@ def nanogpt_folder(folder, train, val):
 
 
 def test_nanogpt_folder_of_characters(tmp_path, caplog):
-    """Its meta.pkl, here one that would end the process, says no more than that it is there."""
+    """A meta.pkl without characters, here one that would end the process, only says it is there."""
     folder = nanogpt_folder(tmp_path, [1, 2, 3], [64, 5])
     (folder / "meta.pkl").write_bytes(b"cbuiltins\nexit\n(I1\ntR.")
+    assert nanogpt_symbols(folder) is None
     with caplog.at_level(logging.INFO):
         split = open_split(folder, "train")
     assert (split.vocab_size, split.meta) == (65, {})
@@ -167,6 +241,39 @@ def test_nanogpt_folder_of_characters(tmp_path, caplog):
     assert "vocab_size 65" in record.message
     with pytest.raises(ValueError, match="token id 3, outside the model's vocab_size 3"):
         open_split(folder, "train", vocab_size=3)
+
+
+@pytest.mark.parametrize(
+    ("itos", "symbols"),
+    [
+        ({0: "\n", 1: "b", 2: "\u00e9"}, "\nb\u00e9"),
+        (["a", "b"], "ab"),
+        ({1: "a", 2: "b"}, None),  # ids that are not the places
+        ({0: "a", 1: "a"}, None),
+        ({0: "the", 1: "a"}, None),
+        ({0: 0}, None),
+        ({}, None),
+        (None, None),
+        ({0: pathlib.PurePath("a")}, None),  # a class is named
+    ],
+)
+def test_nanogpts_characters(tmp_path, itos, symbols):
+    folder = nanogpt_folder(tmp_path, [0, 1], [1, 0])
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 9, "itos": itos, "stoi": {}}))
+    assert nanogpt_symbols(folder) == symbols
+    assert open_split(folder, "train").vocab_size == len(symbols or "ab")
+    tokenizer = data_tokenizer(folder)
+    if symbols is None:
+        assert tokenizer is None
+    else:
+        assert tokenizer.decode(tokenizer(symbols)["input_ids"]) == symbols
+
+
+def test_ids_that_nanogpts_characters_lack_are_refused(tmp_path):
+    folder = nanogpt_folder(tmp_path, [0, 2], [1, 0])
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"itos": {0: "a", 1: "b"}}))
+    with pytest.raises(ValueError, match=r"id 2, outside its tokenizer's .* 2: .*damaged"):
+        open_split(folder, "train")
 
 
 def test_nanogpt_folder_of_gpt2s_tokens(tmp_path):

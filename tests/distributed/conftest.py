@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from processes import Launch
 
-from striped_hf.data.writer import write_data_set
+from striped_hf.data.tokens import write_data_set
 
 
 @pytest.fixture(scope="session")

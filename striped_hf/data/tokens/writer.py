@@ -6,15 +6,17 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from striped_hf.data.format import DTYPES, DataSetError, dtype_for
+from striped_hf.data.tokens.format import DTYPES, DataSetError, dtype_for
+from striped_hf.differences import differences
+from striped_hf.locking import lock_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,11 +52,16 @@ def write_data_set(
     Raises:
         ValueError: If an array is not 1-D or not of integers, an id lies outside
             [0, vocab_size), a split is empty, or ``vocab_size`` does not fit uint32.
+        UserError: If another process writes into the folder.
+        OSError: If the folder cannot be written to; the error names it.
     """
     dtype = dtype_for(vocab_size)
     output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=output_dir) as folder:
+    with (
+        lock_folder(output_dir),
+        _naming(output_dir),
+        tempfile.TemporaryDirectory(prefix=".partial-", dir=output_dir) as folder,
+    ):
         partial = Path(folder)
         written = {
             split: _write_bin(partial / f"{split}.bin", arrays, dtype, vocab_size)
@@ -75,8 +82,9 @@ def write_data_set(
 class DataSetWriter:
     """Writes a data set piece by piece; one that was stopped goes on after its last commit.
 
-    Until :meth:`finish` everything stands in ``DIR/.unfinished`` and older files stay as they were.
-    Use it as a context manager. It holds nothing in memory but the piece at hand.
+    Until :meth:`finish` everything is in ``DIR/.unfinished`` and older files stay as they were.
+    Use it as a context manager. It holds nothing in memory but the piece at hand. The folder is
+    locked until the context ends.
 
     Args:
         output_dir: The folder, as in :func:`write_data_set`.
@@ -90,6 +98,7 @@ class DataSetWriter:
 
     Raises:
         DataSetError: If the folder holds the beginning of another job, or one that is damaged.
+        UserError: If another process writes into the folder.
         ValueError: If ``vocab_size`` does not fit uint32.
     """
 
@@ -109,32 +118,46 @@ class DataSetWriter:
         self.position: Any = None
         self.counts = dict.fromkeys(splits, 0)
         self._largest_ids = dict.fromkeys(splits, 0)
-        if self._progress.exists():
-            self._take_up()
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._files: dict[str, IO[bytes]] = {}
         with ExitStack() as stack:
+            stack.enter_context(lock_folder(self._output_dir))
+            if self._progress.exists():
+                self._continue()
+            self._folder.mkdir(parents=True, exist_ok=True)
             for split, count in self.counts.items():
                 file = stack.enter_context((self._folder / f"{split}.bin").open("ab"))
                 file.truncate(count * DTYPES[self._dtype].itemsize)  # what came after the commit
                 self._files[split] = file
-            self._open_files = stack.pop_all()
+            self._open = stack.pop_all()
 
-    def _take_up(self) -> None:
-        progress = json.loads(self._progress.read_text(encoding="utf-8"))
+    def _continue(self) -> None:
+        """Goes on from ``progress.json``, whose every value is checked first."""
         fix = f"delete {self._folder} to begin anew, or pass another output_dir"
-        if progress["job"] != self._job:
-            raise DataSetError(
-                f"{self._folder} holds the beginning of another data set ({progress['job']}, and "
-                f"now {self._job}): {fix}"
+        try:
+            progress = json.loads(self._progress.read_text(encoding="utf-8"))
+            job, position = progress["job"], progress["position"]
+            counts, largest = progress["tokens"], progress["largest_id"]
+            # the names become paths: no others than this writer's own
+            whole = all(
+                found.keys() == self.counts.keys()
+                and all(type(value) is int and value >= 0 for value in found.values())
+                for found in (counts, largest)
             )
-        for split, count in progress["tokens"].items():
+        except (ValueError, LookupError, TypeError, AttributeError):
+            whole = False
+        if not whole:
+            raise DataSetError(f"{self._progress} is damaged: {fix}")
+        if job != self._job:
+            raise DataSetError(
+                f"{self._folder} holds the beginning of another data set "
+                f"({differences(job, self._job)}): {fix}"
+            )
+        for split, count in counts.items():
             path = self._folder / f"{split}.bin"
             size = path.stat().st_size if path.is_file() else 0
             if size < count * DTYPES[self._dtype].itemsize:
                 raise DataSetError(f"{path} is shorter than {count:,} tokens: {fix}")
-        self.counts, self.position = progress["tokens"], progress["position"]
-        self._largest_ids = progress["largest_id"]
+        self.counts, self._largest_ids, self.position = counts, largest, position
 
     def __enter__(self) -> DataSetWriter:
         return self
@@ -145,12 +168,15 @@ class DataSetWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._open_files.close()
+        with _naming(self._output_dir):  # closing a file writes what is left
+            self._open.close()
 
     def append(self, split: str, ids: np.ndarray) -> None:
         """Write a split's next tokens, a 1-D integer array; ValueError for any other."""
-        file = self._files[split]
-        count, largest = _write_ids(file, ids, self._dtype, self._vocab_size, f"{split}.bin")
+        with _naming(self._output_dir):
+            count, largest = _write_ids(
+                self._files[split], ids, self._dtype, self._vocab_size, f"{split}.bin"
+            )
         self.counts[split] += count
         self._largest_ids[split] = max(self._largest_ids[split], largest)
 
@@ -158,8 +184,13 @@ class DataSetWriter:
         """Make what was written so far survive a kill or a loss of power.
 
         Args:
-            position: Where the source is to be read on, of JSON's types.
+            position: Where to go on in the source, of JSON's types.
         """
+        with _naming(self._output_dir):
+            self._write_progress(position)
+        self.position = position
+
+    def _write_progress(self, position: Any) -> None:
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -175,7 +206,6 @@ class DataSetWriter:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self._progress)
-        self.position = position
 
     def finish(
         self,
@@ -191,7 +221,8 @@ class DataSetWriter:
         """
         for split, count in self.counts.items():
             _refuse_empty(count, f"{split}.bin")
-        self._open_files.close()
+        for file in self._files.values():
+            file.close()
         meta = {
             "dtype": self._dtype,
             "vocab_size": self._vocab_size,
@@ -200,10 +231,22 @@ class DataSetWriter:
             "source": dict(source),
             "tokenizer": tokenizer_name,
         }
-        self._progress.unlink(missing_ok=True)
-        _move_into_place(self._folder, self._output_dir, meta, tokenizer)
-        shutil.rmtree(self._folder)
+        with _naming(self._output_dir):
+            self._progress.unlink(missing_ok=True)
+            _move_into_place(self._folder, self._output_dir, meta, tokenizer)
+            shutil.rmtree(self._folder)
         return meta
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Adds the folder to a system error that names no file, such as a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def _write_bin(
@@ -235,7 +278,8 @@ def _write_ids(
             f"{name}: token ids run from {smallest} to {largest}, outside "
             f"[0, vocab_size={vocab_size}); pass the tokenizer's whole vocabulary size"
         )
-    ids.astype(DTYPES[dtype], copy=False).tofile(file)
+    # not tofile, which does not say why it failed
+    file.write(np.ascontiguousarray(ids, dtype=DTYPES[dtype]).data)
     return ids.size, largest
 
 

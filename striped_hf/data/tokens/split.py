@@ -11,7 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from striped_hf.data.format import DTYPES, PREPARE_AGAIN, DataSetError, count_tokens, read_meta
+from striped_hf.data.tokens.format import (
+    DTYPES,
+    PREPARE_AGAIN,
+    DataSetError,
+    count_tokens,
+    read_meta,
+)
+from striped_hf.data.tokens.nanogpt import nanogpt_symbols
+from striped_hf.fingerprint import file_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +58,7 @@ class TokenSplit:
         """Return the token ids at some positions.
 
         Args:
-            positions: Integers of any shape; beyond an end of the split stands its last token.
+            positions: Integers of any shape; beyond its end the split repeats its last token.
 
         Returns:
             ``dtype``, of the shape of ``positions``.
@@ -70,6 +78,7 @@ class TokenSplit:
             fix = f"the file is damaged or not of this data set; {PREPARE_AGAIN}"
             if not self.meta:
                 owner = "its tokenizer's"
+            if not self.meta and not (self.path.parent / "meta.pkl").exists():
                 fix = (
                     "without meta.json and meta.pkl it is taken for a folder of nanoGPT's with "
                     f"GPT-2's vocabulary; if it has another one, {PREPARE_AGAIN}"
@@ -85,6 +94,10 @@ class TokenSplit:
         raise DataSetError(
             f"{self.path} holds token id {largest}, outside {owner} vocab_size {limit}: {fix}"
         )
+
+    def fingerprint(self) -> str:
+        """Return 16 hexadecimal digits of what the split holds, whatever its folder is."""
+        return file_fingerprint(self.path, self.dtype)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -103,8 +116,8 @@ def open_split(
     read, by :meth:`TokenSplit.read`, as the data sets of this package do.
 
     A folder prepared by nanoGPT has no ``meta.json``: it is read as uint16, with GPT-2's
-    vocabulary. A ``meta.pkl`` says that it has one of its own, as small character data does: it is
-    never unpickled, but all splits are read, and the vocabulary taken to end at the largest id.
+    vocabulary. A folder with a ``meta.pkl``, as for small character data, has its own: the
+    vocabulary is its characters, or, where they cannot be read, all ids up to the largest one.
 
     Args:
         data_dir: A folder written by :func:`write_data_set` or by nanoGPT.
@@ -147,8 +160,7 @@ def open_split(
         opened = TokenSplit(path, "uint16", _nanogpt_vocab_size(folder), {}, vocab_size)
         count_tokens(path, opened.dtype)
         logger.warning(
-            "%s has no meta.json: reading %s as nanoGPT's uint16, with vocab_size %d and no "
-            "tokenizer",
+            "%s has no meta.json: reading %s as nanoGPT's uint16, with vocab_size %d",
             folder,
             path.name,
             opened.vocab_size,
@@ -161,6 +173,8 @@ def open_split(
 def _nanogpt_vocab_size(folder: Path) -> int:
     if not (folder / "meta.pkl").exists():
         return _GPT2_VOCAB_SIZE
+    if (symbols := nanogpt_symbols(folder)) is not None:
+        return len(symbols)
     largest = 0
     for path in folder.glob("*.bin"):
         count_tokens(path, "uint16")
