@@ -8,13 +8,14 @@ Any models by name or folder, on any data set in their own tokens:
 
     python recipes/eval_baselines.py MODEL --data_dir data/shakespeare_model --block_size 512
 
-A split is cut into contiguous blocks; every token but the first is a target once, and all of them
-weigh the same. The standard error comes from the scatter between blocks. Of a split that has more,
---max_blocks takes so many, evenly spaced: OpenWebText's train split has 8.8 million, and nanoGPT's
-own figures are of some 4,000 random ones. Batches are as large as the device holds.
+A split is cut into contiguous blocks. Every token but the first is a target once, and all targets
+weigh the same. The standard error comes from the scatter between blocks. --max_blocks evaluates at
+most so many blocks, evenly spaced: OpenWebText's train split has 8.8 million, and nanoGPT's own
+figures are of some 4,000 random ones. Batches are as large as the device holds.
 
 The results file is written after each split; --resume goes on where an evaluation was stopped. The
 tables in docs/ are rendered from those in benchmarks/results/, which --results names.
+The weights are in float32, whatever dtype they were saved in.
 """
 
 import argparse
@@ -24,12 +25,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch.utils.data import Subset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from striped_hf.cli import UserError, load_pretrained, model_names, run
+from striped_hf.cli import model_names, run
 from striped_hf.data import ContiguousBlocks, TokenSplit, open_split
 from striped_hf.evaluation import evaluate_data_set
-from striped_hf.results import begin_results, markdown_table, write_json
+from striped_hf.pretrained import (
+    check_length,
+    check_tokens,
+    load_config,
+    load_model,
+    weights_fingerprint,
+)
+from striped_hf.results import begin_results, is_measured, markdown_table, write_json
 
 # train and val loss on OpenWebText in nanoGPT's README
 NANOGPT = {
@@ -64,22 +72,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def open_splits(args: argparse.Namespace) -> dict[str, TokenSplit]:
     """Returns the splits, after a check that they are in the tokens of all of the models."""
-    has_tokenizer = (args.data_dir / "tokenizer.json").exists()
-    own = load_pretrained(AutoTokenizer, str(args.data_dir)).get_vocab() if has_tokenizer else None
     vocab_size = None
     for name in args.models:
-        config = load_pretrained(AutoConfig, name)
-        longest = getattr(config, "max_position_embeddings", args.block_size)
-        if args.block_size > longest:
-            raise UserError(
-                f"--block_size {args.block_size} is more than {name} was made for: pass "
-                f"--block_size {longest} or less"
-            )
-        if own is not None and load_pretrained(AutoTokenizer, name).get_vocab() != own:
-            raise UserError(
-                f"--data_dir {args.data_dir} is not in the tokens of {name}: prepare it with the "
-                "model's tokenizer, or pass a model that has the data's"
-            )
+        config = load_config(name)
+        check_length("--block_size", args.block_size, name, config)
+        check_tokens(args.data_dir, name)
         vocab_size = min(config.vocab_size, vocab_size or config.vocab_size)
     return {split: open_split(args.data_dir, split, vocab_size=vocab_size) for split in SPLITS}
 
@@ -140,6 +137,7 @@ def main() -> None:
     splits = open_splits(args)
     settings = {
         "data": args.data,
+        "fingerprints": {split: splits[split].fingerprint() for split in SPLITS},
         "block_size": args.block_size,
         "max_blocks": args.max_blocks,
         "dtype": "bfloat16 autocast" if args.bf16 else "float32",
@@ -147,17 +145,20 @@ def main() -> None:
     }
     results = begin_results(args.results, settings, args.resume, accelerator.device.type)
     for name, path in names.items():
-        done = [row["split"] for row in results["losses"] if row["model"] == name]
-        if set(done) == set(SPLITS):
-            continue  # taken over
-        model = load_pretrained(AutoModelForCausalLM, path)
+        weights = {"weights": weights_fingerprint(path)}
+        splits_left = [
+            split
+            for split in SPLITS
+            if not is_measured(results["losses"], {"model": name, "split": split}, weights)
+        ]
+        if not splits_left:
+            continue  # measured before
+        model = load_model(path)
         parameters = model.num_parameters()
         model = accelerator.prepare_model(model, evaluation_mode=True)
-        for split in SPLITS:
-            if split in done:
-                continue
+        for split in splits_left:
             accelerator.print(f"== {name} on {args.data}, {split} split")
-            row = {"model": name, "parameters": parameters, "split": split}
+            row = {"model": name, **weights, "parameters": parameters, "split": split}
             results["losses"].append(row | evaluate(model, splits[split], args, accelerator))
             if accelerator.is_main_process:
                 write_json(args.results, results)

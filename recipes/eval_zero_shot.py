@@ -16,9 +16,11 @@ needs `pip install --constraint constraints.txt --editable '.[eval]'`; --tasks w
 
 The results file is written after each task; --resume goes on where an evaluation was stopped. The
 table in docs/ is rendered from one in benchmarks/results/, which --results names.
+The weights are in float32, whatever dtype they were saved in.
 """
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
@@ -30,12 +32,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import find_executable_batch_size
 from datasets import load_dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from striped_hf.cli import UserError, load_pretrained, model_names, one_line, run
+from striped_hf.cli import UserError, model_names, one_line, run
 from striped_hf.data import StridedWindows
 from striped_hf.evaluation import evaluate_data_set, largest_batch
-from striped_hf.results import begin_results, markdown_table, write_json
+from striped_hf.fingerprint import file_fingerprint
+from striped_hf.pretrained import (
+    check_length,
+    encode,
+    load_config,
+    load_model,
+    load_tokenizer,
+    weights_fingerprint,
+)
+from striped_hf.results import begin_results, is_measured, markdown_table, write_json
 
 TASKS = ("wikitext", "lambada")
 
@@ -107,8 +117,9 @@ def evaluate_wikitext(
     model: Any, tokenizer: Any, args: argparse.Namespace, accelerator: Accelerator
 ) -> dict[str, Any]:
     """Returns the loss in overlapping windows, as ``evaluate_data_set`` does."""
-    # verbose=False: that the text is longer than the model's context is no news here
-    ids = tokenizer(args.text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = encode(tokenizer, args.text, f"WikiText-2 for {args.model}", add_special_tokens=False)
+    if len(ids) < 2:
+        raise UserError(f"--wikitext {args.wikitext}: {len(ids)} tokens are too few to evaluate on")
     windows = StridedWindows(np.array(ids), args.window, args.stride)
     return evaluate_data_set(model, windows, args.window - 1, accelerator, "WikiText-2")
 
@@ -194,20 +205,18 @@ def render(results: dict[str, Any]) -> str:
 def main() -> None:
     args = parse_arguments()
     names = model_names(args.models)
+    texts: dict[str, str | None] = dict.fromkeys(TASKS)  # their fingerprints
     if "wikitext" in args.tasks:
         args.text = read_wikitext(args.wikitext)
+        texts["wikitext"] = hashlib.sha256(args.text.encode()).hexdigest()[:16]
     if "lambada" in args.tasks and args.lambada is not None:
         check_lambada(args.lambada)
+        texts["lambada"] = file_fingerprint(args.lambada)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(), mixed_precision="bf16" if args.bf16 else "no"
     )
     for path in args.models:
-        longest = getattr(load_pretrained(AutoConfig, path), "max_position_embeddings", args.window)
-        if args.window > longest:
-            raise UserError(
-                f"--window {args.window} is more than {path} was made for: pass --window {longest} "
-                "or less"
-            )
+        check_length("--window", args.window, path, load_config(path))
     settings = {
         "window": args.window,
         "stride": args.stride,
@@ -217,16 +226,24 @@ def main() -> None:
     results = begin_results(args.results, settings, args.resume, accelerator.device.type)
     evaluations = {"wikitext": evaluate_wikitext, "lambada": evaluate_lambada}
     for name, path in names.items():
-        done = [row["task"] for row in results["scores"] if row["model"] == name]
-        tasks = [task for task in args.tasks if task not in done]
+        measured = {
+            task: {"weights": weights_fingerprint(path), "text": texts[task]} for task in args.tasks
+        }
+        tasks = [
+            task
+            for task in args.tasks
+            if not is_measured(results["scores"], {"model": name, "task": task}, measured[task])
+        ]
         if not tasks:
-            continue  # taken over
-        model = load_pretrained(AutoModelForCausalLM, path)
-        tokenizer = load_pretrained(AutoTokenizer, path)
+            continue  # measured before
+        model = load_model(path)
+        tokenizer = load_tokenizer(path)
         model = accelerator.prepare_model(model, evaluation_mode=True)
+        args.model = name
         for task in tasks:
             print(f"== {name}: {task}", flush=True)
             row = {"model": name, "parameters": model.num_parameters(), "task": task}
+            row |= measured[task]
             scores = evaluations[task](model, tokenizer, args, accelerator)
             results["scores"].append(row | scores)
             write_json(args.results, results)

@@ -3,16 +3,20 @@
     python recipes/sample.py out/shakespeare_char --start "ROMEO:" --num_samples 2
     python recipes/sample.py gpt2-xl --start FILE:prompt.txt --max_new_tokens 100
 
-The text goes on past the model's context: each token is then drawn from the last ones that fit.
+The text goes on past the model's context: each token is then drawn from the last ones that fit. A
+sample whose text has ended stays as it is.
 """
 
 import argparse
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from striped_hf.cli import UserError, is_main_process, load_pretrained, run
+from striped_hf.pretrained import encode, load_tokenizer
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,21 +37,49 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def encode(tokenizer, start: str) -> torch.Tensor:
+def encode_prompt(tokenizer: Any, start: str) -> torch.Tensor:
     """Returns the prompt's tokens, [1, L]."""
+    source = "--start"
     if start.startswith("FILE:"):
-        start = Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
-    try:
-        ids = tokenizer(start, return_tensors="pt")["input_ids"].long()
-    except Exception as error:  # what tokenizers raises for an unknown character has no class
-        raise UserError(
-            f"--start {start!r} has characters unknown to the model: {error}"
-        ) from error
-    if ids.numel() > 0:
-        return ids
-    if tokenizer.bos_token_id is None:
+        path = Path(start.removeprefix("FILE:"))
+        source = f"--start FILE:{path}"
+        try:
+            start = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{source} is not UTF-8 text ({error}): convert it") from error
+    ids = encode(tokenizer, start, source)
+    if not ids and tokenizer.bos_token_id is None:
         raise UserError("--start is empty, and this model has no token to begin with: pass a text")
-    return torch.tensor([[tokenizer.bos_token_id]])
+    return torch.tensor([ids or [tokenizer.bos_token_id]])
+
+
+def generate(model: PreTrainedModel, prompts: torch.Tensor, args: argparse.Namespace) -> list[Any]:
+    """Goes on with prompts, [N, L]; returns the tokens of each, up to where its text ends."""
+    generation: Any = model.generation_config
+    ends = torch.as_tensor(generation.eos_token_id if generation.eos_token_id is not None else [])
+    ends = ends.view(-1).to(prompts.device)
+    length = prompts.shape[1] + args.max_new_tokens
+    context = getattr(model.config, "max_position_embeddings", None) or length
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k}
+    samples: list[Any] = [None] * len(prompts)
+    ids, numbers = prompts, torch.arange(len(prompts))  # those that go on, and which they are
+    while len(ids) and ids.shape[1] < length:
+        # all that still fits at once, with the cache; then token by token over a sliding window
+        window = ids[:, -max(1, context - 1) :]
+        count = min(length - ids.shape[1], max(1, context - window.shape[1]))
+        out = model.generate(  # type: ignore[operator]
+            window, attention_mask=torch.ones_like(window), max_new_tokens=count, **sampling
+        )
+        new = out[:, window.shape[1] :]
+        ended = torch.isin(new, ends)
+        for row in ended.any(1).nonzero().flatten().tolist():
+            end = int(ended[row].int().argmax()) + 1  # what follows is padding
+            samples[int(numbers[row])] = torch.cat((ids[row], new[row, :end]))
+        go_on = ~ended.any(1)
+        ids, numbers = torch.cat((ids, new), dim=1)[go_on], numbers[go_on.cpu()]
+    for number, sample in zip(numbers.tolist(), ids, strict=True):
+        samples[number] = sample
+    return samples
 
 
 @torch.inference_mode()
@@ -55,27 +87,15 @@ def main() -> None:
     if not is_main_process():
         return  # one process samples, whoever launched several
     args = parse_arguments()
+    # a console may lack characters of the text
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_pretrained(AutoModelForCausalLM, args.model).to(device).eval()
-    tokenizer = load_pretrained(AutoTokenizer, args.model)
+    tokenizer: Any = load_tokenizer(args.model)
     set_seed(args.seed)
-
-    ids = encode(tokenizer, args.start).to(device).repeat(args.num_samples, 1)
-    length = ids.shape[1] + args.max_new_tokens
-    context = getattr(model.config, "max_position_embeddings", length)
-    sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k}
-    while ids.shape[1] < length:
-        # all that still fits at once, with the cache; then token by token over a sliding window
-        window = ids[:, -(context - 1) :]
-        new = min(length - ids.shape[1], context - window.shape[1])
-        out = model.generate(
-            window, attention_mask=torch.ones_like(window), max_new_tokens=new, **sampling
-        )
-        ids = torch.cat((ids, out[:, window.shape[1] :]), dim=1)
-        if out.shape[1] < window.shape[1] + new:
-            break  # every sample came to its end
-    for text in tokenizer.batch_decode(ids, skip_special_tokens=True):
-        print(f"{text}\n---------------")
+    prompts = encode_prompt(tokenizer, args.start).to(device).repeat(args.num_samples, 1)
+    for ids in generate(model, prompts, args):
+        print(f"{tokenizer.decode(ids, skip_special_tokens=True)}\n---------------")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 import transformers
 
+from striped_hf.cli import UserError
+from striped_hf.differences import differences
+
 
 def environment(device_type: str | None = None) -> dict[str, Any]:
     """Describes where a result was measured: device, threads, versions, and commit of this code.
@@ -96,6 +99,11 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def loss_text(loss: float | None, digits: int = 4) -> str:
+    """Writes a loss for people; None, for a run that diverged, too."""
+    return "diverged" if loss is None else f"{loss:.{digits}f}"
+
+
 def begin_results(
     path: str | os.PathLike[str],
     settings: dict[str, Any],
@@ -107,18 +115,52 @@ def begin_results(
     Args:
         path: The file, as an earlier run may have left it.
         settings: What was set, and the lists to be filled, empty.
-        resume: Whether the earlier run is to be gone on with. One of other settings is not.
+        resume: Whether to go on with the earlier run.
         device_type: As for ``environment``.
 
     Returns:
         ``environment`` and the settings; of an earlier run with the same ones, its lists as well.
+
+    Raises:
+        UserError: The earlier run had other settings.
     """
     path = Path(path)
     if resume and path.exists():
-        results = json.loads(path.read_text(encoding="utf-8"))
-        if all(results.get(key) == value or value == [] for key, value in settings.items()):
-            return results
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        now = {key: value for key, value in settings.items() if value != []}
+        if found := differences({key: results.get(key) for key in now}, now):
+            raise UserError(
+                f"--resume: {path} has results of other settings ({found}): pass what they had, "
+                "name another file with --results, or leave --resume out to begin anew"
+            )
+        return results
     return {"environment": environment(device_type), **settings}
+
+
+def is_measured(
+    rows: Sequence[dict[str, Any]], names: dict[str, str], measured: dict[str, str | None]
+) -> bool:
+    """Tells whether a results file that is gone on with has a row already.
+
+    Args:
+        rows: Its rows.
+        names: What the row is called: of which model it is, for example.
+        measured: Fingerprints of what goes by these names now. Rows of earlier versions have none.
+
+    Raises:
+        UserError: The row is of something else under the same names.
+    """
+    for row in rows:
+        if names.items() <= row.items():
+            before = {key: row[key] for key in measured if key in row}
+            if found := differences(before, {key: measured[key] for key in before}):
+                raise UserError(
+                    f"--resume: {' '.join(names.values())} has been measured on something else "
+                    f"({found}): leave --resume out to begin anew, or name another file with "
+                    "--results"
+                )
+            return True
+    return False
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

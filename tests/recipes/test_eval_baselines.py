@@ -101,8 +101,22 @@ def test_resume_takes_over_what_was_measured(model, data, run_here, tmp_path):
     rows = read(tmp_path)[1]
     assert rows["train"]["loss"] == 99.0
     assert rows["val"] == val
-    run_here(RECIPE, model, "--data_dir", data, *SMALL, "--resume", "--max_blocks", 4)
-    assert read(tmp_path)[1]["train"]["loss"] < 10  # other settings are another evaluation
+    other = (RECIPE, model, "--data_dir", data, *SMALL, "--max_blocks", 4)
+    fails = "results of other settings (max_blocks"
+    run_here(*other, "--resume", fails=fails)
+    assert read(tmp_path)[1]["train"]["loss"] == 99.0
+    run_here(*other)
+    assert read(tmp_path)[1]["train"]["loss"] < 10
+
+
+def test_resume_knows_data_by_what_it_holds(model, data, run_here, tmp_path):
+    copied = shutil.copytree(data, tmp_path / "copied" / data.name)
+    run_here(RECIPE, model, "--data_dir", data, *SMALL)
+    run_here(RECIPE, model, "--data_dir", copied, *SMALL, "--resume")
+    tokens = np.fromfile(copied / "val.bin", "<u2")
+    tokens[::-1].tofile(copied / "val.bin")
+    fails = "results of other settings (fingerprints.val "
+    run_here(RECIPE, model, "--data_dir", copied, *SMALL, "--resume", fails=fails)
 
 
 def test_data_in_the_tokens_of_another_model(tmp_path, run_here, model):

@@ -79,7 +79,47 @@ def test_resume_takes_over_what_was_measured(model, run_here, tmp_path):
     results["scores"][0]["perplexity"] = 99.0
     (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
     assert "99.00" in run_here(RECIPE, model, *WIKITEXT, "--window", 16, "--resume")
-    assert "99.00" not in run_here(RECIPE, model, *WIKITEXT, "--window", 12, "--resume")
+    fails = "other settings (window 16 before and 12 now"
+    run_here(RECIPE, model, *WIKITEXT, "--window", 12, "--resume", fails=fails)
+
+
+def test_resume_knows_model_and_text_by_what_they_hold(model, run_here, tmp_path):
+    flags = (RECIPE, model, *WIKITEXT, "--window", 16)
+    run_here(*flags)
+    (tmp_path / "wiki.raw").write_text("a bed\n" * 9, encoding="utf-8")
+    run_here(*flags, "--resume", fails="has been measured on something else (text ")
+    run_here(*flags)
+    other = AutoModelForCausalLM.from_pretrained(model)
+    other.init_weights()
+    with torch.no_grad():
+        other.transformer.wpe.weight.mul_(2)
+    other.save_pretrained(model)
+    run_here(*flags, "--resume", fails="has been measured on something else (weights ")
+
+
+def test_weights_are_float32_whatever_they_were_saved_in(model, run_here, tmp_path):
+    torch.manual_seed(1)
+    coarse = AutoModelForCausalLM.from_pretrained(model).bfloat16()
+    coarse.save_pretrained(model)
+    run_here(RECIPE, model, *WIKITEXT, "--window", 16)
+    (measured,) = read(tmp_path)
+    coarse.float().save_pretrained(model)
+    run_here(RECIPE, model, *WIKITEXT, "--window", 16)
+    (exact,) = read(tmp_path)
+    assert measured["loss"] == pytest.approx(exact["loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "--wikitext wiki.raw: 0 tokens are too few"),
+        ("a", "1 tokens are too few"),
+        ("a xyz", "characters unknown to the model: 'x', 'y', 'z'; leave"),
+    ],
+)
+def test_texts_that_cannot_be_measured(model, run_here, tmp_path, text, message):
+    (tmp_path / "wiki.raw").write_text(text, encoding="utf-8")
+    run_here(RECIPE, model, *WIKITEXT, "--window", 16, fails=message)
 
 
 @pytest.mark.parametrize(
