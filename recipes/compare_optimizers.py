@@ -3,8 +3,8 @@
     python recipes/compare_optimizers.py recipes/train_shakespeare_char.py \\
         --optim adamw_torch_fused@4e-3 striped_adamw@4e-3 striped_adamw_8bit@6e-3 -- --preset cpu
 
-What stands behind `--` goes to the recipe. Each run is a process of its own and leaves its folder
-in --output_dir, which gets comparison.json (every figure measured), comparison.md and
+What follows `--` goes to the recipe. Each run is a process of its own and leaves its folder in
+--output_dir, which gets comparison.json (every figure measured), comparison.md and
 comparison.png. An optimizer's own arguments and learning rate follow its name:
 striped_adamw_8bit:nesterov=true@6e-3.
 
@@ -12,19 +12,22 @@ striped_adamw_8bit:nesterov=true@6e-3.
 that the file names.
 
 --learning_rate and --seed take several values: every combination is run, and the table has each
-optimizer's mean over the seeds at each learning rate. --resume takes over the runs that an earlier,
-stopped comparison finished with the same command and the same --accelerate_config. Where runs come
-from several commits, versions or devices, the line under the table says which is whose.
+optimizer's mean over the seeds at each learning rate. A run that diverges is in the table as such.
+A run that fails is left out, and the others go on. --resume keeps the runs that an earlier, stopped
+comparison finished with the same command and the same --accelerate_config. Where runs come from
+several commits, versions or devices, the line under the table names them.
 """
 
 import argparse
 import itertools
 import json
+import math
 import os
 import shlex
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ from matplotlib import pyplot as plt
 
 from striped_hf.results import (
     common_environment,
+    loss_text,
     markdown_table,
     measured_on,
     write_json,
@@ -48,7 +52,7 @@ Run = dict[str, Any]
 def main() -> None:
     args = parse_arguments()
     settings = list(itertools.product(args.optim, args.learning_rate, args.seed))
-    names, runs = [], []
+    names, runs, failed = [], [], []
     for i, (optim, learning_rate, seed) in enumerate(settings, start=1):
         optim, _, own_rate = optim.partition("@")
         optim, _, optim_args = optim.partition(":")
@@ -59,8 +63,17 @@ def main() -> None:
         flags += ["--learning_rate", learning_rate] if learning_rate else []
         flags += ["--seed", seed] if seed else []
         flags += [*args.recipe_flags, "--output_dir", str(args.output_dir / name)]
-        names.append(name)
-        runs.append(run_recipe(args, flags, args.output_dir / name))
+        run = run_recipe(args, flags, args.output_dir / name)
+        if run is not None:
+            names.append(name)
+            runs.append(run)
+            continue
+        print(f"{name} failed; its output above says why", flush=True)
+        failed.append(name)
+        if not runs:  # what none of the settings can do
+            break
+    if not runs:
+        sys.exit(f"error: {failed[0]} failed; its output above says why")
 
     environments = {name: run.pop("environment") for name, run in zip(names, runs, strict=True)}
     comparison: dict[str, Any] = {"environment": common_environment(environments), "runs": runs}
@@ -69,11 +82,14 @@ def main() -> None:
         if is_sweep(comparison):
             run.pop("history")
     write_json(args.output_dir / "comparison.json", comparison)
-    table = f"{render_table(comparison)}\n\n{measured_on(comparison['environment'])}"
+    table = f"{render_table(comparison)}\n\n{dtypes(comparison)}"
+    table += measured_on(comparison["environment"])
     write_text(args.output_dir / "comparison.md", f"{table}\n")
     render_plot(comparison, args.output_dir / "comparison.png")
     print(f"\n{table}\n")
     print(f"written to {args.output_dir}/comparison.json, comparison.md and comparison.png")
+    if failed:
+        sys.exit(f"error: not in the comparison, since they failed: {', '.join(failed)}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -86,11 +102,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", nargs="+", default=[""], metavar="SEED")
     parser.add_argument("--output_dir", type=Path, default=Path("out/comparison"))
     parser.add_argument("--accelerate_config", metavar="FILE", help="launch the runs with it")
-    parser.add_argument("--resume", action="store_true", help="take over runs finished before")
-    own = sys.argv[1:]
-    behind = own.index("--") if "--" in own else len(own)
-    args = parser.parse_args(own[:behind])
-    args.recipe_flags = own[behind + 1 :]
+    parser.add_argument("--resume", action="store_true", help="keep runs finished before")
+    given = sys.argv[1:]
+    split = given.index("--") if "--" in given else len(given)
+    args = parser.parse_args(given[:split])
+    args.recipe_flags = given[split + 1 :]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         parser.error("start it by python, and pass --accelerate_config to have its runs launched")
     if not Path(args.recipe).is_file():
@@ -100,8 +116,12 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def run_recipe(args: argparse.Namespace, flags: list[str], folder: Path) -> dict[str, Any]:
-    """Runs the recipe unless its result is there and wanted; returns its run.json and history."""
+def run_recipe(args: argparse.Namespace, flags: list[str], folder: Path) -> Run | None:
+    """Runs the recipe unless its result is there and wanted.
+
+    Returns:
+        Its run.json, with a history; None where the recipe failed.
+    """
     result = folder / "run.json"
     printed = shlex.join(["python", args.recipe, *flags])
     launcher = []
@@ -121,21 +141,30 @@ def run_recipe(args: argparse.Namespace, flags: list[str], folder: Path) -> dict
         if config is not None:
             write_text(launch, config)
         command = [sys.executable, *launcher, args.recipe, *flags]
-        status = subprocess.run(command).returncode
-        if status != 0:
-            sys.exit(f"error: {printed}\nended with status {status}; its output above says why")
+        if subprocess.run(command).returncode != 0:
+            return None
     run = json.loads(result.read_text(encoding="utf-8"))
     log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     train = [entry for entry in log if "loss" in entry]
-    # the final evaluation repeats that of the best checkpoint at the last step
+    # at the last step the best checkpoint is evaluated once more
     evals = {entry["step"]: entry["eval_loss"] for entry in log[:-2] if "eval_loss" in entry}
     run["history"] = {
         "steps": [entry["step"] for entry in train],
-        "losses": [entry["loss"] for entry in train],
+        "losses": [_finite(entry["loss"]) for entry in train],
         "eval_steps": list(evals),
-        "eval_losses": list(evals.values()),
+        "eval_losses": [_finite(loss) for loss in evals.values()],
     }
     return run
+
+
+def _finite(loss: float) -> float | None:
+    return loss if math.isfinite(loss) else None
+
+
+def mean(losses: Sequence[float | None]) -> float | None:
+    """Returns the mean of some losses; None where a run of them diverged."""
+    known = [loss for loss in losses if loss is not None]
+    return statistics.mean(known) if len(known) == len(losses) else None
 
 
 def label(run: Run) -> str:
@@ -156,6 +185,12 @@ def is_sweep(comparison: Comparison) -> bool:
     return len(comparison["runs"]) > len({label(run) for run in comparison["runs"]})
 
 
+def dtypes(comparison: Comparison) -> str:
+    """Says in which dtype the runs had their weights; runs of an older recipe do not say."""
+    found = sorted({run["dtype"] for run in comparison["runs"] if "dtype" in run})
+    return f"Weights in {' and '.join(found)}. " if found else ""
+
+
 def render_table(comparison: Comparison) -> str:
     """Makes the Markdown table: one row a run, or for a sweep one a learning rate."""
     header: tuple[str, ...]
@@ -171,9 +206,9 @@ def render_table(comparison: Comparison) -> str:
                 f"{run['learning_rate']:g}",
                 f"{run['state_bytes_per_param']:.2f}",
                 f"{run['peak_memory_mib']:,.0f}",
-                f"{run['median_step_ms']:.1f}",
-                f"{run['train_loss']:.4f}",
-                f"{run['eval_loss']:.4f}",
+                "" if run["median_step_ms"] is None else f"{run['median_step_ms']:.1f}",
+                loss_text(run["train_loss"]),
+                loss_text(run["eval_loss"]),
             )
             for run in comparison["runs"]
         ]
@@ -182,18 +217,28 @@ def render_table(comparison: Comparison) -> str:
     rows = []
     for (name, learning_rate), runs in groups(comparison).items():
         losses = [run["eval_loss"] for run in runs]
+        # one that diverged is the highest
+        lowest, *_, highest = sorted([*losses, *losses[:1]], key=_order)
         rows.append(
             (
                 f"`{name}`",
                 f"{learning_rate:g}",
-                f"{statistics.mean(run['train_loss'] for run in runs):.4f}",
-                f"{statistics.mean(losses):.4f}",
-                f"{min(losses):.4f} to {max(losses):.4f}",
+                loss_text(mean([run["train_loss"] for run in runs])),
+                loss_text(mean(losses)),
+                f"{loss_text(lowest)} to {loss_text(highest)}",
                 str(len(runs)),
             )
         )
     header = ("optimizer", "learning rate", "train loss", "val loss", "val loss, range", "seeds")
     return markdown_table(header, rows)
+
+
+def _order(loss: float | None) -> float:
+    return math.inf if loss is None else loss
+
+
+def _drawn(loss: float | None) -> float:
+    return math.nan if loss is None else loss  # a gap
 
 
 def render_plot(comparison: Comparison, path: str | os.PathLike[str]) -> None:
@@ -215,10 +260,10 @@ def render_plot(comparison: Comparison, path: str | os.PathLike[str]) -> None:
         for name in by_label:
             rates = sorted(rate for other, rate in groups(comparison) if other == name)
             runs = [groups(comparison)[name, rate] for rate in rates]
-            means = [statistics.mean(run["eval_loss"] for run in same) for same in runs]
+            means = [_drawn(mean([run["eval_loss"] for run in same])) for same in runs]
             losses.plot(rates, means, marker="o", label=name, color=colors[name])
             for rate, same in zip(rates, runs, strict=True):
-                seeds = [run["eval_loss"] for run in same]
+                seeds = [_drawn(run["eval_loss"]) for run in same]
                 losses.scatter([rate] * len(seeds), seeds, s=12, alpha=0.5, color=colors[name])
         losses.set(xscale="log", xlabel="learning rate", ylabel="validation loss, nats per token")
         every_rate = sorted({rate for _, rate in groups(comparison)})
@@ -228,10 +273,11 @@ def render_plot(comparison: Comparison, path: str | os.PathLike[str]) -> None:
     else:
         for run in comparison["runs"]:
             name, history = label(run), run["history"]
-            losses.plot(history["steps"], history["losses"], lw=0.8, alpha=0.45, color=colors[name])
+            values = [_drawn(loss) for loss in history["losses"]]
+            losses.plot(history["steps"], values, lw=0.8, alpha=0.45, color=colors[name])
             losses.plot(
                 history["eval_steps"],
-                history["eval_losses"],
+                [_drawn(loss) for loss in history["eval_losses"]],
                 marker="o",
                 ms=4,
                 lw=1.6,
@@ -243,6 +289,7 @@ def render_plot(comparison: Comparison, path: str | os.PathLike[str]) -> None:
             loss
             for run in comparison["runs"]
             for loss in run["history"]["losses"][len(run["history"]["losses"]) // 10 :]
+            if loss is not None
         ]
         if settled:
             margin = 0.05 * (max(settled) - min(settled))

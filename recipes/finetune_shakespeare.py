@@ -13,19 +13,26 @@ tokens:
         --data_dir data/shakespeare_model --block_size 512
 
 `accelerate launch` works in place of `python`, and every setting of TrainingArguments is a flag.
-The folder --output_dir gets the best checkpoint by validation loss.
+The folder --output_dir gets the best checkpoint by validation loss. The weights are trained in
+float32, whatever dtype they were saved in; --bf16 computes in bfloat16, and --dtype bfloat16 keeps
+the weights in it too, where small updates are rounded away.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+import torch
+from transformers import set_seed
 
-from striped_hf.cli import UserError, load_pretrained, run
+from striped_hf.cli import UserError, run
 from striped_hf.data import ContiguousBlocks, RandomWindows, collate, open_split
-from striped_hf.trainer.arguments import parse_arguments
+from striped_hf.pretrained import check_length, check_tokens, load_model, load_tokenizer
+from striped_hf.results import loss_text
+from striped_hf.trainer.arguments import RecipeArguments, parse_arguments
 from striped_hf.trainer.callbacks import RunMeasurements
 from striped_hf.trainer.causal_lm import CausalLMTrainer
-from striped_hf.trainer.run_folder import finish_run, windows_per_step
+from striped_hf.trainer.resuming import windows_per_step
+from striped_hf.trainer.run_folder import finish_run, run_folder, train
 
 DEFAULTS = {
     "output_dir": "out/finetune_shakespeare",
@@ -48,6 +55,8 @@ DEFAULTS = {
     "seed": 1337,
 }
 
+DTYPES = ("float32", "bfloat16")
+
 
 @dataclass
 class Options:
@@ -59,21 +68,21 @@ class Options:
         metadata={"help": "folder written by a data script, in the model's own tokens"},
     )
     block_size: int = field(default=1024, metadata={"help": "context, in tokens"})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": f"of the weights, whatever they were saved in: {' or '.join(DTYPES)}"},
+    )
 
 
-def main() -> None:
-    options, args = parse_arguments(Options, DEFAULTS)
+def train_model(options: Options, args: RecipeArguments) -> None:
+    name = options.model_name_or_path
     set_seed(args.seed)
     with args.main_process_first(desc="load the model"):  # it downloads, the others wait
-        model = load_pretrained(AutoModelForCausalLM, options.model_name_or_path)
-        tokenizer = load_pretrained(AutoTokenizer, options.model_name_or_path)
-    longest = getattr(model.config, "max_position_embeddings", options.block_size)
-    if options.block_size > longest:
-        raise UserError(
-            f"--block_size {options.block_size} is more than {options.model_name_or_path} was made "
-            f"for: pass --block_size {longest} or less"
-        )
-    train, val = (
+        model = load_model(name, getattr(torch, options.dtype))
+        tokenizer = load_tokenizer(name)
+    check_length("--block_size", options.block_size, name, model.config)
+    check_tokens(options.data_dir, name)
+    train_split, val_split = (
         open_split(options.data_dir, split, vocab_size=model.config.vocab_size)
         for split in ("train", "val")
     )
@@ -83,22 +92,31 @@ def main() -> None:
         model=model,
         args=args,
         train_dataset=RandomWindows(
-            train, options.block_size, args.max_steps * windows_per_step(args), args.seed
+            train_split, options.block_size, args.max_steps * windows_per_step(args), args.seed
         ),
-        eval_dataset=ContiguousBlocks(val, options.block_size),
+        eval_dataset=ContiguousBlocks(val_split, options.block_size),
         data_collator=collate,
         processing_class=tokenizer,
         callbacks=[measurements],
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    base = Path(name).resolve().name if Path(name).exists() else name
+    train(trainer, args, base_model=base, dtype=options.dtype)
     log = trainer.state.log_history
-    before = next((entry["eval_loss"] for entry in log if "eval_loss" in entry), float("nan"))
-    result = finish_run(trainer, measurements, train, base_model=options.model_name_or_path)
+    before = next((entry["eval_loss"] for entry in log if "eval_loss" in entry), None)
+    result = finish_run(trainer, measurements, train_split, base_model=name)
     if trainer.is_world_process_zero():
         print(
-            f"val loss {before:.4f} before, {result['eval_loss']:.4f} after {result['steps']} "
-            f"steps; the model is in {args.output_dir}"
+            f"val loss {loss_text(before)} before, {loss_text(result['eval_loss'])} after "
+            f"{result['steps']} steps; the model is in {args.output_dir}"
         )
+
+
+def main() -> None:
+    options, args = parse_arguments(Options, DEFAULTS)
+    if options.dtype not in DTYPES:
+        raise UserError(f"--dtype {options.dtype}: choose one of {', '.join(DTYPES)}")
+    with run_folder(args):
+        train_model(options, args)
 
 
 if __name__ == "__main__":

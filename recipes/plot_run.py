@@ -3,12 +3,14 @@
     python recipes/plot_run.py out/shakespeare_char
     python recipes/plot_run.py out/comparison/* --output comparison.png
 
-A run is a folder that has trainer_state.json, or checkpoints that do, of which the last counts: so
-a run that is not finished can be drawn too, and no tracking server is needed.
+A run is a folder with trainer_state.json, or with checkpoints that have one: of a run that is not
+finished the last checkpoint is drawn. No tracking server is needed. The training loss has one point
+every --logging_steps steps, the validation loss one every --eval_steps.
 """
 
 import argparse
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -65,23 +67,26 @@ def names(folders: list[Path]) -> list[str]:
 
 
 def draw(logs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Draws runs into a PNG file, each in a colour of its own."""
+    """Draws runs into a PNG file, each in its own colour."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     loss, rate, norm, memory = axes.flat
     for number, (name, log) in enumerate(logs.items()):
         color = f"C{number % 10}"
-        loss.plot(*series(log, "loss"), lw=0.9, alpha=0.5, color=color)
+        # markers where few steps were logged: one point has no line
+        few = {"marker": "."} if len(series(log, "loss")[0]) < 3 else {}
+        loss.plot(*series(log, "loss"), lw=0.9, alpha=0.5, color=color, **few)
         loss.plot(*series(log, "eval_loss"), marker="o", ms=3.5, lw=1.5, color=color)
         loss.plot([], [], color=color, label=name)
-        rate.plot(*series(log, "learning_rate"), color=color)
+        rate.plot(*series(log, "learning_rate"), color=color, **few)
         # a run that was not watched has the norm of each logged step only
         steps, norms = series(log, "grad_norm_mean")
-        norm.plot(*((steps, norms) if steps else series(log, "grad_norm")), lw=1, color=color)
-        norm.plot(*series(log, "grad_norm_max"), lw=0.7, ls=":", color=color)
-        memory.plot(*series(log, "peak_memory_mib"), color=color)
+        steps, norms = (steps, norms) if steps else series(log, "grad_norm")
+        norm.plot(steps, norms, lw=1, color=color, **few)
+        norm.plot(*series(log, "grad_norm_max"), lw=0.7, ls=":", color=color, **few)
+        memory.plot(*series(log, "peak_memory_mib"), color=color, **few)
         if (size := state_mib(log)) is not None:
             memory.axhline(size, ls="--", lw=1, color=color)
-    settle(loss, [series(log, "loss")[1] for log in logs.values()])
+    settle(loss, [series(log, "loss")[1] or series(log, "eval_loss")[1] for log in logs.values()])
     loss.set(title="loss: training (thin), validation (dots)", ylabel="nats per token")
     loss.legend(fontsize="small")
     rate.set(title="learning rate", ylabel="learning rate")
@@ -102,7 +107,7 @@ def draw(logs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 def settle(axis: Axes, losses: list[list[float]]) -> None:
     """Leaves out of the range the first steps, whose fall would flatten all that follows."""
-    settled = [loss for each in losses for loss in each[len(each) // 10 :] if loss == loss]
+    settled = [loss for each in losses for loss in each[len(each) // 10 :] if math.isfinite(loss)]
     if settled:
         margin = 0.05 * (max(settled) - min(settled)) or 0.1
         axis.set_ylim(min(settled) - margin, max(settled) + margin)
@@ -118,8 +123,11 @@ def main() -> None:
     folders = list(dict.fromkeys(args.runs))
     logs = {name: read_log(f) for name, f in zip(names(folders), folders, strict=True)}
     for name, log in logs.items():
-        if not series(log, "loss")[0]:
-            raise UserError(f"{name} has logged no step yet: wait for its next checkpoint")
+        if not (series(log, "loss")[0] or series(log, "eval_loss")[0]):
+            raise UserError(
+                f"{name} has logged no loss: wait for its next checkpoint, or run it with fewer "
+                "--logging_steps than it has steps"
+            )
     draw(logs, args.output)
     print(f"drawn into {args.output}")
 

@@ -22,24 +22,18 @@ last goes on; the folder --output_dir gets the best checkpoint by validation los
 
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    PretrainedConfig,
-    set_seed,
-)
+from transformers import GPT2Config, PretrainedConfig, set_seed
 
-from striped_hf.cli import UserError, is_main_process, load_pretrained, run
+from striped_hf.cli import UserError, is_main_process, run
 from striped_hf.data import ContiguousBlocks, RandomWindows, collate, open_split
-from striped_hf.trainer.arguments import parse_arguments
+from striped_hf.pretrained import data_tokenizer, load_config, new_model
+from striped_hf.results import loss_text
+from striped_hf.trainer.arguments import RecipeArguments, parse_arguments
 from striped_hf.trainer.callbacks import RunMeasurements
 from striped_hf.trainer.pretraining import PretrainingTrainer
-from striped_hf.trainer.run_folder import finish_run, windows_per_step
+from striped_hf.trainer.resuming import windows_per_step
+from striped_hf.trainer.run_folder import finish_run, run_folder, train
 
 DEFAULTS = {
     "output_dir": "out/pretrain_openwebtext",
@@ -90,7 +84,7 @@ class Options:
 
 def make_config(options: Options) -> PretrainedConfig:
     if options.config_name is not None:
-        return load_pretrained(AutoConfig, options.config_name)
+        return load_config(options.config_name)
     if options.model not in GPT2_SIZES:
         raise UserError(
             f"--model {options.model}: choose one of {', '.join(GPT2_SIZES)}, or pass another "
@@ -102,25 +96,21 @@ def make_config(options: Options) -> PretrainedConfig:
         attn_pdrop=0.0,
         resid_pdrop=0.0,
         activation_function="gelu_pytorch_tanh",  # GPT-2's gelu_new in one kernel
-        loss_type="ForCausalLM",
     )
 
 
-def main() -> None:
-    options, args = parse_arguments(Options, DEFAULTS)
-    train, val = (open_split(options.data_dir, split) for split in ("train", "val"))
-    has_tokenizer = Path(options.data_dir, "tokenizer.json").exists()
-    tokenizer = AutoTokenizer.from_pretrained(options.data_dir) if has_tokenizer else None
-
+def train_model(options: Options, args: RecipeArguments) -> None:
+    train_split, val_split = (open_split(options.data_dir, split) for split in ("train", "val"))
+    tokenizer = data_tokenizer(options.data_dir)
     set_seed(args.seed)
     with args.main_process_first(desc="load the configuration"):  # it may download
         config = make_config(options)
     # the data's tokens, to a multiple of 64, which GPUs multiply faster: 50,257 become 50,304
-    config.vocab_size = -(-max(train.vocab_size, val.vocab_size) // 64) * 64
+    config.vocab_size = -(-max(train_split.vocab_size, val_split.vocab_size) // 64) * 64
     config.max_position_embeddings = options.block_size
     config.bos_token_id = config.eos_token_id = getattr(tokenizer, "eos_token_id", None)
     config.pad_token_id = None
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = new_model(config)
 
     measurements = RunMeasurements()
     windows = args.max_steps * windows_per_step(args)
@@ -128,8 +118,8 @@ def main() -> None:
         trainer = PretrainingTrainer(
             model=model,
             args=args,
-            train_dataset=RandomWindows(train, options.block_size, windows, args.seed),
-            eval_dataset=ContiguousBlocks(val, options.block_size),
+            train_dataset=RandomWindows(train_split, options.block_size, windows, args.seed),
+            eval_dataset=ContiguousBlocks(val_split, options.block_size),
             data_collator=collate,
             processing_class=tokenizer,
             callbacks=[measurements],
@@ -144,13 +134,19 @@ def main() -> None:
             f"{trainer.args.max_steps:,} steps, {windows * options.block_size:,} tokens in all",
             flush=True,
         )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    result = finish_run(trainer, measurements, train)
+    train(trainer, args, batch_size_warmup=options.batch_size_warmup)
+    result = finish_run(trainer, measurements, train_split)
     if trainer.is_world_process_zero():
         print(
-            f"train loss {result['train_loss']:.4f}, val loss {result['eval_loss']:.4f}; "
-            f"the model is in {args.output_dir}"
+            f"train loss {loss_text(result['train_loss'])}, "
+            f"val loss {loss_text(result['eval_loss'])}; the model is in {args.output_dir}"
         )
+
+
+def main() -> None:
+    options, args = parse_arguments(Options, DEFAULTS)
+    with run_folder(args):
+        train_model(options, args)
 
 
 if __name__ == "__main__":

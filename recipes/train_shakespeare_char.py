@@ -11,20 +11,24 @@ and its command for a CPU (context 64, 4 layers, 2,000 steps; a minute and a hal
 
 `accelerate launch` works in place of `python`, and every setting of TrainingArguments is a flag:
 --optim adamw_torch_fused, --learning_rate 2e-3, --seed 1, --bf16, --report_to wandb,
---resume_from_checkpoint out/shakespeare_char/checkpoint-1000 (or `last`).
+--resume_from_checkpoint out/shakespeare_char/checkpoint-1000 (or `last`). It logs every
+--logging_steps steps (10), evaluates every --eval_steps, saves every --save_steps, and keeps
+--save_total_limit checkpoints (2: the best and the last).
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, set_seed
+from transformers import GPT2Config, set_seed
 
 from striped_hf.cli import run
 from striped_hf.data import ContiguousBlocks, RandomWindows, collate, open_split
-from striped_hf.trainer.arguments import parse_arguments
+from striped_hf.pretrained import data_tokenizer, new_model
+from striped_hf.results import loss_text
+from striped_hf.trainer.arguments import RecipeArguments, parse_arguments
 from striped_hf.trainer.callbacks import RunMeasurements
 from striped_hf.trainer.causal_lm import CausalLMTrainer
-from striped_hf.trainer.run_folder import finish_run, windows_per_step
+from striped_hf.trainer.resuming import windows_per_step
+from striped_hf.trainer.run_folder import finish_run, run_folder, train
 
 DEFAULTS = {
     "output_dir": "out/shakespeare_char",
@@ -81,15 +85,11 @@ class Options:
     dropout: float = field(default=0.2, metadata={"help": "after embedding, attention and MLP"})
 
 
-def main() -> None:
-    options, args = parse_arguments(Options, DEFAULTS, PRESETS)
-    train, val = (open_split(options.data_dir, split) for split in ("train", "val"))
-    has_tokenizer = Path(options.data_dir, "tokenizer.json").exists()
-    tokenizer = AutoTokenizer.from_pretrained(options.data_dir) if has_tokenizer else None
-
+def train_model(options: Options, args: RecipeArguments) -> None:
+    train_split, val_split = (open_split(options.data_dir, split) for split in ("train", "val"))
     set_seed(args.seed)
     config = GPT2Config(
-        vocab_size=max(train.vocab_size, val.vocab_size),
+        vocab_size=max(train_split.vocab_size, val_split.vocab_size),
         n_positions=options.block_size,
         n_layer=options.n_layer,
         n_head=options.n_head,
@@ -98,31 +98,34 @@ def main() -> None:
         attn_pdrop=options.dropout,
         resid_pdrop=options.dropout,
         activation_function="gelu",  # nanoGPT's; on a CPU half the time of GPT-2's, by tanh
-        loss_type="ForCausalLM",
         bos_token_id=None,
         eos_token_id=None,
     )
-    model = GPT2LMHeadModel(config)
-
     measurements = RunMeasurements()
     trainer = CausalLMTrainer(
-        model=model,
+        model=new_model(config),
         args=args,
         train_dataset=RandomWindows(
-            train, options.block_size, args.max_steps * windows_per_step(args), args.seed
+            train_split, options.block_size, args.max_steps * windows_per_step(args), args.seed
         ),
-        eval_dataset=ContiguousBlocks(val, options.block_size),
+        eval_dataset=ContiguousBlocks(val_split, options.block_size),
         data_collator=collate,
-        processing_class=tokenizer,
+        processing_class=data_tokenizer(options.data_dir),
         callbacks=[measurements],
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    result = finish_run(trainer, measurements, train)
+    train(trainer, args)
+    result = finish_run(trainer, measurements, train_split)
     if trainer.is_world_process_zero():
         print(
-            f"train loss {result['train_loss']:.4f}, val loss {result['eval_loss']:.4f}; "
-            f"the model is in {args.output_dir}"
+            f"train loss {loss_text(result['train_loss'])}, "
+            f"val loss {loss_text(result['eval_loss'])}; the model is in {args.output_dir}"
         )
+
+
+def main() -> None:
+    options, args = parse_arguments(Options, DEFAULTS, PRESETS)
+    with run_folder(args):
+        train_model(options, args)
 
 
 if __name__ == "__main__":

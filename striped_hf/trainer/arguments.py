@@ -3,11 +3,14 @@
 import json
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import HfArgumentParser, TrainingArguments, get_scheduler
+
+from striped_hf.cli import UserError, one_line
+from striped_hf.trainer.resuming import check_whole, last_checkpoint
 
 OptionsT = TypeVar("OptionsT")
 
@@ -43,6 +46,12 @@ _FSDP_DEFAULTS = {
 }
 
 
+_POSITIVE = (
+    *("max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
+    *("gradient_accumulation_steps", "block_size", "n_layer", "n_head", "n_embd"),
+)
+
+
 @dataclass
 class RecipeArguments(TrainingArguments):
     """All of TrainingArguments, and what ``striped_hf.trainer.watching`` needs beside."""
@@ -72,12 +81,13 @@ def parse_arguments(
         options_class: A dataclass of the recipe's own options. With ``presets`` it has a field
             ``preset``, whose default names one of them.
         defaults: The recipe's defaults, of its own options and of TrainingArguments. A default
-            ``optim_args`` is the default optimizer's: another ``--optim`` does not get it.
+            ``optim_args`` is the default optimizer's: another ``--optim`` does not get it. Nor does
+            another ``--lr_scheduler_type`` get a default ``lr_scheduler_kwargs``.
         presets: Named sets of further defaults, which ``--preset`` chooses from.
 
     Returns:
         The recipe's options and the training arguments. ``resume_from_checkpoint="last"`` is
-        resolved to the newest checkpoint in ``output_dir``.
+        resolved to the newest whole checkpoint in ``output_dir``.
 
     Raises:
         SystemExit: A flag is unknown or its value is wrong; the message names it.
@@ -92,23 +102,66 @@ def parse_arguments(
         if given.preset not in presets:
             parser.error(f"--preset {given.preset}: choose one of {', '.join(presets)}")
         defaults |= presets[given.preset]
-    if given.optim != defaults["optim"]:
-        defaults.pop("optim_args", None)
+    # a default's own arguments are no other's
+    for name, own in (("optim", "optim_args"), ("lr_scheduler_type", "lr_scheduler_kwargs")):
+        if name in defaults and getattr(given, name) != defaults[name]:
+            defaults.pop(own, None)
+            parser.set_defaults(**{own: None})
     parser.set_defaults(**defaults)
     try:
         options, args = parser.parse_args_into_dataclasses()
-    except ValueError as error:  # TrainingArguments' own checks
-        parser.error(str(error))
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:  # TrainingArguments' own
+        parser.error(one_line(error))
+    for name in _POSITIVE:
+        value = getattr(args, name, None) or getattr(options, name, None) or 0
+        if value < 1 and (hasattr(args, name) or hasattr(options, name)):
+            more = "; the recipes count steps, not epochs" if name == "max_steps" else ""
+            parser.error(f"--{name} {value}: pass a number above 0{more}")
+    _check_schedule(parser, args)
     if fsdp and args.use_cpu:
         parser.error(
             "FSDP needs GPUs, and there is none or --use_cpu was passed: accelerate would run DDP "
             "in its place; launch with recipes/accelerate/ddp.yaml"
         )
-    if args.resume_from_checkpoint == "last":
-        args.resume_from_checkpoint = get_last_checkpoint(args.output_dir)
-        if args.resume_from_checkpoint is None:
-            parser.error(
-                f"--resume_from_checkpoint last: {args.output_dir} has no checkpoint yet; leave "
+    try:
+        _find_checkpoint(args)
+    except UserError as error:
+        parser.error(str(error))
+    return options, args
+
+
+def _find_checkpoint(args: TrainingArguments) -> None:
+    """Makes ``resume_from_checkpoint`` a folder that is a whole checkpoint, or None."""
+    given = args.resume_from_checkpoint
+    if given is None or given.lower() == "false":
+        args.resume_from_checkpoint = None
+    elif given == "last" or given.lower() == "true":  # Trainer's own word for it
+        found = last_checkpoint(args.output_dir or "")
+        if found is None:
+            raise UserError(
+                f"--resume_from_checkpoint {given}: {args.output_dir} has no checkpoint yet; leave "
                 "the flag out to begin"
             )
-    return options, args
+        args.resume_from_checkpoint = str(found)
+    else:
+        check_whole(Path(given))
+
+
+def _check_schedule(parser: HfArgumentParser, args: TrainingArguments) -> None:
+    """Makes the schedule once, for no parameters, since its arguments are checked only then."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    arguments: Any = args.lr_scheduler_kwargs
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=args.get_warmup_steps(args.max_steps),
+            num_training_steps=args.max_steps,
+            scheduler_specific_kwargs=dict(arguments or {}),
+        )
+    except (TypeError, ValueError) as error:
+        kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        parser.error(
+            f"--lr_scheduler_type {kind} and --lr_scheduler_kwargs {args.lr_scheduler_kwargs}: "
+            f"the schedule takes other arguments ({one_line(error)})"
+        )

@@ -1,15 +1,21 @@
 """Checkpoints that survive a kill at any moment: a folder has its name only once it is whole."""
 
+import contextlib
 import os
-import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from striped_hf.cli import UserError, one_line
+from striped_hf.results import write_json
+from striped_hf.trainer.resuming import IDENTITY, checkpoints
 
 # Trainer's uploads to the hub leave out what begins with an underscore
 _PARTIAL = "_partial"
@@ -25,8 +31,16 @@ class WholeCheckpoints(Trainer):
     renamed, and only then are older ones deleted.
 
     The processes of several machines need an ``output_dir`` that they share.
+
+    Attributes:
+        identity: What the run is, from :func:`striped_hf.trainer.resuming.run_identity`; each
+            checkpoint gets it.
+        replaced: Folders and files of an earlier run in ``output_dir``, which go when the first
+            checkpoint is there in their place.
     """
 
+    identity: dict[str, Any] | None = None
+    replaced: tuple[Path, ...] = ()
     _writes_partial = False
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -46,7 +60,15 @@ class WholeCheckpoints(Trainer):
         self.accelerator.wait_for_everyone()
         self._writes_partial = True
         try:
-            super()._save_checkpoint(model, trial)
+            with saving(partial):
+                super()._save_checkpoint(model, trial)
+                if self.args.should_save and self.identity is not None:
+                    only_model = {"save_only_model": self.args.save_only_model}
+                    write_json(partial / IDENTITY, self.identity | only_model)
+        except UserError:
+            if self.args.should_save:
+                shutil.rmtree(partial.parent, ignore_errors=True)
+            raise
         finally:
             self._writes_partial = False
 
@@ -63,6 +85,14 @@ class WholeCheckpoints(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(whole))
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Warns as Trainer does, but not of a tied weight, which is saved under one name only."""
+        tied = getattr(self.model, "_tied_weights_keys", None) or ()
+        if getattr(getattr(self.model, "config", None), "tie_word_embeddings", False):
+            missing = load_result.missing_keys
+            missing[:] = [name for name in missing if name not in tied]
+        super()._issue_warnings_after_load(load_result)
+
     def _name(self, partial: Path, whole: Path) -> None:
         """Gives a checkpoint that is whole its name, and deletes those over the limit."""
         if not partial.is_dir():
@@ -72,6 +102,10 @@ class WholeCheckpoints(Trainer):
                 "README names"
             )
         flush(partial)
+        # before the new one has its name, or a run killed here would go on from an old one
+        for path in self.replaced:
+            _delete(path, whole.parent)
+        self.replaced = ()
         if whole.exists():  # of a run that was at this step before
             whole.rename(partial.with_name(f"{whole.name}.old"))
         partial.rename(whole)
@@ -84,24 +118,50 @@ class WholeCheckpoints(Trainer):
 
 
 def delete_oldest(run_dir: Path, limit: int, keep: set[Path]) -> None:
-    """Deletes checkpoints, those of the earliest steps first, until ``limit`` are left.
+    """Deletes checkpoints, the earliest steps first, until ``limit`` are left.
 
     Args:
         run_dir: The folder that holds them.
         limit: How many are to stay.
         keep: Those that stay even so.
     """
-    steps = {
-        int(found[1]): folder
-        for folder in run_dir.iterdir()
-        if (found := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name))
-    }
-    deletable = [steps[step] for step in sorted(steps) if steps[step] not in keep]
-    for folder in deletable[: max(0, len(steps) - limit)]:
-        # renamed first: a deletion that is cut short must not leave a part of it either
-        doomed = run_dir / _PARTIAL / f"{folder.name}.old"
-        folder.rename(doomed)
+    found = checkpoints(run_dir)
+    deletable = [folder for folder in found if folder not in keep]
+    for folder in deletable[: max(0, len(found) - limit)]:
+        _delete(folder, run_dir)
+
+
+def _delete(path: Path, run_dir: Path) -> None:
+    """Deletes a file or folder; one that is cut short leaves no part under its name."""
+    if path.is_dir():
+        doomed = run_dir / _PARTIAL / f"{path.name}.old"
+        path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def saving(folder: Path) -> Iterator[None]:
+    """Makes what a library raises when it cannot write, as on a full disk, one line.
+
+    Raises:
+        UserError: An error of the system, or one that says so in a library's words.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # what torch and safetensors say
+        words = ("write failed", "writing file", "I/O error", "iostream error", "No space left")
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
+            raise
+        there = next((path for path in (folder, *folder.parents) if path.exists()), Path())
+        free = shutil.disk_usage(there).free >> 20
+        full = "the disk is full" if free == 0 else f"{free:,} MiB are free"
+        raise UserError(
+            f"cannot write into {folder} ({full}; {one_line(error)}): make space there, or pass an "
+            "--output_dir on another disk"
+        ) from error
 
 
 def flush(folder: Path, inside: bool = True) -> None:

@@ -1,6 +1,5 @@
 """Memory: what tensors and an optimizer's state store, and this process's peak."""
 
-import resource
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -10,11 +9,11 @@ from torch.distributed.tensor import DTensor
 
 
 def tensor_bytes(value: Any, whole: bool = False) -> int:
-    """Counts the bytes of all tensors in a value: what they store, not what they stand for.
+    """Counts the bytes that all tensors in a value store.
 
     Looks into dicts, lists and tuples, and into tensor subclasses that wrap others, as the coded
-    states of torchao do, whose own ``nbytes`` are those of the decoded tensor. A tensor that is
-    there more than once counts once.
+    states of torchao do (their own ``nbytes`` is the decoded tensor's). A tensor that is there more
+    than once counts once.
 
     Args:
         value: What holds the tensors.
@@ -51,5 +50,11 @@ def peak_memory_mib() -> float:
     """Returns the most memory used so far: the GPU's allocations, or else the process's, in MiB."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
+    if sys.platform == "win32":  # where Python has no `resource`
+        import psutil
+
+        return float(psutil.Process().memory_info().peak_wset) / 2**20
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

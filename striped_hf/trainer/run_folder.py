@@ -1,7 +1,10 @@
-"""What a recipe leaves behind: a Hugging Face model folder that says how it was made."""
+"""A run and its folder: locked, begun or continued, and left as a Hugging Face model folder."""
 
+import contextlib
+import math
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,19 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from striped_hf.cli import UserError, is_main_process, one_line
 from striped_hf.data import ContiguousBlocks, TokenSplit
-from striped_hf.results import environment, markdown_table, write_json, write_text
+from striped_hf.locking import lock_folder
+from striped_hf.results import environment, loss_text, markdown_table, write_json, write_text
 from striped_hf.trainer.callbacks import RunMeasurements
 from striped_hf.trainer.causal_lm import CausalLMTrainer
+from striped_hf.trainer.checkpoints import saving
+from striped_hf.trainer.resuming import (
+    check_same_run,
+    checkpoints,
+    run_identity,
+    windows_per_step,
+)
 
 _CARD = """\
 ---
@@ -36,6 +48,66 @@ split, and as many tokens of the training split.
 """
 
 
+@contextlib.contextmanager
+def run_folder(args: TrainingArguments) -> Iterator[None]:
+    """Keeps a run's folder, ``args.output_dir``, for this run as long as the context lasts.
+
+    Raises:
+        UserError: Another run is in it, or it cannot be written to.
+    """
+    if not is_main_process():
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock_folder(args.output_dir or ""))
+        except OSError as error:
+            raise UserError(
+                f"--output_dir {args.output_dir} cannot be written to ({one_line(error)}): pass "
+                "another folder"
+            ) from error
+        yield
+
+
+def train(trainer: CausalLMTrainer, args: TrainingArguments, **options: Any) -> None:
+    """Trains, from the beginning or from ``args.resume_from_checkpoint`` where that is of this run.
+
+    Where it begins, and the folder has an earlier run, that run's checkpoints and its ``run.json``
+    go when the first checkpoint of this one is written.
+
+    Args:
+        trainer: Over the data sets of ``striped_hf.data``.
+        args: As they were parsed.
+        options: The recipe's own settings that make another run of it.
+
+    Raises:
+        UserError: The checkpoint is of another run, a checkpoint cannot be written, or a tracker of
+            ``args.report_to`` refuses.
+    """
+    trainer.identity = run_identity(trainer, args, **options)
+    folder = Path(args.output_dir or "")
+    if args.resume_from_checkpoint is not None:
+        check_same_run(Path(args.resume_from_checkpoint), trainer.identity)
+    elif found := checkpoints(folder):
+        trainer.replaced = (*found, folder / "run.json", folder / "trainer_state.json")
+        if is_main_process():
+            print(
+                f"{folder} has an earlier run's checkpoints, up to {found[-1].name}: the first one "
+                "of this run replaces them (--resume_from_checkpoint last goes on with them)",
+                flush=True,
+            )
+    try:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    except Exception as error:
+        tracker = type(error).__module__.partition(".")[0]
+        if tracker not in (args.report_to or ()):
+            raise
+        raise UserError(
+            f"--report_to {tracker} cannot begin ({one_line(error)}): log in to it, or leave the "
+            "flag out"
+        ) from error
+
+
 def finish_run(
     trainer: CausalLMTrainer,
     measurements: RunMeasurements,
@@ -56,9 +128,13 @@ def finish_run(
 
     Returns:
         What ``run.json`` holds: ``optim``, ``learning_rate``, ``seed``, ``processes``, ``steps``,
-        ``tokens`` trained on, ``parameters``, the optimizer's ``state_bytes`` and
-        ``state_bytes_per_param``, both over all processes, this process's ``peak_memory_mib``,
-        ``median_step_ms``, ``train_loss``, ``eval_loss``, ``eval_tokens`` and more.
+        ``tokens`` trained on, ``parameters`` and their ``dtype``, the optimizer's ``state_bytes``
+        and ``state_bytes_per_param``, both over all processes, this process's ``peak_memory_mib``,
+        ``median_step_ms``, ``train_loss``, ``eval_loss``, ``eval_tokens`` and more. What is not
+        finite, such as the losses of a run that diverged, is None.
+
+    Raises:
+        UserError: The folder cannot be written to.
     """
     args, model, blocks = trainer.args, trainer.model, trainer.eval_dataset
     assert isinstance(model, PreTrainedModel)
@@ -73,8 +149,10 @@ def finish_run(
     model.config.use_cache = True  # Trainer turned it off for training
     if trainer.is_fsdp_enabled:  # else each process would keep its shards to itself
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(_internal_call=True)  # else it would be pushed before the rest is there
-    trainer.save_state()
+    with saving(folder):
+        # internal, or it would be pushed before the rest is there
+        trainer.save_model(_internal_call=True)
+        trainer.save_state()
     parameters = model.num_parameters(only_trainable=True)
     state_bytes = measured["state_bytes"]
     run = {
@@ -90,6 +168,7 @@ def finish_run(
         "tokens": trainer.state.num_input_tokens_seen
         or trainer.state.global_step * windows_per_step(args) * blocks.block_size,
         "parameters": parameters,
+        "dtype": _dtype(model, args),
         **measured,
         "state_bytes_per_param": None if state_bytes is None else state_bytes / parameters,
         "train_loss": train_evaluation["train_blocks_loss"],
@@ -97,6 +176,10 @@ def finish_run(
         "eval_perplexity": evaluation["eval_perplexity"],
         "eval_tokens": evaluation["eval_tokens"],
         "environment": environment(),
+    }
+    run = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in run.items()
     }
     if trainer.is_world_process_zero():
         write_json(folder / "run.json", run)
@@ -108,9 +191,11 @@ def finish_run(
     return run
 
 
-def windows_per_step(args: TrainingArguments) -> int:
-    """Returns how many windows of the data one optimizer step trains on, over all processes."""
-    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+def _dtype(model: PreTrainedModel, args: TrainingArguments) -> str:
+    """Names the dtype of the weights, and of the computation where autocast makes it another."""
+    autocast = "bfloat16" if args.bf16 else "float16" if args.fp16 else ""
+    weights = str(model.dtype).removeprefix("torch.")
+    return f"{weights}, {autocast} autocast" if autocast else weights
 
 
 def _card(
@@ -123,13 +208,14 @@ def _card(
 ) -> str:
     source = train.meta.get("source", {}).get("name") or train.path.parent.name
     rows = [
-        ("validation loss", f"{run['eval_loss']:.4f}"),
-        ("validation perplexity", f"{run['eval_perplexity']:.3f}"),
-        ("training loss", f"{run['train_loss']:.4f}"),
+        ("validation loss", loss_text(run["eval_loss"])),
+        ("validation perplexity", loss_text(run["eval_perplexity"], digits=3)),
+        ("training loss", loss_text(run["train_loss"])),
         ("steps", f"{run['steps']:,}"),
         ("tokens", f"{run['tokens']:,}"),
         ("learning rate", f"{run['learning_rate']:g}"),
         ("seed", str(run["seed"])),
+        ("dtype of the weights", run["dtype"]),
         ("optimizer state, bytes per parameter", f"{run['state_bytes_per_param']:.2f}"),
     ]
     card_data = ModelCardData(
@@ -148,6 +234,7 @@ def _card(
                 metric_value=run[f"eval_{metric}"],
             )
             for metric in ("loss", "perplexity")
+            if run[f"eval_{metric}"] is not None
         ],
     )
     text = _CARD.format(

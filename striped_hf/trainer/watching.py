@@ -42,7 +42,7 @@ def watch(trainer: Trainer, peak_tflops: float | None = None) -> None:
             f"peak_tflops={peak_tflops}: must be positive, the device's dense bfloat16 TFLOPS"
         )
     throughput, health = Throughput(peak_tflops), GradientHealth()
-    # two things of which no event tells: what a step reads, and its gradients before clipping
+    # no event of Trainer has these two: what a step reads, and its gradients before clipping
     trainer.training_step = throughput.counting(trainer.training_step)  # type: ignore[method-assign]
     accelerator = trainer.accelerator
     accelerator.clip_grad_norm_ = health.recording(accelerator.clip_grad_norm_)

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from tiny import QUIET, TINY
 
+from recipes.compare_optimizers import render_table
+
 Image = pytest.importorskip("PIL.Image")
 
 SCRIPT = "recipes/compare_optimizers.py"
@@ -136,9 +138,39 @@ def test_a_run_launched_otherwise_is_not_taken_over(tmp_path, run_here, docs_dat
     assert again != launched
 
 
+def test_what_diverges_or_fails_does_not_lose_the_other_runs(tmp_path, run_here, docs_data):
+    """Also in one step, which has no median time."""
+    flags = (*TINY, *QUIET, "--max_steps", 1, "--eval_steps", 1, "--save_steps", 1)
+    flags += ("--warmup_steps", 0, "--data_dir", docs_data)
+    optims = ("adamw_torch_fused@1e30", "no_such_optimizer@1e-3", "striped_adamw@1e-3")
+    fails = "error: not in the comparison, since they failed: no_such_optimizer-1e-3"
+    run_here(
+        *(SCRIPT, RECIPE, "--optim", *optims, "--output_dir", tmp_path, "--", *flags), fails=fails
+    )
+    diverged, striped = read(tmp_path)["runs"]
+    assert diverged["eval_loss"] is None
+    assert striped["eval_loss"] > 0
+    table = (tmp_path / "comparison.md").read_text(encoding="utf-8").splitlines()
+    assert table[2].endswith("| diverged | diverged |")
+    assert table[3].startswith("| `striped_adamw` | 0.001 |")
+    assert table[-1].startswith("Weights in float32. Measured on ")
+    assert (tmp_path / "comparison.png").exists()
+
+
+def test_sweep_with_a_rate_that_diverged():
+    runs = [
+        {"optim": "a", "optim_args": None, "learning_rate": rate, "train_loss": loss}
+        | {"eval_loss": loss}
+        for rate, loss in ((1.0, 2.0), (1.0, None), (2.0, 3.0), (2.0, 4.0))
+    ]
+    rows = render_table({"runs": runs}).splitlines()[2:]
+    assert rows[0] == "| `a` | 1 | diverged | diverged | 2.0000 to diverged | 2 |"
+    assert rows[1] == "| `a` | 2 | 3.5000 | 3.5000 | 3.0000 to 4.0000 | 2 |"
+
+
 def test_failing_recipe_ends_the_comparison(tmp_path, run_here):
     arguments = (RECIPE, "--optim", "striped_adamw", "--output_dir", tmp_path, "--")
-    fails = "ended with status 1"
+    fails = "striped_adamw failed; its output above says why"
     run_here(SCRIPT, *arguments, "--data_dir", "no", fails=fails)
     assert not (tmp_path / "comparison.json").exists()
 

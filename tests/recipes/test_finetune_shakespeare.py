@@ -1,8 +1,16 @@
 """Finetuning: a pretrained model's folder and data in its tokens."""
 
+import pickle
+import shutil
+
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny import QUIET, read_run
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from striped_hf.data.characters import character_tokenizer
+from striped_hf.data.prepare import write_characters
 
 RECIPE = "recipes/finetune_shakespeare.py"
 FEW = ("--max_steps", 2, "--eval_steps", 1, "--save_steps", 1, "--gradient_accumulation_steps", 2)
@@ -20,6 +28,8 @@ def test_finetunes_a_local_model(tiny_run, docs_data, run_script, tmp_path):
     assert run["eval_loss"] < read_run(tiny_run)["eval_loss"]
     assert f"{read_run(tiny_run)['eval_loss']:.4f} before" in done.stdout
     AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    # nothing alarming about a run that is as it should be
+    assert not any(word in done.stderr for word in ("loss_type", "missing keys", "Traceback"))
     assert "finetuned from" in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
 
 
@@ -41,8 +51,46 @@ def test_real_model_on_shakespeare_in_its_own_tokens(test_data, run_script, tmp_
 
 
 @pytest.mark.parametrize(
+    ("asked", "trained"),
+    [
+        ((), "float32"),
+        (("--bf16",), "float32, bfloat16 autocast"),
+        (("--dtype", "bfloat16"), "bfloat16"),
+    ],
+)
+def test_dtype_is_what_was_asked_for(tiny_run, docs_data, run_here, tmp_path, asked, trained):
+    """Not the dtype that a checkpoint was saved in."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_run, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny_run).save_pretrained(tmp_path / "model")
+    flags = ("--model_name_or_path", "model", "--data_dir", docs_data, "--block_size", 32)
+    run_here(RECIPE, *flags, *FEW, *QUIET, *asked, "--output_dir", "run")
+    assert read_run(tmp_path / "run")["dtype"] == trained
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert f"| dtype of the weights | {trained} |" in card
+    weights = load_file(tmp_path / "run" / "model.safetensors").values()
+    assert {str(weight.dtype) for weight in weights} == {f"torch.{trained.split(',')[0]}"}
+
+
+def test_data_in_other_tokens_is_refused(tiny_run, test_data, run_here, tmp_path):
+    """Whichever way the data was prepared, and however few its ids are."""
+    character_tokenizer("abc").save_pretrained(tmp_path / "others")
+    write_characters(tmp_path / "others", "abc" * 200, {"name": "abc", "url": None, "sha256": ""})
+    (tmp_path / "nanogpt").mkdir()
+    for split in ("train", "val"):
+        shutil.copy(tmp_path / "others" / f"{split}.bin", tmp_path / "nanogpt")
+    flags = ("--model_name_or_path", tiny_run, "--block_size", 32, "--data_dir")
+    for data in ("others", "nanogpt"):
+        run_here(RECIPE, *flags, data, fails=f"--data_dir {data} is not in the tokens of")
+    symbols = dict(enumerate("abc"))
+    (tmp_path / "nanogpt" / "meta.pkl").write_bytes(pickle.dumps({"itos": symbols}))
+    run_here(RECIPE, *flags, "nanogpt", fails="nanogpt is not in the tokens of")
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--dtype", "float16"), "--dtype float16: choose one of float32, bfloat16"),
         (("--block_size", 33), "pass --block_size 32 or less"),
         (("--block_size", 32, "--data_dir", "no"), "prepare the data first"),
     ],

@@ -76,6 +76,24 @@ def test_runs_are_drawn_together(monkeypatch, tmp_path, drawn, capsys):
     assert len({line.get_color() for line in rate.lines}) == 3
 
 
+def test_runs_that_logged_seldom(monkeypatch, tmp_path, drawn):
+    """With more --logging_steps than steps there are evaluations only; one log is one point."""
+    unlogged = [{"step": 3, "eval_loss": 2.0}, {"step": 6, "eval_loss": float("nan")}]
+    folders = [
+        write_state(tmp_path / "a", unlogged),
+        write_state(tmp_path / "b", [{"step": 4, "loss": 3.0, "learning_rate": 1e-3}]),
+    ]
+    monkeypatch.setattr(sys, "argv", ["plot_run.py", *map(str, folders), "--output", "x.png"])
+    monkeypatch.chdir(tmp_path)
+    plot_run.main()
+    loss, rate, *_ = drawn()
+    one = [line for axis in (loss, rate) for line in axis.lines if len(line.get_xdata()) == 1]
+    assert len(one) == 2
+    assert all(line.get_marker() == "." for line in one)
+    low, high = loss.get_ylim()
+    assert low < 2 < 3 < high
+
+
 @pytest.mark.slow
 def test_a_real_run_finished_and_not(tiny_run, run_script, tmp_path):
     shutil.copytree(tiny_run / "checkpoint-10", tmp_path / "half" / "checkpoint-10")
@@ -88,7 +106,7 @@ def test_a_real_run_finished_and_not(tiny_run, run_script, tmp_path):
     [
         (None, "has no trainer_state.json, nor a checkpoint"),
         ("{", "is not what Trainer writes"),
-        ('{"log_history": []}', "has logged no step yet"),
+        ('{"log_history": []}', "has logged no loss: wait"),
     ],
 )
 def test_what_is_no_run_is_one_line(monkeypatch, tmp_path, content, message):

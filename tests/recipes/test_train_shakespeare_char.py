@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import shutil
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def test_resume_without_a_checkpoint(docs_data, run_here, tmp_path):
     run_here(RECIPE, *flags, fails="has no checkpoint yet")
 
 
-def test_reads_what_nanogpt_prepared(docs_data, run_script, tmp_path):
+def test_reads_what_nanogpt_prepared(docs_data, run_here, tmp_path):
     # some of it: without meta.json the model has GPT-2's 50,257 tokens, and all would take long
     for split, count in (("train", 20_000), ("val", 2_000)):
         tokens = (docs_data / f"{split}.bin").read_bytes()[: 2 * count]
@@ -91,10 +92,17 @@ def test_reads_what_nanogpt_prepared(docs_data, run_script, tmp_path):
     flags = ("--max_steps", 2, "--eval_strategy", "no", "--save_strategy", "no")
     flags += ("--load_best_model_at_end", "false", "--data_dir", tmp_path, "--output_dir", out)
     flags += ("--optim", "adamw_torch_fused")
-    run_script(RECIPE, *TINY, *QUIET, *flags, cwd=tmp_path)
+    run_here(RECIPE, *TINY, *QUIET, *flags)
     assert read_run(out)["steps"] == 2
     assert read_run(out)["optim_args"] is None  # the default optimizer's are not AdamW's
     assert not (out / "tokenizer.json").exists()
+    # with its meta.pkl, small data says which characters it is of
+    symbols = {i: c for c, i in AutoTokenizer.from_pretrained(docs_data).get_vocab().items()}
+    meta = {"vocab_size": len(symbols), "itos": symbols, "stoi": {}}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    run_here(RECIPE, *TINY, *QUIET, *flags)
+    sampled = ("--start", "The ", "--num_samples", 1, "--max_new_tokens", 5)
+    assert run_here("recipes/sample.py", out, *sampled).startswith("The ")
 
 
 def test_runs_under_accelerate_launch(docs_data, tmp_path):

@@ -15,7 +15,7 @@ class Options:
 
 def parse(monkeypatch, tmp_path, *flags: str) -> tuple[Options, RecipeArguments]:
     monkeypatch.setattr(sys, "argv", ["recipe.py", "--output_dir", str(tmp_path), *flags])
-    return parse_arguments(Options, {"optim": "striped_adamw"})
+    return parse_arguments(Options, {"optim": "striped_adamw", "max_steps": 10})
 
 
 def test_a_peak_for_a_device_that_is_not_in_the_table(monkeypatch, tmp_path):
@@ -36,6 +36,63 @@ def test_wrong_values_are_one_line(monkeypatch, tmp_path, capsys, flags, message
         parse(monkeypatch, tmp_path, *flags)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--max_steps", "0"), "--max_steps 0: pass a number above 0; the recipes count steps"),
+        (("--max_steps", "-1", "--num_train_epochs", "1"), "--max_steps -1: pass a number above 0"),
+        (("--per_device_train_batch_size", "0"), "--per_device_train_batch_size 0: pass"),
+        (("--block_size", "-8"), "--block_size -8: pass a number above 0"),
+        (("--lr_scheduler_type", "cosin"), "cosin"),
+        (("--lr_scheduler_type", "warmup_stable_decay"), "num_decay_steps"),
+        (("--lr_scheduler_kwargs", '{"min_lr": 1, "x": 2}'), "the schedule takes other arguments"),
+        (("--resume_from_checkpoint", "True"), "--resume_from_checkpoint True: "),
+        (("--resume_from_checkpoint", "no"), "there is no such folder"),
+    ],
+)
+def test_mistakes_are_one_line(monkeypatch, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as ended:
+        parse_with_schedule(monkeypatch, tmp_path, *flags)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def parse_with_schedule(monkeypatch, tmp_path, *flags):
+    defaults = {
+        "optim": "striped_adamw",
+        "max_steps": 10,
+        "lr_scheduler_type": "cosine_warmup_with_min_lr",
+        "lr_scheduler_kwargs": '{"min_lr_rate": 0.1}',
+    }
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--output_dir", str(tmp_path), *flags])
+    return parse_arguments(Options, defaults)[1]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"),
+        *("cosine_with_restarts", "reduce_lr_on_plateau"),
+    ],
+)
+def test_another_schedule_does_not_get_the_defaults_arguments(monkeypatch, tmp_path, name):
+    args = parse_with_schedule(monkeypatch, tmp_path, "--lr_scheduler_type", name)
+    assert not args.lr_scheduler_kwargs
+
+
+def test_arguments_of_a_schedule_are_kept(monkeypatch, tmp_path):
+    args = parse_with_schedule(monkeypatch, tmp_path)
+    assert args.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+    same = ("--lr_scheduler_type", "cosine_warmup_with_min_lr")
+    assert parse_with_schedule(monkeypatch, tmp_path, *same).lr_scheduler_kwargs == {
+        "min_lr_rate": 0.1
+    }
+    decay = '{"num_decay_steps": 4}'
+    flags = ("--lr_scheduler_type", "warmup_stable_decay", "--lr_scheduler_kwargs", decay)
+    args = parse_with_schedule(monkeypatch, tmp_path, *flags)
+    assert args.lr_scheduler_kwargs == {"num_decay_steps": 4}
 
 
 def test_no_step_is_to_wait_for_a_device(monkeypatch, tmp_path):
