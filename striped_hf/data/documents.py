@@ -134,8 +134,8 @@ def _check_json_line(path: Path, number: int, line: str) -> None:
         wrong = f"is {found!r:.60}" if not isinstance(found, dict) else ""
         if not wrong and _TEXT in found and not isinstance(found[_TEXT], str):
             wrong = f"has {found[_TEXT]!r:.60} as its text"
-    except ValueError as error:
-        wrong = f"is no JSON ({error})"
+    except json.JSONDecodeError as error:
+        wrong = f"is no JSON ({error.msg}, column {error.colno})"
     if wrong:
         raise UserError(
             f"--data_files {path}: line {number:,} {wrong}; it must be an object with a string "

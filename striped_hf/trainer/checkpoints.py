@@ -151,12 +151,12 @@ def saving(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        # what torch and safetensors say
-        words = ("write failed", "writing file", "I/O error", "iostream error", "No space left")
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
-            raise
         there = next((path for path in (folder, *folder.parents) if path.exists()), Path())
         free = shutil.disk_usage(there).free >> 20
+        # torch raises RuntimeError for everything; these are words of its writer
+        words = ("write failed", "writing file", "iostream error", "unexpected pos")
+        if isinstance(error, RuntimeError) and free and not any(w in str(error) for w in words):
+            raise
         full = "the disk is full" if free == 0 else f"{free:,} MiB are free"
         raise UserError(
             f"cannot write into {folder} ({full}; {one_line(error)}): make space there, or pass an "
