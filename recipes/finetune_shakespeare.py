@@ -80,8 +80,8 @@ def train_model(options: Options, args: RecipeArguments) -> None:
     with args.main_process_first(desc="load the model"):  # it downloads, the others wait
         model = load_model(name, getattr(torch, options.dtype))
         tokenizer = load_tokenizer(name)
+        check_tokens(options.data_dir, name, tokenizer)
     check_length("--block_size", options.block_size, name, model.config)
-    check_tokens(options.data_dir, name)
     train_split, val_split = (
         open_split(options.data_dir, split, vocab_size=model.config.vocab_size)
         for split in ("train", "val")

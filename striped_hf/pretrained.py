@@ -90,13 +90,18 @@ def data_tokenizer(data_dir: str | os.PathLike[str]) -> PreTrainedTokenizerBase 
     return None if symbols is None else character_tokenizer(symbols)
 
 
-def check_tokens(data_dir: str | os.PathLike[str], name_or_path: str) -> None:
+def check_tokens(
+    data_dir: str | os.PathLike[str],
+    name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
     """Checks that a data set is in a model's tokens: other ids would be read as other text.
 
     Args:
         data_dir: As for :func:`data_tokenizer`. One that has ``meta.json`` and no tokenizer, which
             no data script writes, is in nobody's tokens and passes.
         name_or_path: The model's folder, or its name on the hub.
+        tokenizer: The model's, where it is loaded already.
 
     Raises:
         UserError: It is in other tokens, or the model has no tokenizer.
@@ -106,7 +111,9 @@ def check_tokens(data_dir: str | os.PathLike[str], name_or_path: str) -> None:
     of_data = data_tokenizer(data_dir)
     if of_data is None and Path(data_dir, "meta.json").exists():
         return
-    vocabulary = load_tokenizer(name_or_path).get_vocab()
+    if tokenizer is None:
+        tokenizer = load_tokenizer(name_or_path)
+    vocabulary = tokenizer.get_vocab()
     if of_data is not None:
         same = of_data.get_vocab() == vocabulary
     else:  # nanoGPT writes GPT-2's tokens and no meta.pkl, or else characters
