@@ -21,6 +21,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+# before the packages of an extra: it explains a missing one
+from striped_hf.cli import run
+
+# isort: split
 import datasets
 import numpy as np
 import psutil
@@ -28,7 +32,6 @@ import pyarrow.parquet as pq
 import tiktoken
 from tqdm import tqdm
 
-from striped_hf.cli import run
 from striped_hf.data.documents import load_documents, write_documents
 from striped_hf.results import environment, markdown_table, write_json
 

@@ -31,6 +31,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# before the packages of an extra: it explains a missing one
+import striped_hf.cli  # noqa: F401
+
+# isort: split
 import matplotlib
 
 matplotlib.use("Agg")

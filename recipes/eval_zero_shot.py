@@ -27,13 +27,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+# before the packages of an extra: it explains a missing one
+from striped_hf.cli import UserError, model_names, one_line, run
+
+# isort: split
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import find_executable_batch_size
 from datasets import load_dataset
 
-from striped_hf.cli import UserError, model_names, one_line, run
 from striped_hf.data import StridedWindows
 from striped_hf.evaluation import evaluate_data_set, largest_batch
 from striped_hf.fingerprint import file_fingerprint

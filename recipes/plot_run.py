@@ -15,14 +15,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+# before the packages of an extra: it explains a missing one
+from striped_hf.cli import UserError, run
+
+# isort: split
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from transformers.trainer_utils import get_last_checkpoint
-
-from striped_hf.cli import UserError, run
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -52,6 +52,9 @@ assert (weight < 1).all()
         ("data_scripts/shakespeare_char.py", "tiktoken", "recipes"),
         ("data_scripts/openwebtext.py", "datasets", "recipes"),
         ("data_scripts/openwebtext.py", "pyarrow", "recipes"),
+        ("recipes/compare_optimizers.py", "matplotlib", "recipes"),
+        ("recipes/plot_run.py", "matplotlib", "recipes"),
+        ("recipes/eval_zero_shot.py", "datasets", "recipes"),
     ],
 )
 def test_a_missing_extra_is_named_in_one_line(script, missing, extra, tmp_path):
