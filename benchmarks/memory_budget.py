@@ -4,15 +4,15 @@
         activations     what the forward and backward passes hold at their peak
         step            what the optimizer's step allocates and frees
 
-Weights and gradients are float32; gradients live from one accumulated pass to the next. Activations
-are followed operation by operation on fake tensors, which have shapes but no memory, under bfloat16
-autocast where the device is a GPU. State and the step's temporaries are measured: each optimizer
-steps on one tensor of each shape that the model has, and again with a second one of those that it
-has more than once; temporaries that the second ones add grow with the model, others do not. What
-comes on top is the CUDA context and what the allocator loses between its blocks.
+Weights and gradients are float32, and gradients stay allocated between accumulated passes. The peak
+of the activations is computed operation by operation on fake tensors, which have shapes but no
+memory, under bfloat16 autocast where the device is a GPU. State and the step's temporaries are
+measured: each optimizer steps on one tensor of each shape in the model, and again with a second
+tensor of each shape that occurs more than once. Temporaries that the second tensors add grow with
+the model; the others do not. The CUDA context and the allocator's fragmentation come on top.
 
-``--devices 2 4 8`` adds what each of several devices holds beside its activations, which stay whole
-on each, by arithmetic alone:
+``--devices 2 4 8`` also computes what each of several devices holds. Activations are not part of
+it, since every device holds all of its own:
 
     DDP      all of it, and the gradients a second time, in the buckets that are sent
     FSDP2    its share, and what is gathered meanwhile: parameters and gradients outside the blocks,

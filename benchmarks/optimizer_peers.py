@@ -50,7 +50,7 @@ class Peer:
             return None
 
 
-class Together:
+class ChainedOptimizer:
     """Several optimizers that step as one."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
@@ -66,7 +66,7 @@ class Together:
 
 def states(optimizer: Any) -> dict[Tensor, Any]:
     """Returns an optimizer's state by parameter."""
-    if isinstance(optimizer, Together):
+    if isinstance(optimizer, ChainedOptimizer):
         return {p: s for each in optimizer.optimizers for p, s in each.state.items()}
     return dict(optimizer.state)
 
@@ -101,7 +101,7 @@ def muon(weights: list[Weight]) -> Any:
     # as its documentation says: hidden matrices only, everything else to AdamW
     hidden = [w for w in weights if w.param.dim() == 2 and not w.embedding]
     others = [w for w in weights if w.param.dim() != 2 or w.embedding]
-    return Together(torch.optim.Muon(plain_groups(hidden), lr=LR), adamw_fused(others))
+    return ChainedOptimizer(torch.optim.Muon(plain_groups(hidden), lr=LR), adamw_fused(others))
 
 
 def transformers_adafactor(weights: list[Weight]) -> Any:

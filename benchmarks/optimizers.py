@@ -7,25 +7,25 @@
     python -m benchmarks.optimizers --render FILE    # a results file's table and plot
 
 A model is one of gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama-1b, a local folder or a name on the
-hub; only its configuration is read. Weights and gradients are random, and all optimizers share
-them; only the state is each one's own. An optimizer that cannot run is a row with its reason.
+hub. Only its configuration is read. Weights and gradients are random, and all optimizers share
+them. An optimizer that cannot run is a row with its reason.
 
-What is measured, of each optimizer:
+For each optimizer it measures:
 
-- state: the bytes of its state tensors, counted, and the size of its state dict as a file;
-- first step: with the state's allocation, and compilation where it compiles, its caches empty;
-- temporary memory: how far a later step rises above what is kept; on a CPU in a process of its
-  own, whose malloc keeps nothing, so that C code's allocations count and freed ones do not;
-- step: in rounds in which every optimizer takes a turn of a few steps, the baseline in each; the
-  median over its turns, and the median and quartiles of its ratio to fused AdamW's time in the same
-  round. A slow optimizer sits some rounds out. Where the baseline itself varies by more than 15%
-  between its quartiles the machine was not quiet, and no time of that run is quoted;
-- effective GB/s: what its rule must move over the time it took. In bytes per parameter that is
-  2 p + k g + 2 s: parameter and state read and written, the gradient read k times (1 for AdamW; 2
-  where sums over a matrix come first; 3 in Adafactor, which needs the update's norm too). Beside
-  it stands the bandwidth of a plain copy.
+- state: the bytes of its state tensors, and the size of its state dict as a file;
+- first step: includes the allocation of the state, and compilation with empty caches;
+- temporary memory: the peak of a later step above the memory that is kept. On a CPU a separate
+  process measures it, with malloc set to return freed memory, so that allocations of C code count;
+- step: in every round each optimizer runs a turn of a few steps. Given are the median of its turns,
+  and the median and quartiles of its ratio to fused AdamW's turn in the same round. A slow
+  optimizer runs in fewer rounds. Where the quartiles of fused AdamW itself differ by more than 15%
+  of its median, the machine was not idle, and no time of the run is quoted;
+- effective GB/s: the bytes that the rule must move, divided by the time. Per parameter these are
+  2 p + k g + 2 s: parameter and state read and written, and the gradient read k times (AdamW 1;
+  2 where sums over a matrix come first; 3 for Adafactor, which also needs the norm of the update).
+  The table also has the bandwidth of a plain copy.
 
-It takes 5 to 10 minutes for GPT-2 in float32 on 2 cores, and is to run on a quiet machine.
+It takes 5 to 10 minutes for GPT-2 in float32 on 2 cores. Run it on an idle machine.
 """
 
 import argparse
@@ -124,8 +124,8 @@ def reason(error: Exception) -> str:
     return one_line(error) or type(error).__name__
 
 
-def race(group: list[Contender], device: torch.device, rounds: int) -> None:
-    """Lets the optimizers take turns; round 0 warms up those that are in every round."""
+def time_in_turns(group: list[Contender], device: torch.device, rounds: int) -> None:
+    """Times the optimizers in turns; round 0 warms up those that run in every round."""
     for round_ in range(rounds + 1):
         for contender in group[round_ % len(group) :] + group[: round_ % len(group)]:
             turns = contender.turns
@@ -168,7 +168,7 @@ def finish(group: list[Contender], parameters: int, itemsize: int) -> None:
 
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs the benchmark, writes what it has after each group, and returns the results."""
+    """Runs the benchmark, writes the results file after each group, and returns its content."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     shapes = meta_weights(meta_model(args.shapes))
     parameters = sum(weight.param.numel() for weight in shapes)
@@ -205,7 +205,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
                 raise UserError(f"{BASELINE} cannot run: {entry.row['reason']}")
             rows.setdefault(peer.name, entry.row)  # the baseline's is its first group's
             waiting = [other for other in waiting if other is not peer]
-        race(group, device, args.rounds)
+        time_in_turns(group, device, args.rounds)
         finish(group, parameters, dtype.itemsize)
         write_json(args.results, described(args, parameters, bandwidth, rows))
         del group, entry

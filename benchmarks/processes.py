@@ -6,9 +6,8 @@
         --gradient_accumulation_steps 4 --batch_size_warmup 20480 --max_steps 40 \\
         --warmup_steps 10 --eval_steps 20 --save_steps 20
 
-What stands behind `--` goes to the recipe. The window batch is shared among the processes, so that
-every run sees the same windows in each step; each process has one thread, and where there is no
-GPU they run on the CPU. The table in docs/ is rendered from
+The arguments after `--` go to the recipe. The processes share the window batch, so every run sees
+the same windows in each step. Each process has one thread; without a GPU they run on the CPU. The table in docs/ is rendered from
 benchmarks/results/pretrain_novels.json, which it writes.
 """
 

@@ -5,9 +5,9 @@
 
 The setting is that of finetune_shakespeare.py (1 window x 1,024 tokens x 32 accumulation steps), on
 random tokens, with bfloat16 autocast on a GPU; nothing is downloaded. Each optimizer trains in a
-process of its own, whose peak memory is measured: on a GPU that of torch's allocator, on a CPU what
-the process takes above what it had before it made the model, with malloc keeping nothing (which
-makes the steps slower). Beside it stands the prediction of `optimizers.py --memory`.
+process of its own, and the peak memory is measured: on a GPU the peak of torch's allocator, on a CPU
+the peak of the process above its memory before it made the model. There malloc keeps no freed
+memory, which makes the steps slower. The prediction of `optimizers.py --memory` is beside it.
 """
 
 import argparse

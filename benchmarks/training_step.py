@@ -5,14 +5,14 @@
     python -m benchmarks.training_step --against ~/nanoGPT         # and its train.py
     python -m benchmarks.training_step --profile out/profile       # where the time goes
 
-Each variant trains in a process of its own, from random weights on random tokens. The processes
-are stopped, and in every round each has its turn, so that what else the machine does falls on all
-alike. A variant's time is the median of its turns, from one log to another (when the device has
-done all that was asked of it); the first log of a turn is left out. Turns are short: where a
-machine's speed changes from minute to minute, those of one round can still be compared. --against
-takes a checkout of nanoGPT and runs its train.py at the same sizes, in the same turns. Memory is
-measured in a run of its own: what three steps take above what the process had before it made the
-model (on a GPU, what torch's allocator gave out). Run it on a machine that does nothing else.
+Each variant trains in its own process, from random weights on random tokens. On a CPU the
+processes are stopped, and each runs for one turn in every round: other work on the machine then
+affects all variants alike. On a GPU one variant runs after another. A variant's time is the median
+of its turns. A turn is timed between logs, when the device has finished all queued work, and its
+first log is left out. Turns are short, so that the turns of one round can be compared even where
+the machine's speed changes from minute to minute. --against runs the train.py of a nanoGPT checkout at the same sizes, in the same
+turns. Memory is measured in a separate run: the peak of three steps above the process's memory
+before it made the model (on a GPU, the peak of torch's allocator). Run it on an idle machine.
 """
 
 import argparse
@@ -86,7 +86,7 @@ class Variant:
     printed: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Racer:
+class VariantProcess:
     """A variant's process, which runs only while it has its turn."""
 
     def __init__(self, variant: Variant) -> None:
@@ -226,25 +226,25 @@ def nanogpt(checkout: Path, args: argparse.Namespace, folder: Path) -> Variant:
     return Variant("nanoGPT's `train.py`", command, r"iter \d+: loss", cwd=checkout)
 
 
-def race(racing: list[Variant], args: argparse.Namespace) -> None:
+def time_in_turns(group: list[Variant], args: argparse.Namespace) -> None:
     """Gives each variant its turn in every round, and notes the milliseconds of a step."""
-    racers: list[Racer] = []
+    processes: list[VariantProcess] = []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # stopped processes would outlive it
     try:
-        for variant in racing:
+        for variant in group:
             print(f"== starting: {variant.name}", flush=True)
-            racers.append(Racer(variant))
-            racers[-1].wait(WARMUP_LINES)
-            racers[-1].signal(signal.SIGSTOP)
+            processes.append(VariantProcess(variant))
+            processes[-1].wait(WARMUP_LINES)
+            processes[-1].signal(signal.SIGSTOP)
             del variant.printed[1:]
         lines = args.steps // args.steps_per_line
         for round_ in range(args.rounds):
             print(f"== round {round_ + 1} of {args.rounds}", flush=True)
-            for racer in racers:
-                racer.variant.ms.append(1e3 * racer.turn(lines) / args.steps_per_line)
+            for process in processes:
+                process.variant.ms.append(1e3 * process.turn(lines) / args.steps_per_line)
     finally:
-        for racer in racers:
-            racer.end()
+        for process in processes:
+            process.end()
 
 
 def memory_mib(variant: Variant) -> float | None:
@@ -266,12 +266,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """
     timed: list[Variant] = []
     with tempfile.TemporaryDirectory() as folder:
-        racing = variants(args)
+        planned = variants(args)
         if args.against:
-            racing.append(nanogpt(args.against.expanduser().resolve(), args, Path(folder)))
+            planned.append(nanogpt(args.against.expanduser().resolve(), args, Path(folder)))
         alone = args.device == "cuda"
-        for group in [[variant] for variant in racing] if alone else [racing]:
-            race(group, args)
+        for group in [[variant] for variant in planned] if alone else [planned]:
+            time_in_turns(group, args)
             timed += group
             results = summarize(timed, args)
             write_json(args.results, {**results, "complete": False})
@@ -282,14 +282,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def summarize(racing: list[Variant], args: argparse.Namespace) -> dict[str, Any]:
+def summarize(timed: list[Variant], args: argparse.Namespace) -> dict[str, Any]:
     """Returns what the results file holds of variants that were timed, the recipe first."""
-    sizes, first = SIZES[args.preset], racing[0]
+    sizes, first = SIZES[args.preset], timed[0]
     constants = first.printed[0]
     tokens = sizes["block_size"] * sizes[KEYS[-1]]
     peak = args.peak_tflops or constants["peak_tflops"]
     rows = []
-    for variant in racing:
+    for variant in timed:
         ms = statistics.median(variant.ms)
         mfu = None
         if peak:

@@ -104,7 +104,7 @@ class CausalLMTrainer(WholeCheckpoints):
             tr_loss.zero_()
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        """Makes the repository on the hub, or says how its refusal is mended."""
+        """Makes the repository on the hub, or says how to fix its refusal."""
         try:
             super().init_hf_repo(*args, **kwargs)
         except Exception as error:  # the client's classes of errors are its version's

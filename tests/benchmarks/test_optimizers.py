@@ -195,7 +195,7 @@ def test_slow_optimizers_take_fewer_turns_evenly_and_the_baseline_all():
     peers = {peer.name: peer for peer in optimizer_peers.all_peers(["auto"])}
     fused = optimizers.Contender(peers["adamw_fused"], Counting(), steps=2, turns=12)
     muon = optimizers.Contender(peers["muon"], Counting(), steps=1, turns=3)
-    optimizers.race([fused, muon], CPU, rounds=12)
+    optimizers.time_in_turns([fused, muon], CPU, rounds=12)
     assert list(fused.times) == list(range(1, 13))
     assert fused.optimizer.calls == 2 * 13  # round 0 warms up
     assert list(muon.times) == [4, 8, 12]
@@ -247,11 +247,11 @@ def test_shapes_that_do_not_fit_are_one_line(monkeypatch):
 def test_optimizers_wait_for_room_with_a_baseline_in_every_group(monkeypatch, tiny_config):
     """Room for one beside the baseline: three groups, and one optimizer that never fits."""
     groups = []
-    real = optimizers.race
+    real = optimizers.time_in_turns
     monkeypatch.setattr(optimizers, "copy_gb_s", lambda device: 1.0)
     monkeypatch.setattr(
         optimizers,
-        "race",
+        "time_in_turns",
         lambda group, *rest: (groups.append([c.peer.name for c in group]), real(group, *rest)),
     )
     parameters = 187_840

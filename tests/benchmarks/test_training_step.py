@@ -58,7 +58,7 @@ def test_turns_are_timed_without_the_time_of_the_others(tmp_path):
     # a bit longer than is asserted: what follows a line that arrives late is shorter
     fast, slow = script("fast", 0.023, tmp_path / "fast"), script("slow", 0.085, tmp_path / "slow")
     begin = time.perf_counter()
-    training_step.race([fast, slow], arguments())
+    training_step.time_in_turns([fast, slow], arguments())
     took = time.perf_counter() - begin
     assert len(fast.ms) == len(slow.ms) == 3
     assert 20 <= min(fast.ms) < 90  # on a busy machine some are longer; with the slow one's 100
@@ -74,7 +74,7 @@ def test_a_benchmark_that_is_ended_leaves_no_process_behind(tmp_path):
     threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
     try:
         with pytest.raises(SystemExit):
-            training_step.race([script("endless", 0.02, alive)], arguments(rounds=9999))
+            training_step.time_in_turns([script("endless", 0.02, alive)], arguments(rounds=9999))
     finally:
         signal.signal(signal.SIGTERM, before)
     size = alive.stat().st_size
@@ -87,7 +87,7 @@ def test_a_process_that_fails_says_why():
         "broken", [sys.executable, "-c", "raise SystemExit('no such flag')"]
     )
     with pytest.raises(training_step.UserError, match="broken ended: no such flag"):
-        training_step.race([broken], arguments())
+        training_step.time_in_turns([broken], arguments())
 
 
 def test_variants_take_one_thing_away_each():
