@@ -7,8 +7,8 @@
         --warmup_steps 10 --eval_steps 20 --save_steps 20
 
 The arguments after `--` go to the recipe. The processes share the window batch, so every run sees
-the same windows in each step. Each process has one thread; without a GPU they run on the CPU. The table in docs/ is rendered from
-benchmarks/results/pretrain_novels.json, which it writes.
+the same windows in each step. Each process has one thread; without a GPU they run on the CPU. It
+writes benchmarks/results/pretrain_novels.json, and a table in docs/ is rendered from that file.
 """
 
 import argparse

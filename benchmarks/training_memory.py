@@ -5,9 +5,10 @@
 
 The setting is that of finetune_shakespeare.py (1 window x 1,024 tokens x 32 accumulation steps), on
 random tokens, with bfloat16 autocast on a GPU; nothing is downloaded. Each optimizer trains in a
-process of its own, and the peak memory is measured: on a GPU the peak of torch's allocator, on a CPU
-the peak of the process above its memory before it made the model. There malloc keeps no freed
-memory, which makes the steps slower. The prediction of `optimizers.py --memory` is beside it.
+process of its own, and its peak memory is measured. On a GPU this is the peak of torch's allocator.
+On a CPU it is the peak of the process above its memory before it made the model; malloc keeps no
+freed memory there, which makes the steps slower. The table also has the prediction of
+`optimizers.py --memory`.
 """
 
 import argparse

@@ -10,9 +10,10 @@ processes are stopped, and each runs for one turn in every round: other work on 
 affects all variants alike. On a GPU one variant runs after another. A variant's time is the median
 of its turns. A turn is timed between logs, when the device has finished all queued work, and its
 first log is left out. Turns are short, so that the turns of one round can be compared even where
-the machine's speed changes from minute to minute. --against runs the train.py of a nanoGPT checkout at the same sizes, in the same
-turns. Memory is measured in a separate run: the peak of three steps above the process's memory
-before it made the model (on a GPU, the peak of torch's allocator). Run it on an idle machine.
+the machine's speed changes from minute to minute. --against runs the train.py of a nanoGPT
+checkout at the same sizes, in the same turns. Memory is measured in a separate run: the peak of
+three steps above the process's memory before it made the model (on a GPU, the peak of torch's
+allocator). Run it on an idle machine.
 """
 
 import argparse
