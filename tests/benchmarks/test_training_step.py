@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import training_step
+from benchmarks import training_step, turns
 
 # What nanoGPT's train.py is for the benchmark: flags that it knows, its data, its lines.
 STAND_IN = """\
@@ -41,24 +41,26 @@ def checkout(tmp_path):
     return folder
 
 
-def script(name: str, step_s: float, count: Path) -> training_step.Variant:
+def script(name: str, step_s: float, count: Path) -> turns.Variant:
     code = (
         f"import time\nfor i in range(9999):\n  time.sleep({step_s})\n  print('iter 1: loss')\n"
         f"  open({str(count)!r}, 'a').write('.')"
     )
-    return training_step.Variant(name, [sys.executable, "-u", "-c", code], r"iter \d+: loss")
+    return turns.Variant(name, [sys.executable, "-u", "-c", code], r"iter \d+: loss")
+
+
+TURNS = {"rounds": 3, "steps": 4, "steps_per_line": 1}
 
 
 def arguments(**changes):
-    defaults = {"rounds": 3, "steps": 4, "steps_per_line": 1}
-    return type("Arguments", (), {**defaults, **changes})()
+    return type("Arguments", (), {**TURNS, **changes})()
 
 
 def test_turns_are_timed_without_the_time_of_the_others(tmp_path):
     # a bit longer than is asserted: what follows a line that arrives late is shorter
     fast, slow = script("fast", 0.023, tmp_path / "fast"), script("slow", 0.085, tmp_path / "slow")
     begin = time.perf_counter()
-    training_step.time_in_turns([fast, slow], arguments())
+    turns.time_in_turns([fast, slow], **TURNS)
     took = time.perf_counter() - begin
     assert len(fast.ms) == len(slow.ms) == 3
     assert 20 <= min(fast.ms) < 90  # on a busy machine some are longer; with the slow one's 100
@@ -74,7 +76,7 @@ def test_a_benchmark_that_is_ended_leaves_no_process_behind(tmp_path):
     threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
     try:
         with pytest.raises(SystemExit):
-            training_step.time_in_turns([script("endless", 0.02, alive)], arguments(rounds=9999))
+            turns.time_in_turns([script("endless", 0.02, alive)], **TURNS | {"rounds": 9999})
     finally:
         signal.signal(signal.SIGTERM, before)
     size = alive.stat().st_size
@@ -83,11 +85,9 @@ def test_a_benchmark_that_is_ended_leaves_no_process_behind(tmp_path):
 
 
 def test_a_process_that_fails_says_why():
-    broken = training_step.Variant(
-        "broken", [sys.executable, "-c", "raise SystemExit('no such flag')"]
-    )
+    broken = turns.Variant("broken", [sys.executable, "-c", "raise SystemExit('no such flag')"])
     with pytest.raises(training_step.UserError, match="broken ended: no such flag"):
-        training_step.time_in_turns([broken], arguments())
+        turns.time_in_turns([broken], **TURNS)
 
 
 def test_variants_take_one_thing_away_each():
