@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-Blocks = tuple[int, int]
+from striped_hf.optim.interface import Blocks
+from striped_hf.optim.state import divides, mark_blocks
 
 
 def _fused_experts(module: Any) -> Blocks:
@@ -194,14 +195,25 @@ def packed_blocks(model: nn.Module) -> dict[nn.Parameter, Blocks]:
                     blocks = layout(module) if callable(layout) else layout
                 except AttributeError:
                     continue  # optional, or of another version of the class
-                if not isinstance(param, nn.Parameter) or param.dim() < 2:
-                    continue  # absent, or flattened by a wrapper
-                divided = all(
-                    n % count == 0 for n, count in zip(param.shape[-2:], blocks, strict=True)
-                )
-                if blocks != (1, 1) and divided:
+                if not isinstance(param, nn.Parameter):
+                    continue  # absent
+                # a wrapper may have flattened it, and pruning made it smaller
+                if blocks != (1, 1) and divides(param.shape, blocks):
                     found[param] = blocks
     return found
+
+
+def mark_packed(model: nn.Module) -> None:
+    """Marks the parameters that pack several projections, for a StripedAdamW built afterwards.
+
+    Whoever builds the groups need not know of blocks then. The marks are lost where parameters are
+    replaced, as in a deep copy of the model; mark the copy, too.
+
+    Args:
+        model: As for ``packed_blocks``.
+    """
+    for param, blocks in packed_blocks(model).items():
+        mark_blocks(param, blocks)
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
