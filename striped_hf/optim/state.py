@@ -69,35 +69,6 @@ def blocks_of(group: Group, position: int) -> Blocks:
     return row_blocks, column_blocks
 
 
-def mark_blocks(param: Tensor, blocks: Blocks) -> None:
-    """Marks a parameter with its blocks, for param groups that give none.
-
-    Whoever builds the groups, such as a subclass of ``Trainer``, then need not know of blocks.
-
-    Args:
-        param: A matrix [..., R, C].
-        blocks: (br, bc).
-    """
-    param._striped_blocks = blocks  # type: ignore[attr-defined]
-
-
-def divides(shape: torch.Size, blocks: Blocks) -> bool:
-    """Whether a shape is that of a matrix, of which ``blocks`` divide rows and columns."""
-    return len(shape) >= 2 and shape[-2] % blocks[0] == 0 and shape[-1] % blocks[1] == 0
-
-
-def marked_blocks(params: list[Tensor]) -> Blocks | list[Blocks]:
-    """Returns the blocks with which parameters are marked, as ``blocks`` of a param group.
-
-    A mark that does not divide its parameter is ignored: the parameter was resized since.
-    """
-    blocks: list[Blocks] = []
-    for param in params:
-        mark: Blocks | None = getattr(param, "_striped_blocks", None)
-        blocks.append(mark if mark is not None and divides(param.shape, mark) else (1, 1))
-    return blocks if any(pair != (1, 1) for pair in blocks) else (1, 1)
-
-
 def name_of(group: Group, position: int, group_index: int | None = None) -> str:
     """Names a parameter for a message: by its name where known, else by its position."""
     shape = tuple(group["params"][position].shape)

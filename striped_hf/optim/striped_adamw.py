@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from striped_hf.optim import backends
+from striped_hf.optim.blocks import marked_blocks
 from striped_hf.optim.checkpoint import prepare_state_dict
 from striped_hf.optim.checks import check_gradient, check_group, check_not_flattened
 from striped_hf.optim.interface import Backend, Batch, Blocks, Entry, Group, State
@@ -16,7 +17,7 @@ from striped_hf.optim.sharded import state as sharded_state
 from striped_hf.optim.sharded import step as sharded_step
 from striped_hf.optim.sharded.layout import is_sharded
 from striped_hf.optim.sharded.step import Matrix, MatrixBatch
-from striped_hf.optim.state import Description, description_of, marked_blocks, zero_state
+from striped_hf.optim.state import Description, description_of, zero_state
 
 _ONE = torch.tensor(1.0, dtype=torch.float32, device="cpu")
 
@@ -50,7 +51,7 @@ class StripedAdamW(Optimizer):
             own row and column means. For a matrix that packs several projections along its rows or
             columns, such as GPT-2's ``c_attn``: (1, 3). 0-D and 1-D parameters ignore it. A param
             group may instead have a list with one such tuple for each of its parameters. If neither
-            is given, parameters that ``state.mark_blocks`` marked have the blocks of their mark.
+            is given, parameters that ``blocks.mark_blocks`` marked have the blocks of their mark.
         backend: What computes the step: ``"auto"``, the fastest that can run, or one by name.
         stochastic_rounding: Round updates of bfloat16 and float16 parameters stochastically instead
             of to nearest. None means True. Float32 parameters ignore it.

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from striped_hf.optim.blocks import mark_blocks
 from striped_hf.optim.interface import Blocks
-from striped_hf.optim.state import divides, mark_blocks
 
 
 def _fused_experts(module: Any) -> Blocks:
@@ -195,10 +195,12 @@ def packed_blocks(model: nn.Module) -> dict[nn.Parameter, Blocks]:
                     blocks = layout(module) if callable(layout) else layout
                 except AttributeError:
                     continue  # optional, or of another version of the class
-                if not isinstance(param, nn.Parameter):
-                    continue  # absent
-                # a wrapper may have flattened it, and pruning made it smaller
-                if blocks != (1, 1) and divides(param.shape, blocks):
+                if not isinstance(param, nn.Parameter) or param.dim() < 2:
+                    continue  # absent, or flattened by a wrapper
+                divided = all(
+                    n % count == 0 for n, count in zip(param.shape[-2:], blocks, strict=True)
+                )
+                if blocks != (1, 1) and divided:
                     found[param] = blocks
     return found
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from striped_hf import StripedAdamW
-from striped_hf.optim.state import mark_blocks
+from striped_hf.optim.blocks import mark_blocks
 
 PACKED, TALL, PLAIN, BIAS = 0, 1, 2, 3
 
