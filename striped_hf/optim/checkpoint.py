@@ -4,16 +4,17 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from striped_hf.optim import momentum
+from striped_hf.optim.export import SHARED_WITH_ADAMW
 from striped_hf.optim.interface import Group, State
+from striped_hf.optim.sharded.layout import is_sharded, wrap
 from striped_hf.optim.state import Description, blocks_of, description_of, name_of, zero_state
 
-# the keys that AdamW's groups and ours have in common; the rest stays as constructed
-_SHARED_WITH_ADAMW = ("lr", "betas", "eps", "weight_decay", "maximize", "initial_lr")
 # the keys of a group that are not taken from a state dict: its blocks are the same, perhaps as one
 # pair for all
-_NOT_LOADED = ("params", "param_names", "blocks")
+_NOT_LOADED = ("params", "blocks")
 
 
 def prepare_state_dict(state_dict: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
@@ -36,6 +37,12 @@ def prepare_state_dict(state_dict: dict[str, Any], groups: list[Group]) -> dict[
         ValueError: The state dict has other groups, another momentum format or other stripes, or a
             state is incomplete or of a wrong shape.
     """
+    for saved in state_dict["param_groups"]:
+        if len(saved.get("param_names", saved["params"])) != len(saved["params"]):
+            raise ValueError(
+                f"a param group of the state dict has {len(saved['param_names'])} param_names for "
+                f"{len(saved['params'])} parameters: pass what state_dict() returned, unchanged"
+            )
     if _is_adamw(state_dict):
         state_dict = _from_adamw(state_dict, groups)
     saved_groups = state_dict["param_groups"]
@@ -124,7 +131,9 @@ def _is_adamw(state_dict: dict[str, Any]) -> bool:
 
 def _from_adamw(state_dict: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
     """Converts an AdamW's state dict to one of a StripedAdamW with these groups."""
-    saved = [(group, id_) for group in state_dict["param_groups"] for id_ in group["params"]]
+    saved = [
+        (group, i) for group in state_dict["param_groups"] for i in range(len(group["params"]))
+    ]
     for group in state_dict["param_groups"]:
         if group["amsgrad"]:
             raise ValueError(
@@ -137,10 +146,16 @@ def _from_adamw(state_dict: dict[str, Any], groups: list[Group]) -> dict[str, An
     position = 0
     for group_index, group in enumerate(groups):
         new_group = {**group, "params": []}
+        names: list[str] = []
         for i in range(len(group["params"])):
             name = name_of(group, i, group_index)
-            saved_group, id_ = saved[partners[position]]
-            shared = {key: saved_group[key] for key in _SHARED_WITH_ADAMW if key in saved_group}
+            saved_group, saved_position = saved[partners[position]]
+            id_ = saved_group["params"][saved_position]
+            shared = {key: saved_group[key] for key in SHARED_WITH_ADAMW if key in saved_group}
+            if isinstance(shared["lr"], Tensor) and not isinstance(group["lr"], Tensor):
+                shared["lr"] = shared["lr"].item()  # torchao's AdamW makes a tensor of every rate
+            if "param_names" in shared:  # as in torch, they replace those of the optimizer
+                names.append(shared.pop("param_names")[saved_position])
             if i > 0 and any(new_group[key] != value for key, value in shared.items()):
                 raise ValueError(
                     f"{name} and those before it in its group come from AdamW groups with "
@@ -152,11 +167,14 @@ def _from_adamw(state_dict: dict[str, Any], groups: list[Group]) -> dict[str, An
                 loaded = state_dict["state"][id_]
                 states[position] = _state_from_adamw(loaded, description_of(group, i), name)
             position += 1
+        if names:
+            new_group["param_names"] = names
         new_groups.append(new_group)
     return {"state": states, "param_groups": new_groups}
 
 
 def _state_from_adamw(loaded: dict[str, Any], description: Description, name: str) -> State:
+    loaded = {key: _decoded(value) for key, value in loaded.items()}
     for key in ("step", "exp_avg", "exp_avg_sq"):
         if key not in loaded or (key != "step" and loaded[key].shape != description.shape):
             raise ValueError(
@@ -174,6 +192,20 @@ def _state_from_adamw(loaded: dict[str, Any], description: Description, name: st
         state["exp_avg_sq_row"] = exp_avg_sq.unflatten(-1, (column_blocks, -1)).mean(-1)
         state["exp_avg_sq_col"] = exp_avg_sq.unflatten(-2, (row_blocks, -1)).mean(-2)
     return state
+
+
+def _decoded(value: Any) -> Any:
+    """Returns a value of AdamW's state, in float32 where torchao's AdamW has it in codes."""
+    if is_sharded(value):
+        local = value.to_local()
+        decoded = _decoded(local)
+        if decoded is local:
+            return value
+        return wrap(decoded, value.shape, value.device_mesh, tuple(value.placements))
+    # torch's own method of this name is for other tensors
+    if isinstance(value, Tensor) and type(value).dequantize is not Tensor.dequantize:
+        return value.dequantize()
+    return value
 
 
 def _match(state_dict: dict[str, Any], groups: list[Group]) -> list[int]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from striped_hf.optim import backends
+from striped_hf.optim.blocks import marked_blocks
 from striped_hf.optim.checkpoint import prepare_state_dict
 from striped_hf.optim.checks import check_gradient, check_group, check_not_flattened
 from striped_hf.optim.interface import Backend, Batch, Blocks, Entry, Group, State
@@ -49,7 +50,8 @@ class StripedAdamW(Optimizer):
         blocks: (br, bc): divide each matrix of the group into br x bc equal blocks, each with its
             own row and column means. For a matrix that packs several projections along its rows or
             columns, such as GPT-2's ``c_attn``: (1, 3). 0-D and 1-D parameters ignore it. A param
-            group may instead have a list with one such tuple for each of its parameters.
+            group may instead have a list with one such tuple for each of its parameters. If neither
+            is given, parameters that ``blocks.mark_blocks`` marked have the blocks of their mark.
         backend: What computes the step: ``"auto"``, the fastest that can run, or one by name.
         stochastic_rounding: Round updates of bfloat16 and float16 parameters stochastically instead
             of to nearest. None means True. Float32 parameters ignore it.
@@ -100,7 +102,10 @@ class StripedAdamW(Optimizer):
         Raises:
             ValueError: As on construction; the optimizer has not changed then.
         """
+        has_blocks = "blocks" in param_group or tuple(self.defaults["blocks"]) != (1, 1)
         super().add_param_group(param_group)
+        if not has_blocks:
+            self.param_groups[-1]["blocks"] = marked_blocks(self.param_groups[-1]["params"])
         try:
             check_group(self.param_groups[-1], len(self.param_groups) - 1)
         except ValueError:

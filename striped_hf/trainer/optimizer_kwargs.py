@@ -1,6 +1,5 @@
 """From ``TrainingArguments`` and a model to what ``StripedAdamW`` is built with."""
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -8,7 +7,7 @@ from torch import nn
 from striped_hf.optim import StripedAdamW
 from striped_hf.optim.backends import BACKENDS
 from striped_hf.optim.momentum import MOMENTUM_DTYPES
-from striped_hf.trainer.param_groups import param_groups
+from striped_hf.trainer.param_groups import mark_packed
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -52,8 +51,8 @@ def optimizer_cls_and_kwargs(
 ) -> tuple[type[StripedAdamW], dict[str, Any]]:
     """Returns the value for ``Trainer(optimizer_cls_and_kwargs=...)``, which needs no names.
 
-    Use it where the names cannot be used, and where ``args.optim`` must keep its value. With
-    ``Trainer(model_init=...)`` use the names: this function needs the model that Trainer trains.
+    Use it where the names cannot be used, and where ``args.optim`` must keep its value. Trainer,
+    or its subclass, builds the param groups.
 
     Args:
         args: The function reads ``learning_rate``, ``adam_beta1``, ``adam_beta2``,
@@ -61,9 +60,8 @@ def optimizer_cls_and_kwargs(
             sets the momentum's format, else the format is float32. ``optim_args`` overrides it:
             comma-separated ``key=value`` with the keys ``momentum_dtype``, ``backend``,
             ``maximize``, ``nesterov``, ``lagged`` and ``stochastic_rounding``.
-        model: The model to train. Its param groups are made when the optimizer is built. Until
-            then you may freeze parts of it, resize it or add adapters. Without a model the result
-            has no ``params``, and Trainer groups the parameters by weight decay only.
+        model: The model to train. Its packed projections are marked, here and again when Trainer
+            creates the optimizer, so that each part gets stripes of its own.
 
     Returns:
         ``StripedAdamW`` and its keyword arguments.
@@ -71,7 +69,9 @@ def optimizer_cls_and_kwargs(
     Raises:
         ValueError: ``optim_args`` has an unknown key, a repeated key or an invalid value.
     """
-    kwargs = {
+    if model is not None:
+        mark_packed(model)
+    return StripedAdamW, {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
@@ -79,41 +79,6 @@ def optimizer_cls_and_kwargs(
         "momentum_dtype": OPTIMIZERS.get(args.optim, "float32"),
         **_parse_optim_args(args.optim_args),
     }
-    if model is not None:
-        kwargs = _WithParams(kwargs, _ParamGroups(model, args.weight_decay))
-    return StripedAdamW, kwargs
-
-
-class _ParamGroups:
-    """A model's param groups, made anew each time they are read."""
-
-    def __init__(self, model: nn.Module, weight_decay: float) -> None:
-        self._model = model
-        self._weight_decay = weight_decay
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(param_groups(self._model, self._weight_decay))
-
-
-class _WithParams(dict[str, Any]):
-    """Keyword arguments whose ``params`` come back after Trainer has popped them.
-
-    Trainer pops them to pass them by position. Two trainers may get the same kwargs. The second
-    one would then train without the groups and would not report it.
-    """
-
-    def __init__(self, kwargs: dict[str, Any], params: _ParamGroups) -> None:
-        super().__init__(kwargs, params=params)
-        self._params = params
-
-    def __contains__(self, key: object) -> bool:
-        return key == "params" or super().__contains__(key)
-
-    def pop(self, key: str, *default: Any) -> Any:
-        if key == "params":
-            super().pop(key, None)
-            return self._params
-        return super().pop(key, *default)
 
 
 def _parse_optim_args(optim_args: str | None) -> dict[str, Any]:

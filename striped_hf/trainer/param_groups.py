@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-Blocks = tuple[int, int]
+from striped_hf.optim.blocks import mark_blocks
+from striped_hf.optim.interface import Blocks
 
 
 def _fused_experts(module: Any) -> Blocks:
@@ -202,6 +203,19 @@ def packed_blocks(model: nn.Module) -> dict[nn.Parameter, Blocks]:
                 if blocks != (1, 1) and divided:
                     found[param] = blocks
     return found
+
+
+def mark_packed(model: nn.Module) -> None:
+    """Marks the parameters that pack several projections, for a StripedAdamW built afterwards.
+
+    Whoever builds the groups need not know of blocks then. The marks are lost where parameters are
+    replaced, as in a deep copy of the model; mark the copy, too.
+
+    Args:
+        model: As for ``packed_blocks``.
+    """
+    for param, blocks in packed_blocks(model).items():
+        mark_blocks(param, blocks)
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -10,7 +10,11 @@ name, in every version from 4.57 to 5.23:
   class and its arguments. It uses an if-chain up to transformers 5.1 and a private table of
   handlers since then. Wrapping the method serves both. The wrapper also reads ``optim_args``
   before transformers splits it, which loses duplicates and fails without a message on a missing
-  "=".
+  "=". It marks the model's packed projections and leaves the param groups to Trainer and its
+  subclasses, which build them as for AdamW.
+
+``Trainer.create_optimizer`` is wrapped, too. It marks the model that is trained, also where
+``Trainer(optimizer_cls_and_kwargs=...)`` was passed.
 
 ``striped_hf/__init__.py`` calls ``add_names`` and ``extend_trainer`` when the import of each of
 the two modules has finished. This file therefore imports nothing from transformers.
@@ -20,14 +24,15 @@ import contextlib
 import functools
 import sys
 import warnings
-from collections.abc import Callable
 from enum import EnumMeta
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from striped_hf.optim import StripedAdamW
 from striped_hf.trainer.optimizer_kwargs import OPTIMIZERS, optimizer_cls_and_kwargs
+from striped_hf.trainer.param_groups import mark_packed
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -58,26 +63,38 @@ def extend_trainer(trainer: ModuleType) -> None:
         _give_up(sys.modules.get("transformers.training_args"), error)
 
 
-def _wrap_trainer(trainer: type) -> None:
+def _wrap_trainer(trainer: Any) -> None:
     current = vars(trainer)["get_optimizer_cls_and_kwargs"]
     if not isinstance(current, staticmethod):
         raise TypeError("Trainer.get_optimizer_cls_and_kwargs is not a static method")
-    function: Callable[..., Any] = current.__func__
     # a second call replaces the first wrapper instead of wrapping it
-    original = getattr(function, "_striped_hf_wraps", function)
+    get_original = getattr(current.__func__, "_striped_hf_wraps", current.__func__)
+    create_original = trainer.create_optimizer
+    create_original = getattr(create_original, "_striped_hf_wraps", create_original)
 
-    @functools.wraps(original)
+    @functools.wraps(get_original)
     def get_optimizer_cls_and_kwargs(
         args: "TrainingArguments", model: nn.Module | None = None, *rest: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
-        if args.optim in OPTIMIZERS:
-            return optimizer_cls_and_kwargs(args, model)
-        return original(args, model, *rest, **kwargs)
+        if args.optim not in OPTIMIZERS:
+            return get_original(args, model, *rest, **kwargs)
+        optimizer_cls, optimizer_kwargs = optimizer_cls_and_kwargs(args, model)
+        # as for AdamW: groups that set no decay of their own get the optimizer's default
+        del optimizer_kwargs["weight_decay"]
+        return optimizer_cls, optimizer_kwargs
 
-    get_optimizer_cls_and_kwargs._striped_hf_wraps = original  # type: ignore[attr-defined]
-    trainer.get_optimizer_cls_and_kwargs = staticmethod(  # type: ignore[attr-defined]
-        get_optimizer_cls_and_kwargs
-    )
+    @functools.wraps(create_original)
+    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = self.optimizer_cls_and_kwargs
+        if self.args.optim in OPTIMIZERS or (given is not None and given[0] is StripedAdamW):
+            # a caller of the method above may have left out the model, or changed it since
+            mark_packed(self.model)
+        return create_original(self, *args, **kwargs)
+
+    get_optimizer_cls_and_kwargs._striped_hf_wraps = get_original  # type: ignore[attr-defined]
+    create_optimizer._striped_hf_wraps = create_original  # type: ignore[attr-defined]
+    trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
+    trainer.create_optimizer = create_optimizer
 
 
 def _add_member(enum: EnumMeta, name: str, value: str) -> None:

@@ -18,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import striped_hf  # noqa: F401
 from striped_hf.optim import StripedAdamW
+from striped_hf.trainer import param_groups
 
 
 def shim() -> None:
@@ -97,7 +98,8 @@ def through_accelerate(state_dict_type: str, mesh: DeviceMesh, folder: Path) -> 
 
     def prepare() -> tuple:
         model = new_model()
-        optimizer = StripedAdamW(model.parameters(), lr=1e-2, momentum_dtype="int8")
+        groups = param_groups(model, weight_decay=0.0)
+        optimizer = StripedAdamW(groups, lr=1e-2, momentum_dtype="int8")
         return accelerator.prepare(model, optimizer)
 
     def train(model: torch.nn.Module, optimizer, steps: range) -> list[float]:
@@ -131,3 +133,6 @@ def check(accelerator: Accelerator, model: torch.nn.Module, optimizer) -> None:
     states = [v for state in optimizer.state.values() for k, v in state.items() if k != "step"]
     assert states
     assert all(isinstance(value, DTensor) for value in states)
+    packed = [module.c_attn.weight for module in model.modules() if hasattr(module, "c_attn")]
+    stripes = {optimizer.state[param]["exp_avg_sq_row"].shape for param in packed}
+    assert stripes == {(18, 3)}, stripes  # they are marked before they become DTensors

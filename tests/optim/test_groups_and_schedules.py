@@ -269,6 +269,44 @@ def test_named_parameters() -> None:
     assert [group["param_names"] for group in optimizer.param_groups] == [["weight"], ["bias"]]
 
 
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, StripedAdamW])
+def test_loaded_names_replace_those_of_the_optimizer(cls: type[torch.optim.Optimizer]) -> None:
+    """As torch promises; also where a group of AdamW's is loaded."""
+    model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 3))
+
+    def groups(prefix: str | None) -> list[dict[str, Any]]:
+        named = [(f"{prefix}{name}", param) for name, param in model.named_parameters()]
+        params = named if prefix is not None else list(model.parameters())
+        return [{"params": params[:1]}, {"params": params[1:]}]
+
+    saver = cls(groups("saved."))
+    model(torch.randn(2, 5)).sum().backward()
+    saver.step()
+    saved = saver.state_dict()
+    names = [["saved.0.weight"], ["saved.0.bias", "saved.1.weight", "saved.1.bias"]]
+    loaders = {None: names, "saved.": names}
+    if cls is StripedAdamW:  # a state dict of AdamW's is matched by name
+        loaders["other."] = names
+    for prefix, expected in loaders.items():
+        optimizer = StripedAdamW(groups(prefix))
+        optimizer.load_state_dict(saved)
+        assert [group["param_names"] for group in optimizer.param_groups] == expected
+        again = optimizer.state_dict()["param_groups"]
+        assert [group["param_names"] for group in again] == expected
+
+    # those of the optimizer stay where none are loaded
+    unnamed = cls(groups(None))
+    unnamed.step()
+    named = StripedAdamW(groups("kept."))
+    named.load_state_dict(unnamed.state_dict())
+    assert named.param_groups[0]["param_names"] == ["kept.0.weight"]
+
+    # names of other parameters than the group's are an error
+    saved["param_groups"][1]["param_names"].pop()
+    with pytest.raises(ValueError, match="2 param_names for 3 parameters"):
+        StripedAdamW(groups(None)).load_state_dict(saved)
+
+
 def test_settings_changed_between_steps_take_effect() -> None:
     ps = small_parameters()
     optimizer = StripedAdamW(ps, lr=0.1)

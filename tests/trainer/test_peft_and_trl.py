@@ -36,11 +36,10 @@ def trained(trainer: Trainer) -> set[str]:
     """The names of the parameters that the optimizer holds, each with a momentum."""
     optimizer = optimizer_of(trainer)
     assert type(optimizer) is StripedAdamW
-    names = set()
-    for group in optimizer.param_groups:
-        for name, param in zip(group["param_names"], group["params"], strict=True):
-            assert "exp_avg" in optimizer.state[param]
-            names.add(name)
+    held = {param for group in optimizer.param_groups for param in group["params"]}
+    assert all("exp_avg" in optimizer.state[param] for param in held)
+    names = {name for name, param in trainer.model.named_parameters() if param in held}
+    assert len(names) == len(held)
     return names
 
 

@@ -1,14 +1,17 @@
 """The names in transformers, in processes as fresh as a user's, and the way without names."""
 
+import copy
 import importlib
 import inspect
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +30,7 @@ from transformers.training_args import OptimizerNames
 
 import striped_hf
 from striped_hf import StripedAdamW, optimizer_cls_and_kwargs
-from striped_hf.trainer import registration
+from striped_hf.trainer import param_groups, registration
 
 
 def python(script: str, *args: object) -> str:
@@ -113,10 +116,9 @@ def test_registering_again_changes_nothing() -> None:
     cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
     assert (cls, kwargs["momentum_dtype"]) == (StripedAdamW, "int4")
     # one wrapper, not one in another
-    assert not hasattr(inspect.unwrap(Trainer.get_optimizer_cls_and_kwargs), "_striped_hf_wraps")
-    assert inspect.unwrap(Trainer.get_optimizer_cls_and_kwargs) is (
-        Trainer.get_optimizer_cls_and_kwargs.__wrapped__
-    )
+    for method in (Trainer.get_optimizer_cls_and_kwargs, Trainer.create_optimizer):
+        assert not hasattr(inspect.unwrap(method), "_striped_hf_wraps")
+        assert inspect.unwrap(method) is method.__wrapped__
 
 
 def test_other_names_are_left_alone() -> None:
@@ -226,14 +228,15 @@ def test_bad_optim_args_say_what_to_pass(optim_args: str) -> None:
             assert part in str(caught.value)
 
 
-def test_without_a_model_there_are_no_params() -> None:
+@pytest.mark.parametrize("model", [None, tiny_model("gpt2")], ids=["without", "with"])
+def test_the_groups_are_left_to_the_caller(model: nn.Module | None) -> None:
     args = arguments("out", optim="striped_adamw_8bit")
     for call in (Trainer.get_optimizer_cls_and_kwargs, optimizer_cls_and_kwargs):
-        cls, kwargs = call(args)
+        cls, kwargs = call(args, model)
         assert cls is StripedAdamW
         assert "params" not in kwargs
-        assert kwargs["weight_decay"] == 0.1
         cls([nn.Parameter(torch.zeros(2, 2))], **kwargs)
+    assert kwargs["weight_decay"] == 0.1  # without Trainer there are no groups that have it
 
 
 # the public way
@@ -265,24 +268,49 @@ def test_the_public_way_trains_as_the_name_does(
     for ours, theirs in zip(
         optimizer_of(trainer).param_groups, optimizer_of(named).param_groups, strict=True
     ):
-        for key in ("blocks", "weight_decay", "momentum_dtype", "param_names"):
+        for key in ("blocks", "weight_decay", "momentum_dtype"):
             assert ours[key] == theirs[key]
+        assert len(ours["params"]) == len(theirs["params"])
+    assert packed_count(optimizer_of(trainer)) == packed_count(optimizer_of(named)) == 2
+
+
+def packed_count(optimizer: StripedAdamW) -> int:
+    """How many of an optimizer's matrices have the blocks of GPT-2's c_attn, by their state."""
+    return sum(
+        state["exp_avg_sq_row"].shape[-1] == 3
+        for state in optimizer.state.values()
+        if "exp_avg_sq_row" in state
+    )
+
+
+def stepped(optimizer: StripedAdamW, model: nn.Module) -> StripedAdamW:
+    ids = torch.arange(8)[None]
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    return optimizer
 
 
 def test_one_answer_serves_two_trainers() -> None:
-    """Trainer pops the groups out of the arguments; the second trainer needs them, too."""
     model, args = tiny_model("gpt2"), arguments("out", optim="striped_adamw")
     answer = optimizer_cls_and_kwargs(args, model)
-    first, second = (
-        Trainer(model, args, optimizer_cls_and_kwargs=answer).create_optimizer() for _ in range(2)
-    )
-    assert [g["param_names"] for g in first.param_groups] == [
-        g["param_names"] for g in second.param_groups
-    ]
-    assert first.param_groups[0]["blocks"] == second.param_groups[0]["blocks"]
+    for _ in range(2):
+        trainer = Trainer(model, args, optimizer_cls_and_kwargs=answer)
+        assert packed_count(stepped(trainer.create_optimizer(), model)) == 2
     # and so does a call of the class itself
-    cls, kwargs = optimizer_cls_and_kwargs(args, model)
-    assert len(cls(**kwargs).param_groups) == len(first.param_groups)
+    cls, kwargs = answer
+    assert packed_count(stepped(cls(model.parameters(), **kwargs), model)) == 2
+
+
+@pytest.mark.parametrize("with_model", [True, False])
+def test_the_public_way_finds_packed_projections_in_the_model_that_is_trained(
+    with_model: bool,
+) -> None:
+    model = tiny_model("gpt2")
+    args = arguments("out", optim="adamw_torch")
+    answer = optimizer_cls_and_kwargs(args, model if with_model else None)
+    model = copy.deepcopy(model)  # in which no parameter is marked
+    trainer = Trainer(model, args, optimizer_cls_and_kwargs=answer)
+    assert packed_count(stepped(trainer.create_optimizer(), model)) == 2
 
 
 def test_the_groups_are_those_of_the_model_when_it_is_trained() -> None:
@@ -295,22 +323,144 @@ def test_the_groups_are_those_of_the_model_when_it_is_trained() -> None:
     assert params == {param for param in model.parameters() if param.requires_grad}
 
 
-def test_each_new_model_of_model_init_gets_its_groups(tmp_path: Path) -> None:
+def test_each_new_model_of_model_init_has_its_blocks(tmp_path: Path) -> None:
     """As in a hyperparameter search: the names serve whatever model is trained."""
     trainer = Trainer(
         args=arguments(tmp_path, optim="striped_adamw_8bit", max_steps=2),
         model_init=lambda: tiny_model("gpt2"),
         train_dataset=Counting(),
     )
-    runs = []
     for _ in range(2):
         trainer.train()
         optimizer = optimizer_of(trainer)
         assert {p for group in optimizer.param_groups for p in group["params"]} == set(
             trainer.model.parameters()
         )
-        runs.append([group["blocks"] for group in optimizer.param_groups])
-    assert runs[0] == runs[1]
+        assert packed_count(optimizer) == 2
+
+
+# Trainers that build groups of their own
+
+
+class RatesByLayer(Trainer):
+    """Builds its groups and asks Trainer for the class and its arguments."""
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        decaying = set(self.get_decay_parameter_names(self.model))
+        for name, param in self.model.named_parameters():
+            layer = int(re.findall(r"\.h\.(\d+)\.", name)[0]) if ".h." in name else 2
+            decay = self.args.weight_decay if name in decaying else 0.0
+            groups.setdefault((1e-2 / (1 + layer), decay), []).append(param)
+        cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        kwargs.pop("lr")
+        self.optimizer = cls(
+            [
+                {"params": params, "lr": lr, "weight_decay": decay}
+                for (lr, decay), params in groups.items()
+            ],
+            **kwargs,
+        )
+        return self.optimizer
+
+
+class RateOfTheEmbeddings(Trainer):
+    """Puts groups into the arguments, as transformers' own GaLore does."""
+
+    key = "params"
+
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, Any]:
+        cls, kwargs = super().get_optimizer_cls_and_kwargs(args, model)
+        embeddings = [p for name, p in model.named_parameters() if "wte" in name]
+        rest = [p for name, p in model.named_parameters() if "wte" not in name]
+        kwargs[self.key] = [{"params": rest}, {"params": embeddings, "lr": 1e-4}]
+        return cls, kwargs
+
+
+class RateInTheDictionary(RateOfTheEmbeddings):
+    key = "optimizer_dict"
+
+
+class DecayOnlyOfMLPs(Trainer):
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        return [n for n in super().get_decay_parameter_names(model) if ".mlp." in n]
+
+
+class WithScales(Trainer):
+    """Adds a parameter to the optimizer that Trainer made."""
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self.scales = nn.Parameter(torch.ones(3))
+        optimizer.add_param_group({"params": [self.scales], "weight_decay": 0.0, "lr": 0.5})
+        return optimizer
+
+
+@pytest.mark.parametrize(
+    "trainer_class",
+    [RatesByLayer, RateOfTheEmbeddings, RateInTheDictionary, DecayOnlyOfMLPs, WithScales],
+)
+def test_subclasses_keep_the_groups_that_they_build_for_adamw(
+    trainer_class: type[Trainer], tmp_path: Path
+) -> None:
+    model = tiny_model("gpt2")
+    built = {}
+    for optim in ("adamw_torch", "striped_adamw_8bit"):
+        optimizer = trainer_class(model, arguments(tmp_path, optim=optim)).create_optimizer()
+        built[optim] = [
+            {key: group[key] for key in ("lr", "weight_decay", "betas", "eps")}
+            | {"params": [p for p in group["params"] if p.shape != (3,)]}
+            for group in optimizer.param_groups
+        ]
+    assert type(optimizer) is StripedAdamW
+    for ours, theirs in zip(built["striped_adamw_8bit"], built["adamw_torch"], strict=True):
+        assert all(p is q for p, q in zip(ours.pop("params"), theirs.pop("params"), strict=True))
+        assert ours == theirs
+    assert packed_count(stepped(optimizer, model)) == 2
+
+
+def test_a_subclass_trains_and_resumes(tmp_path: Path) -> None:
+    def run(resume_from: str | None) -> list[float]:
+        trainer = RatesByLayer(
+            tiny_model("gpt2"),
+            arguments(tmp_path, optim="striped_adamw_8bit", save_strategy="steps", save_steps=4),
+            train_dataset=Counting(),
+        )
+        trainer.train(resume_from_checkpoint=resume_from)
+        rates = {group["initial_lr"] for group in optimizer_of(trainer).param_groups}
+        assert rates == {1e-2, 1e-2 / 2, 1e-2 / 3}
+        assert packed_count(optimizer_of(trainer)) == 2
+        return losses(trainer)
+
+    whole = run(None)
+    assert whole[-1] < whole[0]
+    assert run(str(tmp_path / "checkpoint-4")) == whole
+
+
+def test_a_checkpoint_of_named_groups_with_lists_of_blocks_resumes(tmp_path: Path) -> None:
+    """As the names saved it when they built the groups themselves."""
+
+    class Named(Trainer):
+        def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+            groups = param_groups(self.model, self.args.weight_decay)
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = cls(groups, **kwargs)
+            return self.optimizer
+
+    def run(trainer_class: type[Trainer], resume_from: Path | None = None) -> list[float]:
+        trainer = trainer_class(
+            tiny_model("gpt2"),
+            arguments(tmp_path, optim="striped_adamw_8bit", save_strategy="steps", save_steps=4),
+            train_dataset=Counting(),
+        )
+        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        return losses(trainer)
+
+    whole = run(Named)
+    saved = torch.load(tmp_path / "checkpoint-4" / "optimizer.pt", weights_only=True)
+    assert all("param_names" in group for group in saved["param_groups"])
+    assert all(isinstance(group["blocks"], list) for group in saved["param_groups"])
+    assert run(Trainer, tmp_path / "checkpoint-4") == whole
 
 
 # before transformers, after it, and in the middle
