@@ -17,6 +17,7 @@ from striped_hf.optim.plain import is_plain
 from striped_hf.optim.sharded.layout import is_sharded
 from striped_hf.optim.state import Description, name_of
 
+_ORDINARY = (Tensor, torch.nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FLATTENED = (
     "was flattened by FSDP1 (FullyShardedDataParallel), which leaves no matrix to factor: use "
@@ -85,15 +86,54 @@ def _is_flattened(param: Tensor) -> bool:
     return getattr(param, "_fsdp_flattened", False)
 
 
-def problem_of_gradient(param: Tensor, capturable: bool) -> str | None:
-    """Says why a parameter cannot be stepped by its gradient, which is not None; None: it can.
+def is_ordinary(param: Tensor, grad: Tensor, state: State, description: Description) -> bool:
+    """Whether a parameter can be stepped as it is; else ``problem_of_gradient`` and others decide.
+
+    It is about nearly every parameter in every step, so it has no calls that it can do without.
+    """
+    strided, shape, device = torch.strided, param.shape, param.get_device()
+    if (
+        type(param) not in _ORDINARY
+        or type(grad) is not Tensor
+        or param.layout is not strided
+        or grad.layout is not strided
+        or param.dtype not in _DTYPES
+        or grad.dtype not in _DTYPES
+        or grad.shape != shape
+        or grad.get_device() != device
+        or not (param.data_ptr() and grad.data_ptr())
+        or param.is_neg()
+        or grad.is_neg()
+        or hasattr(param, "_fsdp_flattened")
+        or len(state) != 1 + len(description.tensors)
+    ):
+        return False
+    step = state.get("step")
+    if type(step) is not Tensor or step.dtype is not torch.float32 or step.dim():
+        return False
+    for key, size, dtype in description.tensors:
+        value = state.get(key)
+        if (
+            type(value) is not Tensor
+            or value.layout is not strided
+            or value.dtype is not dtype
+            or value.shape != size
+            or value.get_device() != device
+            or not value.data_ptr()
+            or value.is_neg()
+        ):
+            return False
+    return True
+
+
+def problem_of_gradient(param: Tensor, grad: Tensor, capturable: bool) -> str | None:
+    """Says why a parameter cannot be stepped by its gradient; None: it can.
 
     Args:
-        param: With its gradient.
+        param: A parameter.
+        grad: Its gradient.
         capturable: Whether the optimizer is.
     """
-    grad = param.grad
-    assert grad is not None
     if param.dtype not in _DTYPES:
         return _problem_of_dtype(param)
     if grad.layout is not torch.strided:

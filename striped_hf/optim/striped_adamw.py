@@ -1,7 +1,7 @@
 """StripedAdamW: AdamW whose second moment is the row means and the column means of a matrix."""
 
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from striped_hf.optim.checkpoint import prepare_state_dict
 from striped_hf.optim.checks import (
     check_blocks,
     check_group,
+    is_ordinary,
     problem_of_gradient,
     problem_of_state,
 )
@@ -33,6 +34,19 @@ from striped_hf.optim.sharded.step import Matrix, MatrixBatch
 from striped_hf.optim.state import Description, description_of, name_of, zero_state
 
 _ONE = torch.tensor(1.0, dtype=torch.float32, device="cpu")
+
+
+class _Checked(NamedTuple):
+    """A parameter that can be stepped by its gradient.
+
+    Attributes:
+        ordinary: Whether all of its tensors are plain, as they are to be, and have values.
+    """
+
+    param: Tensor
+    grad: Tensor
+    description: Description
+    ordinary: bool
 
 
 class StripedAdamW(Optimizer):
@@ -177,7 +191,7 @@ class StripedAdamW(Optimizer):
         parts = [matrix.local for batch in matrix_batches for matrix in batch.matrices]
         torch.autograd.graph.increment_version(whole + parts)
 
-    def _check(self) -> list[list[tuple[Tensor, Description]]]:
+    def _check(self) -> list[list[_Checked]]:
         """Checks everything that the step will read or write, and changes none of it.
 
         Returns:
@@ -185,20 +199,26 @@ class StripedAdamW(Optimizer):
         """
         self._check_capture()
         self._refresh_groups()
-        found: list[list[tuple[Tensor, Description]]] = []
+        found: list[list[_Checked]] = []
         for group_index, group in enumerate(self.param_groups):
             found.append([])
             for i, param in enumerate(group["params"]):
-                if param.grad is None:
+                grad = param.grad
+                if grad is None:
                     continue
-                problem = problem_of_gradient(param, self.capturable) or problem_of_wrapper(param)
-                if problem is None:
-                    description = description_of(group, i)
-                    found[-1].append((param, description))
-                    problem = problem_of_state(param, self.state.get(param, {}), description)
+                description, state = description_of(group, i), self.state.get(param, {})
+                ordinary = is_ordinary(param, grad, state, description)
+                found[-1].append(_Checked(param, grad, description, ordinary))
+                if ordinary:
+                    continue
+                problem = (
+                    problem_of_gradient(param, grad, self.capturable)
+                    or problem_of_wrapper(param)
+                    or problem_of_state(param, state, description)
+                )
                 if problem is not None:
                     raise RuntimeError(f"{name_of(group, i, group_index)} {problem}")
-            for device_type in {param.device.type for param, _ in found[-1]}:
+            for device_type in {param.device.type for param, *_ in found[-1]}:
                 self._backend(device_type)
         return found
 
@@ -216,20 +236,25 @@ class StripedAdamW(Optimizer):
         for group, found in zip(self.param_groups, self._check(), strict=True):
             entries: dict[tuple[torch.device, bool], list[Entry]] = {}
             matrices: dict[torch.device, list[Matrix]] = {}
-            states = [self._state_of(param, description) for param, description in found]
+            states = [self._state_of(each) for each in found]
             steps = self._count_steps(states)
-            for (param, description), state, step in zip(found, states, steps, strict=True):
+            for (param, grad, description, ordinary), state, step in zip(
+                found, states, steps, strict=True
+            ):
                 if param.numel() == 0:
+                    continue
+                real = ordinary or has_values(param)
+                of_device = entries.setdefault((param.device, real), [])
+                storage = (description.momentum_dtype, description.blocks)
+                if ordinary:
+                    of_device.append(Entry(param, grad, state, *storage, step))
                     continue
                 if len(state) > 1 + len(description.tensors):  # other code's entries
                     state = {key: state[key] for key in ("step", *description.keys)}
-                of_device = entries.setdefault((param.device, has_values(param)), [])
                 if not is_sharded(param):
-                    assert param.grad is not None
-                    storage = (description.momentum_dtype, description.blocks)
-                    plain, grad = plain_parameter(param), plain_gradient(param.grad)
-                    of_device.append(Entry(plain, grad, state, *storage, step))
-                    if plain is not param and has_values(param):
+                    plain = plain_parameter(param)
+                    of_device.append(Entry(plain, plain_gradient(grad), state, *storage, step))
+                    if plain is not param:
                         copies.append((param, plain))
                     continue
                 pieces, matrix, copied = sharded_step.localize(param, state, description, step)
@@ -249,19 +274,19 @@ class StripedAdamW(Optimizer):
             ]
         return batches, matrix_batches, copies
 
-    def _state_of(self, param: Tensor, description: Description) -> State:
+    def _state_of(self, checked: _Checked) -> State:
         """Returns the state of a parameter, created where there is none."""
+        param, _, description, ordinary = checked
         state = self.state[param]
         if not state:
             if is_sharded(param):
                 state.update(sharded_state.init_state(param, description))
             else:
                 state.update(zero_state(description, param.device))
-        else:
+        elif not ordinary:
             sharded_state.follow(param, state, description)
-        device = self._step_device(param)
-        if state["step"].device != device:
-            state["step"] = state["step"].to(device)
+        if state["step"].device.type != self._step_device(param).type:
+            state["step"] = state["step"].to(self._step_device(param))
         return state
 
     def _count_steps(self, states: list[State]) -> list[int]:
