@@ -245,6 +245,8 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
             for name, param in model.named_parameters()
             if param.requires_grad and (name in decaying) == decays
         ]
+        for _, param in named:  # other code may deal the parameters out in another order
+            mark_blocks(param, packed.get(param, (1, 1)))
         group: dict[str, Any] = {
             "params": named,
             "weight_decay": weight_decay if decays else 0.0,

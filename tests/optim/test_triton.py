@@ -495,7 +495,7 @@ def test_a_lagged_step_is_that_of_its_two_functions() -> None:
         for optimizer in (ours, theirs):
             for spec, p in zip(specs, parameters(optimizer), strict=True):
                 set_grad(p, gradient_of(spec, t))
-        [(_, settings, table)], _ = ours._collect()
+        [(_, settings, table)], *_ = ours._collect()
         roots = reference.stripes(table, launch.statistics(table), settings)
         launch.update(table, roots, settings)
         theirs.step()
