@@ -89,14 +89,21 @@ class ParameterBlocks:
             _check_not_flattened(groups, known)
         stepped = set(map(id, states))
         self._known = {k: old for k, old in self._known.items() if k in present or k in stepped}
-        for group, blocks in zip(groups, found, strict=True):
-            if blocks is None:
-                continue
+        now = [
+            blocks or [pair for pair in of_group if pair is not None]
+            for blocks, of_group in zip(found, known, strict=True)
+        ]
+        # a list in one group makes lists of all, so that whoever reads them finds one kind
+        as_lists = any(
+            is_list_of_blocks(group["blocks"]) or blocks.count(blocks[0]) < len(blocks)
+            for group, blocks in zip(groups, now, strict=True)
+            if blocks
+        )
+        for group, blocks in zip(groups, now, strict=True):
             for param, pair in zip(group["params"], blocks, strict=True):
                 self._known[id(param)] = _Known(type(param), _shape(param), pair)
-            is_pair = not is_list_of_blocks(group["blocks"])
-            same = is_pair and blocks.count(blocks[0]) == len(blocks)
-            group["blocks"] = blocks[0] if same else blocks
+            if blocks:
+                group["blocks"] = blocks if as_lists else blocks[0]
 
     def _find(self, param: Tensor, states: Mapping[Tensor, State]) -> Blocks | None:
         """Returns the blocks of a parameter that was seen before."""

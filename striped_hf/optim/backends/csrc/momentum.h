@@ -35,8 +35,17 @@ INLINE float decoding_factor(const Entry *e, float scale)
     return scale / (largest_code(e) * largest_code(e));
 }
 
+/* Whether decoding_factor would be a denormal number, which lacks places, or nearly one. */
+INLINE int is_tiny(float scale) { return scale > 0 && scale < 0x1p-100f; }
+
+/* Whether a scale, as bits, is Inf or NaN: its block has no codes but zero. */
+INLINE int is_not_finite(uint32_t scale) { return scale >= 0x7F800000; }
+
 /* Returns the factor by which `encoded` multiplies a square root. */
-INLINE float encoding_factor(const Entry *e, float scale) { return largest_code(e) / sqrtf(scale); }
+INLINE float encoding_factor(const Entry *e, float scale)
+{
+    return is_not_finite(bits_of(scale)) ? 0 : largest_code(e) / sqrtf(scale);
+}
 
 /* Returns n integer codes: a pointer to them where they are bytes, else unpacked in
  * buffer, [n + 1].
@@ -101,7 +110,12 @@ INLINE void decode(const Entry *e, int64_t row, int64_t column, int64_t n, float
 {
     int8_t buffer[CODE_BLOCK + 1];
     const int8_t *codes = load_codes(e, row, column, n, buffer);
-    float unit = decoding_factor(e, *scale_at(e, row, column));
+    float scale = *scale_at(e, row, column), unit = decoding_factor(e, scale);
+    if (is_tiny(scale)) {
+        double exact = (double)scale / (largest_code(e) * largest_code(e));
+        for (int64_t i = 0; i < n; i++) values[i] = (float)(decoded(codes[i]) * exact);
+        return;
+    }
     for (int64_t i = 0; i < n; i++) values[i] = decoded(codes[i]) * unit;
 }
 
@@ -120,11 +134,13 @@ INLINE void store_codes(const Entry *e, void *place, const float *restrict value
 INLINE void encode(const Entry *e, int64_t row, int64_t column, int64_t n,
                    const float *restrict values)
 {
+    static const float zeros[CODE_BLOCK];
     uint32_t largest = 0;
     for (int64_t i = 0; i < n; i++) largest = larger(largest, values[i]);
     float scale = float_of(largest);
     *scale_at(e, row, column) = scale;
-    store_codes(e, momentum_at(e, row, column), values, n, encoding_factor(e, scale));
+    store_codes(e, momentum_at(e, row, column), is_not_finite(largest) ? zeros : values, n,
+                encoding_factor(e, scale));
 }
 
 #endif

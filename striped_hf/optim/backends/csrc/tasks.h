@@ -32,6 +32,8 @@ static int64_t cut(const Entry *e, int64_t entry, Task *tasks, float *partials,
 {
     int64_t count = 0;
     *partial_elements = 0;
+    if (!e->bands || !e->block_rows || !e->columns)
+        return 0;
     if (is_vector(e)) {
         for (int64_t start = 0; start < e->columns; start += TASK_ELEMENTS, count++)
             if (tasks)

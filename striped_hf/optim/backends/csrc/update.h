@@ -5,6 +5,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "entry.h"
 #include "momentum.h"
@@ -108,6 +109,8 @@ INLINE void update_coded(const Entry *e, int64_t row, int64_t column, float *res
     if (e->momentum_dtype == INT4 && pending->place)
         store_pairs(pending->place, codes_before, CODE_BLOCK);
     *scale = float_of(largest);
+    if (is_not_finite(largest))
+        memset(m, 0, sizeof(float) * CODE_BLOCK);
     pending->which = !pending->which;
     pending->factor = encoding_factor(e, *scale);
     pending->place = momentum_at(e, row, column);
@@ -135,7 +138,7 @@ INLINE void update_chunk(const Entry *e, int64_t row, int64_t column, int64_t n,
     float *p = (float *)load(e->param, e->param_dtype, offset, n, p_buffer);
     int64_t block = e->column_blocks == 1 ? 0 : column / block_columns;
     int single_block = column + n <= (block + 1) * block_columns;
-    if (is_coded(e) && n == CODE_BLOCK && single_block) {
+    if (is_coded(e) && n == CODE_BLOCK && single_block && !is_tiny(*scale_at(e, row, column))) {
         float a = e->row_roots[row * e->column_blocks + block];
         if (step->nesterov)
             update_coded(e, row, column, p, g, a, c + column, 1, lagged, step, pending);
