@@ -1,17 +1,30 @@
-"""Blocks that belong to a parameter, whichever param group it is in."""
+"""The blocks of each parameter: kept by parameter, because other code reorders ``params``.
+
+A group's ``blocks`` are one pair for all of its parameters or a list with a pair for each. A list
+is read by position once, when the optimizer first sees a parameter. After that the parameter keeps
+its blocks, and the list follows the group's parameters.
+"""
+
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from striped_hf.optim.interface import Blocks
+from striped_hf.optim.interface import Blocks, Group, State
+from striped_hf.optim.options import is_list_of_blocks
 
 _MARK = "_striped_hf_blocks"
 _WHOLE: Blocks = (1, 1)
 
 
 def mark_blocks(param: Tensor, blocks: Blocks) -> None:
-    """Marks a parameter with its blocks, for param groups that give none.
+    """Marks a parameter with its blocks, for every optimizer and in any group.
 
-    Whoever builds the groups, such as a subclass of ``Trainer``, then need not know of blocks.
+    Whoever builds the groups, such as a subclass of ``Trainer``, then need not know of blocks. The
+    mark precedes a group's list, and its pair where that is (1, 1). It is ignored where it does not
+    divide the parameter, because the parameter was resized since.
 
     Args:
         param: A matrix [..., R, C].
@@ -20,17 +33,144 @@ def mark_blocks(param: Tensor, blocks: Blocks) -> None:
     setattr(param, _MARK, tuple(blocks))
 
 
-def marked_blocks(params: list[Tensor]) -> Blocks | list[Blocks]:
-    """Returns the blocks with which parameters are marked, as ``blocks`` of a param group.
+def is_marked(param: Tensor) -> bool:
+    """Whether ``mark_blocks`` marked a parameter."""
+    return hasattr(param, _MARK)
 
-    A mark that does not divide its parameter is ignored: the parameter was resized since.
+
+def _mark_of(param: Tensor) -> Blocks | None:
+    """Returns the blocks with which a parameter is marked, where they divide it."""
+    mark: Blocks | None = getattr(param, _MARK, None)
+    if mark is None or mark == _WHOLE:
+        return mark
+    if is_lazy(param) or param.dim() < 2:
+        return None
+    rows, columns = param.shape[-2:]
+    return mark if rows % mark[0] == 0 and columns % mark[1] == 0 else None
+
+
+def blocks_of(group: Group, position: int) -> Blocks:
+    """Returns the blocks of one parameter, from a group whose ``blocks`` follow its ``params``."""
+    blocks: Any = group["blocks"]
+    row_blocks, column_blocks = blocks[position] if is_list_of_blocks(blocks) else blocks
+    return row_blocks, column_blocks
+
+
+class _Known(NamedTuple):
+    """A parameter that was seen: its class and shape tell it from one that reuses its ``id``."""
+
+    kind: type
+    shape: tuple[int, ...]
+    blocks: Blocks
+
+
+class ParameterBlocks:
+    """The blocks of an optimizer's parameters.
+
+    It holds no reference to a parameter. A strong one would keep a whole parameter in memory after
+    ``accelerate`` has swapped it for its shard, and ``torch.utils.swap_tensors`` refuses to swap a
+    parameter with a weak one.
     """
-    blocks: list[Blocks] = []
-    for param in params:
-        mark: Blocks = getattr(param, _MARK, _WHOLE)
-        divides = mark == _WHOLE or (
-            param.dim() >= 2
-            and all(size % n == 0 for size, n in zip(param.shape[-2:], mark, strict=True))
-        )
-        blocks.append(mark if divides else _WHOLE)
-    return blocks if any(pair != _WHOLE for pair in blocks) else _WHOLE
+
+    def __init__(self) -> None:
+        self._known: dict[int, _Known] = {}
+
+    def refresh(self, groups: list[Group], states: Mapping[Tensor, State]) -> None:
+        """Learns new parameters, and lets each group's ``blocks`` follow its ``params``.
+
+        Args:
+            groups: All of the optimizer's param groups.
+            states: The optimizer's, by parameter.
+
+        Raises:
+            RuntimeError: A pair differs from what a matrix's state was made with, or DeepSpeed
+                flattened the parameters. Nothing has changed then.
+        """
+        known = [[self._find(p, states) for p in group["params"]] for group in groups]
+        found = [
+            _blocks_of_group(index, group, of_group, states)
+            for index, (group, of_group) in enumerate(zip(groups, known, strict=True))
+        ]
+        if all(blocks is None for blocks in found):
+            return
+        present = {id(param) for group in groups for param in group["params"]}
+        gone = [old for key, old in self._known.items() if key not in present]
+        if any(len(old.shape) >= 2 for old in gone):
+            _check_not_flattened(groups, known)
+        stepped = set(map(id, states))
+        self._known = {k: old for k, old in self._known.items() if k in present or k in stepped}
+        for group, blocks in zip(groups, found, strict=True):
+            if blocks is None:
+                continue
+            for param, pair in zip(group["params"], blocks, strict=True):
+                self._known[id(param)] = _Known(type(param), _shape(param), pair)
+            is_pair = not is_list_of_blocks(group["blocks"])
+            same = is_pair and blocks.count(blocks[0]) == len(blocks)
+            group["blocks"] = blocks[0] if same else blocks
+
+    def _find(self, param: Tensor, states: Mapping[Tensor, State]) -> Blocks | None:
+        """Returns the blocks of a parameter that was seen before."""
+        old = self._known.get(id(param))
+        if old is None:
+            return None
+        # a state holds its parameter, so that nothing reuses its id
+        if param in states or (type(param) is old.kind and _shape(param) == old.shape):
+            return old.blocks
+        return None
+
+
+def _shape(param: Tensor) -> tuple[int, ...]:
+    return () if is_lazy(param) else param.shape
+
+
+def _blocks_of_group(
+    index: int, group: Group, known: list[Blocks | None], states: Mapping[Tensor, State]
+) -> list[Blocks] | None:
+    """Returns the blocks of a group's parameters; None where nothing has changed.
+
+    Args:
+        index: The group's position, for messages.
+        group: A param group.
+        known: The blocks of those of its parameters that were seen before.
+        states: The optimizer's, by parameter.
+    """
+    params, given = group["params"], group["blocks"]
+    if not is_list_of_blocks(given):
+        if known.count(given) == len(known):
+            return None
+        pair = tuple(given)
+        blocks = [(_mark_of(p) or pair) if pair == _WHOLE else pair for p in params]
+        for param, old, new in zip(params, known, blocks, strict=True):
+            if old not in (None, new) and states.get(param) and param.dim() >= 2:
+                raise RuntimeError(
+                    f"blocks of param group {index} were changed to {new}, but the state of its "
+                    f"parameter of shape {tuple(param.shape)} was made with blocks={old}: set them "
+                    "back, or start afresh with a new optimizer"
+                )
+        return blocks
+    if known == given:
+        return None
+    # a list that contradicts what is known is of other parameters
+    listed: list[Blocks] = [(rows, columns) for rows, columns in given]
+    if len(listed) != len(params) or any(
+        old not in (None, pair) for old, pair in zip(known, listed, strict=True)
+    ):
+        listed = len(params) * [_WHOLE]
+    marked = [_mark_of(param) or pair for param, pair in zip(params, listed, strict=True)]
+    return [old or new for old, new in zip(known, marked, strict=True)]
+
+
+def _check_not_flattened(groups: list[Group], known: list[list[Blocks | None]]) -> None:
+    """Raises RuntimeError where DeepSpeed put one flat buffer in a group's parameters' place.
+
+    ZeRO 1 and 2 do not mark the buffer, so its module must be there and the buffer new. It is
+    called where matrices have left the groups.
+    """
+    for index, (group, of_group) in enumerate(zip(groups, known, strict=True)):
+        is_new = of_group == [None]
+        if is_new and "deepspeed" in sys.modules and group["params"][0].dim() == 1:
+            raise RuntimeError(
+                f"DeepSpeed ZeRO flattened the parameters of param group {index} into one buffer "
+                f"of {group['params'][0].numel()} elements, which leaves no matrix to factor: use "
+                "FSDP2, torch's fully_shard, or fsdp_version: 2 in accelerate's config"
+            )

@@ -9,6 +9,8 @@ from torch import Tensor
 from striped_hf.optim import momentum
 from striped_hf.optim.export import SHARED_WITH_ADAMW
 from striped_hf.optim.interface import Group, State
+from striped_hf.optim.options import check_options, is_list_of_blocks
+from striped_hf.optim.plain import has_values
 from striped_hf.optim.sharded.layout import is_sharded, wrap
 from striped_hf.optim.state import Description, blocks_of, description_of, name_of, zero_state
 
@@ -70,6 +72,7 @@ def prepare_state_dict(state_dict: dict[str, Any], groups: list[Group]) -> dict[
             position += 1
         loaded_options = {key: value for key, value in saved.items() if key not in _NOT_LOADED}
         new_groups.append({**group, **loaded_options, "params": list(range(first, position))})
+        _check_options(new_groups[-1], group_index)
     return {"state": states, "param_groups": new_groups}
 
 
@@ -83,6 +86,15 @@ def _check_sizes(saved_groups: list[Group], groups: list[Group]) -> None:
         )
 
 
+def _check_options(group: Group, group_index: int) -> None:
+    try:
+        check_options(group)
+    except ValueError as error:
+        raise ValueError(
+            f"param group {group_index} of the state dict: {error}; correct it in the state dict"
+        ) from error
+
+
 def _check_same_storage(saved: Group, group: Group, position: int, name: str) -> None:
     for key in ("momentum_dtype", "blocks"):
         if key not in saved:
@@ -90,6 +102,8 @@ def _check_same_storage(saved: Group, group: Group, position: int, name: str) ->
                 f"{name}: the state dict's param group has no {key!r} (it has {sorted(saved)}): "
                 "load one that StripedAdamW or torch.optim.AdamW saved"
             )
+        if key == "blocks" and _is_of_others(saved):
+            continue  # the shapes of its stripes tell
         here, there = (
             blocks_of(side, position) if key == "blocks" else side[key] for side in (group, saved)
         )
@@ -98,6 +112,25 @@ def _check_same_storage(saved: Group, group: Group, position: int, name: str) ->
                 f"{name}: the state dict was saved with {key}={there!r}, this optimizer has "
                 f"{key}={here!r}: construct it with {key}={there!r} to go on, or start afresh"
             )
+
+
+def _is_of_others(saved: Group) -> bool:
+    """Whether ``blocks`` are a list of other parameters, as after other code took some away."""
+    blocks = saved["blocks"]
+    return is_list_of_blocks(blocks) and len(blocks) != len(saved["params"])
+
+
+def _problem_of_values(key: str, value: Tensor) -> str | None:
+    """Says what of a loaded tensor no run can have written; None: nothing."""
+    if value.layout is not torch.strided:
+        return f"has layout {value.layout}: make it dense"
+    if is_sharded(value) or not has_values(value):
+        return None  # a part of the processes must not stop alone
+    if key == "step" and not (value >= 0 and value == value.round()):
+        return f"is {value.item()}: a number of steps is a whole number >= 0"
+    if key == "exp_avg_scale" and not ((value >= 0) & value.isfinite()).all():
+        return "has a scale that is negative or not finite: load an earlier checkpoint"
+    return None
 
 
 def _checked_state(loaded: dict[str, Any], zeros: State, name: str) -> State:
@@ -116,6 +149,9 @@ def _checked_state(loaded: dict[str, Any], zeros: State, name: str) -> State:
                 f"{tuple(value.shape)} where {like.dtype} of shape {tuple(like.shape)} is needed: "
                 "load a state dict of this model, saved with the same momentum_dtype and blocks"
             )
+        problem = _problem_of_values(key, value)
+        if problem is not None:
+            raise ValueError(f"{name}: {key!r} in the state dict {problem}")
         state[key] = value
     return state
 
@@ -179,6 +215,11 @@ def _state_from_adamw(loaded: dict[str, Any], description: Description, name: st
         if key not in loaded or (key != "step" and loaded[key].shape != description.shape):
             raise ValueError(
                 f"{name}: the AdamW state dict has no {key!r} of its shape: load one of this model"
+            )
+        if key != "step" and not loaded[key].is_floating_point():
+            raise ValueError(
+                f"{name}: {key!r} in the AdamW state dict is {loaded[key].dtype}, which are codes "
+                "of another optimizer: convert it to float32 first"
             )
     exp_avg, scale = momentum.encode(loaded["exp_avg"].float(), description.momentum_dtype)
     state = {"step": torch.as_tensor(loaded["step"], dtype=torch.float32), "exp_avg": exp_avg}

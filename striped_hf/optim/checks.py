@@ -3,13 +3,19 @@
 ``options.py`` has the checks of hyperparameters.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from striped_hf.optim.interface import Group
+from striped_hf.optim.blocks import blocks_of, is_marked
+from striped_hf.optim.interface import Group, State
 from striped_hf.optim.options import check_options, is_list_of_blocks
+from striped_hf.optim.plain import is_plain
 from striped_hf.optim.sharded.layout import is_sharded
-from striped_hf.optim.state import blocks_of, name_of
+from striped_hf.optim.state import Description, name_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FLATTENED = (
@@ -19,34 +25,59 @@ _FLATTENED = (
 
 
 def check_group(group: Group, group_index: int) -> None:
-    """Raises ValueError unless a param group can be stepped; its blocks become tuples."""
+    """Raises ValueError unless a param group can be stepped; its pairs become tuples.
+
+    What is never stepped, a frozen parameter, may be of any dtype and shape, and a lazy one has
+    none yet: they are checked at their first gradient.
+    """
     check_options(group)
-    blocks = group["blocks"]
+    group["betas"] = tuple(float(beta) for beta in group["betas"])
+    blocks, params = group["blocks"], group["params"]
     if not is_list_of_blocks(blocks):
         group["blocks"] = tuple(blocks)
-    elif len(blocks) == len(group["params"]):
+    elif len(blocks) == len(params):
         group["blocks"] = [tuple(pair) for pair in blocks]
+    elif all(is_marked(param) for param in params):
+        group["blocks"] = (1, 1)  # other code dealt out the parameters: their marks count
     else:
         raise ValueError(
-            f"blocks has {len(blocks)} pairs for the {len(group['params'])} parameters of param "
-            f"group {group_index}: pass a pair for each, or one for all"
+            f"blocks has {len(blocks)} pairs for the {len(params)} parameters of param group "
+            f"{group_index}: pass a pair for each, or one for all"
         )
-    for i, param in enumerate(group["params"]):
-        name = name_of(group, i, group_index)
-        if param.dtype not in _DTYPES:
-            raise ValueError(
-                f"{name} is {param.dtype}: convert the model to float32, bfloat16 or float16, or "
-                "leave the parameter out of the optimizer"
-            )
-        if param.dim() >= 2 and any(
-            size % count for size, count in zip(param.shape[-2:], blocks_of(group, i), strict=True)
-        ):
-            raise ValueError(
-                f"{name} is not divided by blocks={blocks_of(group, i)}: pass counts that divide "
-                "its last two dimensions, or put it into a param group with blocks=(1, 1)"
-            )
+    for i, param in enumerate(params):
         if _is_flattened(param):
-            raise ValueError(f"{name} {_FLATTENED}")
+            raise ValueError(f"{name_of(group, i, group_index)} {_FLATTENED}")
+        if param.requires_grad and not is_lazy(param):
+            problem = _problem_of_dtype(param)
+            if problem is not None:
+                raise ValueError(f"{name_of(group, i, group_index)} {problem}")
+
+
+def check_blocks(group: Group, group_index: int) -> None:
+    """Raises ValueError unless the blocks of a param group divide its parameters."""
+    for i, param in enumerate(group["params"]):
+        if param.requires_grad and not is_lazy(param):
+            problem = _problem_of_blocks(param.shape, blocks_of(group, i))
+            if problem is not None:
+                raise ValueError(f"{name_of(group, i, group_index)} {problem}")
+
+
+def _problem_of_dtype(param: Tensor) -> str | None:
+    if param.dtype in _DTYPES:
+        return None
+    return (
+        f"is {param.dtype}: convert the model to float32, bfloat16 or float16, or leave the "
+        "parameter out of the optimizer"
+    )
+
+
+def _problem_of_blocks(shape: Sequence[int], blocks: tuple[int, int]) -> str | None:
+    if len(shape) < 2 or (shape[-2] % blocks[0] == 0 and shape[-1] % blocks[1] == 0):
+        return None
+    return (
+        f"is not divided by blocks={blocks}: pass counts that divide its last two dimensions, or "
+        "put it into a param group with blocks=(1, 1)"
+    )
 
 
 def _is_flattened(param: Tensor) -> bool:
@@ -54,46 +85,24 @@ def _is_flattened(param: Tensor) -> bool:
     return getattr(param, "_fsdp_flattened", False)
 
 
-def check_not_flattened(group: Group, matrices: int, group_index: int) -> None:
-    """Raises RuntimeError where a group's parameters were swapped for one flat buffer.
+def problem_of_gradient(param: Tensor, capturable: bool) -> str | None:
+    """Says why a parameter cannot be stepped by its gradient, which is not None; None: it can.
 
     Args:
-        group: A param group.
-        matrices: How many of its parameters were matrices on construction.
-        group_index: Its position.
-    """
-    params = group["params"]
-    if matrices > 0 and len(params) == 1 and params[0].dim() == 1:
-        raise RuntimeError(
-            f"the parameters of param group {group_index}, {matrices} matrices among them, were "
-            f"flattened into one buffer of {params[0].numel()} elements, as DeepSpeed ZeRO does, "
-            "which leaves no matrix to factor: use FSDP2, torch's fully_shard, or fsdp_version: 2 "
-            "in accelerate's config"
-        )
-
-
-def check_gradient(group: Group, position: int, group_index: int, capturable: bool) -> None:
-    """Raises RuntimeError unless a parameter can be stepped by its gradient, which is not None.
-
-    Args:
-        group: A param group.
-        position: The parameter's.
-        group_index: The group's position.
+        param: With its gradient.
         capturable: Whether the optimizer is.
     """
-    problem = _problem(group["params"][position], capturable)
-    if problem is not None:
-        raise RuntimeError(f"{name_of(group, position, group_index)} {problem}")
-
-
-def _problem(param: Tensor, capturable: bool) -> str | None:
     grad = param.grad
     assert grad is not None
-    if grad.layout != torch.strided:
+    if param.dtype not in _DTYPES:
+        return _problem_of_dtype(param)
+    if grad.layout is not torch.strided:
         return (
             f"has a gradient of layout {grad.layout}: make it dense, for an embedding with "
             "sparse=False"
         )
+    if param.layout is not torch.strided:
+        return f"has layout {param.layout}: make it dense"
     if grad.dtype not in _DTYPES:
         return f"has a gradient of dtype {grad.dtype}: make it float32, bfloat16 or float16"
     if is_sharded(param) != is_sharded(grad):
@@ -108,4 +117,75 @@ def _problem(param: Tensor, capturable: bool) -> str | None:
             "is sharded (a DTensor), and its sums are not exchanged in a CUDA graph: leave "
             "capturable out"
         )
+    if param.shape != grad.shape or param.device != grad.device:
+        return (
+            f"is on {param.device} and its gradient on {grad.device} with shape "
+            f"{tuple(grad.shape)}: it was resized or moved after the backward pass; compute the "
+            "gradient again"
+        )
+    part, grad_part = (t.to_local() if is_sharded(t) else t for t in (param, grad))
+    if _is_freed(part) or _is_freed(grad_part):
+        return "or its gradient has no memory, because its storage was freed: step before that"
     return _FLATTENED if _is_flattened(param) else None
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    if not is_plain(tensor) or tensor._is_zerotensor():
+        return False
+    return not tensor.data_ptr() and tensor.numel() > 0 and not tensor.is_meta
+
+
+def problem_of_state(param: Tensor, state: State, description: Description) -> str | None:
+    """Says what of a parameter's state no longer fits it; None: the state can be stepped.
+
+    Shapes and dtypes must be those of ``state.zero_state``, because kernels read and write as many
+    elements as the parameter's shape and format say. ``blocks`` of a parameter without a state must
+    divide it.
+
+    Args:
+        param: The parameter.
+        state: Its state; empty where there is none yet.
+        description: What the state is to be.
+    """
+    if not state:
+        return _problem_of_blocks(description.shape, description.blocks)
+    step = state.get("step")
+    if not isinstance(step, Tensor) or step.dtype is not torch.float32 or step.numel() != 1:
+        return _misfit("step", step, torch.Size(()), torch.float32, description)
+    device = param.device
+    for key, shape, dtype in description.tensors:
+        value = state.get(key)
+        if (
+            not isinstance(value, Tensor)
+            or not (is_plain(value) or is_sharded(value) or not is_plain(param))
+            or value.shape != shape
+            or value.dtype is not dtype
+            or value.device != device
+            or value.layout is not torch.strided
+            or value.is_neg()
+            or _is_freed(value)
+        ):
+            return _misfit(key, value, shape, dtype, description, device)
+    return None
+
+
+def _misfit(
+    key: str,
+    value: Any,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    description: Description,
+    device: torch.device | str = "any device",
+) -> str:
+    if isinstance(value, Tensor):
+        kind = "" if is_plain(value) else f"a {type(value).__name__}, "
+        found = f"is {kind}{value.dtype} of shape {tuple(value.shape)} on {value.device}"
+    else:
+        found = "is missing" if value is None else f"is a {type(value).__name__}"
+    return (
+        f"has a state that does not fit it: {key!r} {found}, but with momentum_dtype="
+        f"{description.momentum_dtype!r} and blocks={description.blocks} a plain {dtype} of shape "
+        f"{tuple(shape)} on {device} is needed. Undo what changed the parameter, its state or its "
+        "group after its last step, or drop the state (optimizer.state.pop(parameter)), which "
+        "starts it afresh"
+    )

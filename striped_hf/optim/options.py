@@ -45,7 +45,10 @@ def _check_number(name: str, value: Any) -> None:
 
 
 def _check_betas(name: str, value: Any) -> None:
-    if not _is_pair(value) or not all(0 <= beta < 1 for beta in value):
+    # any sequence: YAML readers and NumPy have their own
+    is_sequence = hasattr(value, "__len__") and not isinstance(value, (str, dict))
+    betas = list(value) if is_sequence and len(value) == 2 else []
+    if not betas or not all(isinstance(b, (Real, Tensor)) and 0 <= float(b) < 1 for b in betas):
         raise ValueError(f"{name}={value} is out of range: pass two numbers in [0, 1)")
 
 

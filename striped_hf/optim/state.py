@@ -1,14 +1,16 @@
 """What the state of one parameter is: decided once from its shape and its group's options."""
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement
+from torch.nn.parameter import is_lazy
 
 from striped_hf.optim import momentum
+from striped_hf.optim.blocks import blocks_of
 from striped_hf.optim.interface import Blocks, Group, State
 from striped_hf.optim.sharded.layout import Layout, is_sharded, layout_of
 
@@ -28,6 +30,17 @@ class Description:
     momentum_dtype: str
     blocks: Blocks
     layout: Layout | None
+
+    @cached_property
+    def tensors(self) -> tuple[tuple[str, torch.Size, torch.dtype], ...]:
+        """Key, shape and dtype of each tensor in the state of the whole, without ``step``."""
+        zeros = zero_state(self, torch.device("meta"))
+        return tuple((key, v.shape, v.dtype) for key, v in zeros.items() if key != "step")
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of ``tensors``."""
+        return tuple(key for key, _, _ in self.tensors)
 
 
 def description_of(group: Group, position: int) -> Description:
@@ -62,18 +75,12 @@ def _describe(
     return Description(shape, stored, blocks, layout)
 
 
-def blocks_of(group: Group, position: int) -> Blocks:
-    """Returns the blocks of one parameter: a group has one pair for all, or a list of one each."""
-    blocks = group["blocks"]
-    row_blocks, column_blocks = blocks if isinstance(blocks[0], int) else blocks[position]
-    return row_blocks, column_blocks
-
-
 def name_of(group: Group, position: int, group_index: int | None = None) -> str:
     """Names a parameter for a message: by its name where known, else by its position."""
-    shape = tuple(group["params"][position].shape)
-    if "param_names" in group:
-        return f"parameter {group['param_names'][position]!r} of shape {shape}"
+    param, names = group["params"][position], group.get("param_names", ())
+    shape = "unknown" if is_lazy(param) else tuple(param.shape)
+    if len(names) == len(group["params"]):  # else other code took parameters away
+        return f"parameter {names[position]!r} of shape {shape}"
     where = "" if group_index is None else f" of param group {group_index}"
     return f"parameter {position}{where}, of shape {shape}"
 

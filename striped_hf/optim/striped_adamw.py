@@ -8,16 +8,29 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from striped_hf.optim import backends
-from striped_hf.optim.blocks import marked_blocks
+from striped_hf.optim.backends import reference
+from striped_hf.optim.blocks import ParameterBlocks
 from striped_hf.optim.checkpoint import prepare_state_dict
-from striped_hf.optim.checks import check_gradient, check_group, check_not_flattened
+from striped_hf.optim.checks import (
+    check_blocks,
+    check_group,
+    problem_of_gradient,
+    problem_of_state,
+)
 from striped_hf.optim.interface import Backend, Batch, Blocks, Entry, Group, State
 from striped_hf.optim.options import OPTIONS, check_options, settings_of
+from striped_hf.optim.plain import (
+    has_values,
+    is_plain,
+    plain_gradient,
+    plain_parameter,
+    problem_of_wrapper,
+)
 from striped_hf.optim.sharded import state as sharded_state
 from striped_hf.optim.sharded import step as sharded_step
 from striped_hf.optim.sharded.layout import is_sharded
 from striped_hf.optim.sharded.step import Matrix, MatrixBatch
-from striped_hf.optim.state import Description, description_of, zero_state
+from striped_hf.optim.state import Description, description_of, name_of, zero_state
 
 _ONE = torch.tensor(1.0, dtype=torch.float32, device="cpu")
 
@@ -87,14 +100,19 @@ class StripedAdamW(Optimizer):
         backends.check(backend)
         self.backend = backend
         self.capturable = capturable
-        self._matrices: list[int] = []  # in each group, before anything may flatten them
+        self._blocks = ParameterBlocks()
         defaults = {name: arguments[name] for name in OPTIONS}
         check_options(defaults)
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
-        added = ("backend", "capturable", "_matrices")
+        self._refresh_groups()
+        added = ("backend", "capturable")
         return {**super().__getstate__(), **{key: getattr(self, key) for key in added}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_blocks", ParameterBlocks())
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a param group.
@@ -102,16 +120,21 @@ class StripedAdamW(Optimizer):
         Raises:
             ValueError: As on construction; the optimizer has not changed then.
         """
-        has_blocks = "blocks" in param_group or tuple(self.defaults["blocks"]) != (1, 1)
         super().add_param_group(param_group)
-        if not has_blocks:
-            self.param_groups[-1]["blocks"] = marked_blocks(self.param_groups[-1]["params"])
         try:
             check_group(self.param_groups[-1], len(self.param_groups) - 1)
-        except ValueError:
+            self._blocks.refresh(self.param_groups, self.state)
+            check_blocks(self.param_groups[-1], len(self.param_groups) - 1)
+        except (ValueError, RuntimeError):
             self.param_groups.pop()
             raise
-        self._matrices.append(sum(p.dim() >= 2 for p in self.param_groups[-1]["params"]))
+
+    def _refresh_groups(self) -> None:
+        """Completes groups that other code put in, and lets their blocks follow the parameters."""
+        for group in self.param_groups:
+            for name in OPTIONS.keys() - group.keys():
+                group[name] = self.defaults[name]
+        self._blocks.refresh(self.param_groups, self.state)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -127,11 +150,12 @@ class StripedAdamW(Optimizer):
             closure: Reevaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: A gradient is sparse or has another dtype than float32, bfloat16 or
-                float16; a wrapper flattened the parameters; only one of a parameter and its
-                gradient is sharded; the backend asked for by name cannot run; or a CUDA graph is
-                captured without ``capturable``, or with it and sharded parameters. No parameter
-                or state has changed then.
+            RuntimeError: A parameter or its gradient has another dtype than float32, bfloat16 or
+                float16, or the gradient is sparse; a state no longer fits its parameter and group;
+                a wrapper flattened the parameters; only one of a parameter and its gradient is
+                sharded; the backend asked for by name cannot run; or a CUDA graph is captured
+                without ``capturable``, or with it and sharded parameters. No parameter or state has
+                changed then.
         """
         loss = None
         if closure is not None:
@@ -142,66 +166,88 @@ class StripedAdamW(Optimizer):
 
     @torch.compiler.disable  # a compiled training step calls it between two of its graphs
     def _update(self) -> None:
-        batches, matrix_batches = self._collect()
+        batches, matrix_batches, copies = self._collect()
         for backend, settings, entries in batches:
             backend.step(entries, settings)
         sharded_step.step(matrix_batches)
+        for target, copy in copies:
+            target.copy_(copy)
         # kernels write past torch, which must know that values saved for backward are gone
         whole = [entry.param for batch in batches for entry in batch.entries]
         parts = [matrix.local for batch in matrix_batches for matrix in batch.matrices]
         torch.autograd.graph.increment_version(whole + parts)
 
-    def _collect(self) -> tuple[list[Batch], list[MatrixBatch]]:
+    def _check(self) -> list[list[tuple[Tensor, Description]]]:
+        """Checks everything that the step will read or write, and changes none of it.
+
+        Returns:
+            For each param group, its parameters that have a gradient.
+        """
+        self._check_capture()
+        self._refresh_groups()
+        found: list[list[tuple[Tensor, Description]]] = []
+        for group_index, group in enumerate(self.param_groups):
+            found.append([])
+            for i, param in enumerate(group["params"]):
+                if param.grad is None:
+                    continue
+                problem = problem_of_gradient(param, self.capturable) or problem_of_wrapper(param)
+                if problem is None:
+                    description = description_of(group, i)
+                    found[-1].append((param, description))
+                    problem = problem_of_state(param, self.state.get(param, {}), description)
+                if problem is not None:
+                    raise RuntimeError(f"{name_of(group, i, group_index)} {problem}")
+            for device_type in {param.device.type for param, _ in found[-1]}:
+                self._backend(device_type)
+        return found
+
+    def _collect(self) -> tuple[list[Batch], list[MatrixBatch], list[tuple[Tensor, Tensor]]]:
         """Collects what is to be stepped, creates missing state and counts the step.
 
         Returns:
-            For each param group and each device of its parameters a batch; and the same of the
-            matrices with sharded rows or columns.
+            For each param group and each device of its parameters a batch; the same of the
+            matrices with sharded rows or columns; and pairs of a tensor that no kernel can step and
+            the copy that is stepped in its place.
         """
-        self._check_capture()
-        with_grad: list[list[int]] = []
-        for group_index, group in enumerate(self.param_groups):
-            check_not_flattened(group, self._matrices[group_index], group_index)
-            with_grad.append([i for i, p in enumerate(group["params"]) if p.grad is not None])
-            for i in with_grad[-1]:
-                check_gradient(group, i, group_index, self.capturable)
-            for device_type in {group["params"][i].device.type for i in with_grad[-1]}:
-                self._backend(device_type)
-
         batches: list[Batch] = []
         matrix_batches: list[MatrixBatch] = []
-        for group, positions in zip(self.param_groups, with_grad, strict=True):
-            entries: dict[torch.device, list[Entry]] = {}
+        copies: list[tuple[Tensor, Tensor]] = []
+        for group, found in zip(self.param_groups, self._check(), strict=True):
+            entries: dict[tuple[torch.device, bool], list[Entry]] = {}
             matrices: dict[torch.device, list[Matrix]] = {}
-            params = [group["params"][i] for i in positions]
-            descriptions = [description_of(group, i) for i in positions]
-            states = list(map(self._state_of, params, descriptions))
+            states = [self._state_of(param, description) for param, description in found]
             steps = self._count_steps(states)
-            for param, description, state, step in zip(
-                params, descriptions, states, steps, strict=True
-            ):
+            for (param, description), state, step in zip(found, states, steps, strict=True):
                 if param.numel() == 0:
                     continue
-                of_device = entries.setdefault(param.device, [])
-                if description.layout is None:
+                if len(state) > 1 + len(description.tensors):  # other code's entries
+                    state = {key: state[key] for key in ("step", *description.keys)}
+                of_device = entries.setdefault((param.device, has_values(param)), [])
+                if not is_sharded(param):
+                    assert param.grad is not None
                     storage = (description.momentum_dtype, description.blocks)
-                    of_device.append(Entry(param, param.grad, state, *storage, step))
+                    plain, grad = plain_parameter(param), plain_gradient(param.grad)
+                    of_device.append(Entry(plain, grad, state, *storage, step))
+                    if plain is not param and has_values(param):
+                        copies.append((param, plain))
                     continue
-                pieces, matrix = sharded_step.localize(param, state, description, step)
+                pieces, matrix, copied = sharded_step.localize(param, state, description, step)
                 of_device += pieces
+                copies += copied
                 if matrix is not None:
                     matrices.setdefault(param.device, []).append(matrix)
             settings = settings_of(group, self.capturable)
             batches += [
-                Batch(self._backend(device.type), settings, of_device)
-                for device, of_device in entries.items()
+                Batch(self._backend(device.type) if real else reference, settings, of_device)
+                for (device, real), of_device in entries.items()
                 if of_device
             ]
             matrix_batches += [
                 MatrixBatch(self._backend(device.type), settings, of_device)
                 for device, of_device in matrices.items()
             ]
-        return batches, matrix_batches
+        return batches, matrix_batches, copies
 
     def _state_of(self, param: Tensor, description: Description) -> State:
         """Returns the state of a parameter, created where there is none."""
@@ -211,7 +257,11 @@ class StripedAdamW(Optimizer):
                 state.update(sharded_state.init_state(param, description))
             else:
                 state.update(zero_state(description, param.device))
-            state["step"] = state["step"].to(self._step_device(param))
+        else:
+            sharded_state.follow(param, state, description)
+        device = self._step_device(param)
+        if state["step"].device != device:
+            state["step"] = state["step"].to(device)
         return state
 
     def _count_steps(self, states: list[State]) -> list[int]:
@@ -222,12 +272,16 @@ class StripedAdamW(Optimizer):
         if self.capturable:
             torch._foreach_add_(steps, 1)
             return [0] * len(steps)
+        if not all(map(is_plain, steps)) or any(step.is_meta for step in steps):
+            torch._foreach_add_(steps, 1)
+            # without values any number will do: a step on fake tensors is for shapes and memory
+            return [int(step.item()) if has_values(step) else 1 for step in steps]
         # on a CPU torch would wrap a number in a new tensor for each of them
         torch._foreach_add_(steps, _ONE, alpha=1)
         return [int(step.item()) for step in steps]
 
     def _step_device(self, param: Tensor) -> torch.device:
-        return param.device if self.capturable else torch.device("cpu")
+        return param.device if self.capturable or param.is_meta else torch.device("cpu")
 
     def _backend(self, device_type: str) -> Backend:
         backend = backends.resolve(self.backend, device_type)
@@ -249,6 +303,11 @@ class StripedAdamW(Optimizer):
                 "and its learning rate in every replay: construct StripedAdamW with capturable=True"
             )
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state as torch does; each group's ``blocks`` are those of its parameters."""
+        self._refresh_groups()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of a StripedAdamW, or of a ``torch.optim.AdamW``.
 
@@ -261,32 +320,27 @@ class StripedAdamW(Optimizer):
                 changed then.
         """
         prepared: dict[str, Any] = {}
+        self._refresh_groups()
 
         # Optimizer.load_state_dict casts state to the parameter's dtype, which destroys codes and
         # rounds stripes, so it gets the groups only. These hooks run between those of the user:
-        # pre-hooks may still replace the state dict, post-hooks see the final state.
+        # pre-hooks may still replace the state dict, post-hooks see the final state. Whatever may
+        # fail is in the first of them: then nothing has changed yet.
         def prepare(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
             prepared.update(prepare_state_dict(incoming, self.param_groups))
-            return {**prepared, "state": {}}
-
-        def restore(_: Optimizer) -> None:
             places = [
                 (group, i) for group in self.param_groups for i in range(len(group["params"]))
             ]
+            prepared["state"] = {
+                position: self._placed(loaded, *places[position])
+                for position, loaded in prepared["state"].items()
+            }
+            return {**prepared, "state": {}}
+
+        def restore(_: Optimizer) -> None:
+            params = [param for group in self.param_groups for param in group["params"]]
             for position, loaded in prepared["state"].items():
-                group, i = places[position]
-                param, description = group["params"][i], description_of(group, i)
-                for key, value in loaded.items():
-                    device = param.device
-                    if key == "step":
-                        device = self._step_device(param)
-                    elif is_sharded(param):
-                        value = sharded_state.place_state(key, value, param, description)
-                    elif is_sharded(value):
-                        value = value.full_tensor()
-                    self.state[param][key] = value.to(
-                        device, copy=True, memory_format=torch.contiguous_format
-                    )
+                self.state[params[position]].update(loaded)
 
         pre_hook = self.register_load_state_dict_pre_hook(prepare)
         post_hook = self.register_load_state_dict_post_hook(restore, prepend=True)
@@ -295,3 +349,23 @@ class StripedAdamW(Optimizer):
         finally:
             pre_hook.remove()
             post_hook.remove()
+
+    def _placed(self, loaded: State, group: Group, position: int) -> State:
+        """Returns copies of a checked state, where the parameter has its state."""
+        param, description = group["params"][position], description_of(group, position)
+        state = {}
+        for key, value in loaded.items():
+            if value.is_meta and not param.is_meta:
+                raise ValueError(
+                    f"{name_of(group, position)}: {key!r} in the state dict is on the meta device, "
+                    "without values: load the file without map_location='meta'"
+                )
+            device = param.device
+            if key == "step":
+                device = self._step_device(param)
+            elif is_sharded(param):
+                value = sharded_state.place_state(key, value, param, description)
+            elif is_sharded(value):
+                value = value.full_tensor()
+            state[key] = value.to(device, copy=True, memory_format=torch.contiguous_format)
+        return state

@@ -53,6 +53,26 @@ def place_state(key: str, value: Tensor, param: DTensor, description: Descriptio
     return wrap(local.to(param.to_local().device), value.shape, mesh, placements)
 
 
+def follow(param: Tensor, state: State, description: Description) -> None:
+    """Brings a state to where a parameter is that was sharded in another way after its last step.
+
+    Every process of the meshes must call it. Where nothing has changed, it does nothing.
+    """
+    for key, _, _ in description.tensors:
+        value = state[key]
+        if not is_sharded(param):
+            if is_sharded(value):
+                state[key] = value.full_tensor()
+            continue
+        placements = _placements_of(key, _layout(description).placements, param.dim())
+        if (
+            not is_sharded(value)
+            or tuple(value.placements) != placements
+            or value.device_mesh != param.device_mesh
+        ):
+            state[key] = place_state(key, value, param, description)
+
+
 def _layout(description: Description) -> Layout:
     assert description.layout is not None
     return description.layout

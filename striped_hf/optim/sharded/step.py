@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from striped_hf.optim.backends import reference
 from striped_hf.optim.interface import Backend, Blocks, Entry, Roots, Settings, State, Sums
+from striped_hf.optim.plain import plain_gradient, plain_parameter
 from striped_hf.optim.sharded.layout import Layout, Piece, is_sharded, wrap
 from striped_hf.optim.state import Description
 
@@ -64,7 +65,7 @@ class MatrixBatch(NamedTuple):
 
 def localize(
     param: DTensor, state: State, description: Description, step: int
-) -> tuple[list[Entry], Matrix | None]:
+) -> tuple[list[Entry], Matrix | None, list[tuple[Tensor, Tensor]]]:
     """Returns what this process steps of one sharded parameter.
 
     Args:
@@ -75,7 +76,8 @@ def localize(
 
     Returns:
         Entries for a backend's ``step``, none where the part is empty; or, where rows or columns
-        are sharded, no entries and a matrix for ``step`` below.
+        are sharded, no entries and a matrix for ``step`` below. Last, where no kernel can step the
+        local tensor, it and the copy that is stepped in its place.
     """
     layout, grad = description.layout, param.grad
     assert layout is not None
@@ -83,11 +85,15 @@ def localize(
     assert is_sharded(grad)
     if tuple(grad.placements) != layout.placements:
         grad = grad.redistribute(placements=layout.placements)
-    local, local_grad = param.to_local(), grad.to_local()
+    local_grad = plain_gradient(grad.to_local())
+    target = param.to_local()
+    local = plain_parameter(target)
+    copies = [] if local is target else [(target, local)]
     if tuple(param.placements) != layout.placements:
         # without clone it would not be a copy where the rows were the parameter's own already
         local = param.redistribute(placements=layout.placements).to_local()
-        local = local.clone(memory_format=torch.contiguous_format)
+        local = plain_parameter(local).clone(memory_format=torch.contiguous_format)
+        copies = []  # ``_return_rows`` copies it back
     local_state = {key: value.to_local() for key, value in state.items() if is_sharded(value)}
     entries = []
     for piece in layout.pieces:
@@ -109,9 +115,10 @@ def localize(
             )
         )
     if not layout.needs_exchange:
-        return entries, None
+        return entries, None, copies
     row, col = local_state["exp_avg_sq_row"], local_state["exp_avg_sq_col"]
-    return [], Matrix(param, layout, description.blocks, step, local, row, col, entries)
+    matrix = Matrix(param, layout, description.blocks, step, local, row, col, entries)
+    return [], matrix, copies
 
 
 def step(batches: list[MatrixBatch]) -> None:
