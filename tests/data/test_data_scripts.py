@@ -126,7 +126,7 @@ def test_openwebtext_from_files(run_here, documents, tmp_path):
 def test_openwebtext_counts_beside_those_expected(run_here, documents):
     run_here("openwebtext.py", "--num_proc", 0, fails="--num_proc 0: pass at least 1")
     # a folder of this name in the working directory stands for the hub's
-    run_here("openwebtext.py", "--num_proc", 1, fails="counts are not those known")
+    run_here("openwebtext.py", "--num_proc", 1, fails="counts differ from the known counts")
     assert json.loads((documents.parents[1] / "data/openwebtext/meta.json").read_text())["source"][
         "url"
     ].endswith("/openwebtext")
