@@ -151,7 +151,7 @@ def bandwidths(device: torch.device, rounds: int) -> dict[str, float]:
 
 @contextlib.contextmanager
 def compile_options(options: dict[str, Any]) -> Iterator[None]:
-    """Adds Triton compile options to those of the backend's launches."""
+    """Adds Triton compile options to the backend's launches."""
     if not options:
         yield
         return

@@ -21,7 +21,7 @@ from striped_hf.data import write_data_set
 # 300 examples in one process, each with kernels of its own to compile
 TOO_LONG = "tests/optim/test_against_oracle.py::test_every_number_agrees_with_the_oracle"
 
-# how the results of each part are shown; the names are those of the files in benchmarks/results/
+# how to render the results of each part, by the names of the files in benchmarks/results/
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu_tests": gpu_tests.render,
     "gpu_kernels": gpu_kernels.render,

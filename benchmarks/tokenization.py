@@ -70,7 +70,7 @@ def encode(file: str, num_proc: int) -> dict[str, float]:
         else:
             tokens = plain_loop(documents, Path(folder, "train.bin"))
         seconds = time.perf_counter() - begin
-        cpu_seconds = sum(os.times()[:4]) - before  # with those of the processes that have ended
+        cpu_seconds = sum(os.times()[:4]) - before  # includes ended child processes
     return {"tokens": tokens, "seconds": seconds, "cpu_seconds": cpu_seconds}
 
 
