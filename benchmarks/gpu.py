@@ -48,12 +48,12 @@ def run_part(part: Part, limit_s: float, log: IO[str], save: Any) -> dict[str, A
 
     Args:
         part: What to run.
-        limit_s: The seconds it may take.
-        log: Gets what the part prints, as standard output does.
-        save: Called every few seconds with how the part stands.
+        limit_s: The time limit, in seconds.
+        log: A file for the part's output, which also goes to standard output.
+        save: Called every few seconds with the part's state so far.
 
     Returns:
-        How it ended: ``part``, ``ended`` and ``seconds``.
+        The outcome: ``part``, ``ended`` (how it ended) and ``seconds``.
     """
     begin = time.monotonic()
     python_path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))

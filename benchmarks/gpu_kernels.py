@@ -44,10 +44,10 @@ class Step:
     """One striped step to time.
 
     Args:
-        momentum_dtype: As of ``StripedAdamW``.
-        lagged: As of ``StripedAdamW``.
-        graph: Whether to replay the step as a CUDA graph, too.
-        compiler: Triton's compile options in place of the backend's, for an A/B.
+        momentum_dtype: As for ``StripedAdamW``.
+        lagged: As for ``StripedAdamW``.
+        graph: Whether to also replay the step as a CUDA graph.
+        compiler: Triton compile options instead of the backend's, to compare both.
     """
 
     momentum_dtype: str
@@ -151,7 +151,7 @@ def bandwidths(device: torch.device, rounds: int) -> dict[str, float]:
 
 @contextlib.contextmanager
 def compile_options(options: dict[str, Any]) -> Iterator[None]:
-    """Adds Triton compile options to those of the backend's launches."""
+    """Adds Triton compile options to the backend's launches."""
     if not options:
         yield
         return

@@ -21,7 +21,7 @@ from striped_hf.data import write_data_set
 # 300 examples in one process, each with kernels of its own to compile
 TOO_LONG = "tests/optim/test_against_oracle.py::test_every_number_agrees_with_the_oracle"
 
-# how the results of each part are shown; the names are those of the files in benchmarks/results/
+# how to render the results of each part, by the names of the files in benchmarks/results/
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu_tests": gpu_tests.render,
     "gpu_kernels": gpu_kernels.render,
@@ -41,9 +41,9 @@ class Part:
 
     Args:
         name: The name of its results, a key of ``RENDER``.
-        command: Its arguments, for the Python that runs this; the last names its results file.
-        limit_s: After so many seconds it is killed.
-        takes_the_rest: Whether it may take all of the time that is left, if that is more.
+        command: The arguments of the Python interpreter; the last one is the results file.
+        limit_s: The time limit in seconds, after which the part is killed.
+        takes_the_rest: Whether the part may use all of the remaining time, if that is more.
     """
 
     name: str
@@ -66,10 +66,10 @@ def smoke(folder: Path, rehearsal: bool) -> list[Part]:
 
 
 def full(folder: Path, rehearsal: bool) -> list[Part]:
-    """Lists all parts, the most valuable first: the last are the first to find no time left.
+    """Lists all parts, the most valuable first. If time runs out, the last ones do not run.
 
     Args:
-        folder: Where they write their results files.
+        folder: The folder of the results files.
         rehearsal: Whether to do as much as a CPU can in a minute: tiny models, few steps.
     """
     device = ("--device", "cpu" if rehearsal else "cuda")
@@ -135,8 +135,8 @@ def kernel_tests(folder: Path, limit_s: float, rehearsal: bool, smoke: bool) -> 
     """The comparisons of the kernels with the reference and the oracle.
 
     Args:
-        folder: Where the results file goes.
-        limit_s: Of the part.
+        folder: The folder of the results file.
+        limit_s: The time limit of the part, in seconds.
         rehearsal: Whether the kernels are interpreted.
         smoke: Whether to run one shape of each kernel variant instead of all tests.
     """
@@ -164,7 +164,7 @@ def kernel_times(folder: Path, limit_s: float, rehearsal: bool) -> Part:
 def losses(
     folder: Path, data_dir: str, model: str, *device: str, rehearsal: bool
 ) -> tuple[str, ...]:
-    """The command that compares losses, for all of the time that is left."""
+    """The command that compares losses, for all of the remaining time."""
     flags = ("--data_dir", data_dir, "--model", model, *device)
     if rehearsal:
         flags += ("--steps", "4", "--turn", "2", "--batch_size", "2", "--block_size", "32")

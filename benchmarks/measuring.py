@@ -1,7 +1,7 @@
-"""What a benchmark measures of one call: its time, the memory that it takes, what it would save.
+"""Measurements of a call: its time, its temporary memory, and the size of a saved state dict.
 
-Memory on a CPU is the process's own resident memory, as Linux counts it, and so includes what C
-code allocates; on a GPU it is what torch's allocator has handed out.
+Memory on a CPU is the process's resident memory as Linux counts it, so it includes allocations of C
+code. On a GPU it is the memory that torch's allocator has handed out.
 """
 
 import contextlib
@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-# glibc's mallopt: from how many bytes on an allocation is a mapping of its own, which goes back to
-# the system when it is freed, and how much free memory at the heap's end is kept
+# Options of glibc's mallopt: how much free memory to keep at the end of the heap, and the smallest
+# allocation with its own mapping, which returns to the system when it is freed
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _PR_SET_THP_DISABLE = 41
 
-STEADY = 0.15  # a baseline whose quartiles are further apart, relative to its median, is not quoted
+STEADY = 0.15  # the largest distance of a usable baseline's quartiles, relative to its median
 
 
 def synchronize(device: torch.device) -> None:
@@ -54,16 +54,16 @@ def is_steady(baseline: list[float]) -> bool:
 
 
 def temporary_bytes(device: torch.device, call: Callable[[], Any]) -> int | None:
-    """Returns how far memory rises during a call, in bytes; exact to about 0.1 MiB on a CPU.
+    """Returns the peak rise of memory during a call, in bytes; exact to about 0.1 MiB on a CPU.
 
-    Memory that the call allocates and keeps counts too: call it once before, and measure the
-    second time. On a CPU the process must have called ``return_freed_memory`` before it made any
-    large tensor: what malloc keeps hides one allocation from the count and adds another to it.
+    Memory that the call allocates and keeps counts too, so measure the second call. On a CPU, call
+    ``return_freed_memory`` before the process makes any large tensor: freed memory that malloc
+    keeps makes the count wrong.
 
     Returns:
-        None where the system has no such counter (on a CPU it takes Linux).
+        None if the system has no such counter. On a CPU only Linux has one.
     """
-    gc.collect()  # not in the midst of the call
+    gc.collect()  # now, so that it does not run during the call
     if device.type == "cuda":
         synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -82,10 +82,10 @@ def temporary_bytes(device: torch.device, call: Callable[[], Any]) -> int | None
 
 
 def return_freed_memory() -> None:
-    """Makes malloc give what is freed back to the system at once, and turns huge pages off, which
-    would count 2 MiB for a few bytes. Allocation is slower for the rest of the process.
+    """Makes malloc return freed memory to the system at once, and turns huge pages off.
 
-    It changes nothing where the C library is not glibc.
+    A huge page would count 2 MiB for a few bytes. Allocation is slower for the rest of the process.
+    The function does nothing if the C library is not glibc.
     """
     try:
         libc = ctypes.CDLL(None)

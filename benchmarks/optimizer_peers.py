@@ -26,14 +26,14 @@ class Peer:
     """One optimizer of the benchmark.
 
     Args:
-        name: What its row is called.
-        package: The distribution that it comes from.
-        build: Makes the optimizer of some weights.
-        room: The most bytes per parameter that its state and its step's temporaries take, for
-            float32 parameters; what must be free before it joins the others.
-        gradient_reads: How often its rule must read the gradient in one step: once, or twice where
-            statistics of a whole matrix come before the update, or three times where the norm of
-            the update does too. None where arithmetic, not memory, is what its time goes to.
+        name: The name of its row.
+        package: The distribution that contains it.
+        build: Makes the optimizer for some weights.
+        room: The largest size of its state and its step's temporaries, in bytes per float32
+            parameter. So much memory must be free before it joins the others.
+        gradient_reads: How often its rule must read the gradient in one step: once; twice if the
+            update needs statistics of a whole matrix; three times if it also needs the norm of the
+            update. None if arithmetic, not memory, limits its speed.
     """
 
     name: str

@@ -243,8 +243,8 @@ def described(
 def temporaries(args: argparse.Namespace) -> dict[str, int | None]:
     """Measures the temporary memory of a step of each optimizer that can run, on a CPU, in bytes.
 
-    To be called in a process of its own, which must neither have been timed nor be timed later:
-    see ``return_freed_memory``.
+    Call it in a separate process without any timing, because ``return_freed_memory`` slows down
+    allocation.
     """
     return_freed_memory()
     device = torch.device("cpu")

@@ -39,7 +39,7 @@ Results = dict[str, Any]
 
 
 class PageTable(NamedTuple):
-    """What one place in a page shows.
+    """The content of one place in a page.
 
     Args:
         render: Makes the Markdown from the contents of ``files``, one argument each.

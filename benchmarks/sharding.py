@@ -2,10 +2,10 @@
 
     python -m benchmarks.sharding     # 2, 3 and 4 processes on this machine, two minutes
 
-Every process holds its shards of some parameters, and the first one, beside them, all of the same
-parameters whole. Both get the same gradients for 50 steps; then the largest differences are noted,
-for each momentum format, backend and way of sharding. The results go to
-benchmarks/results/sharding_cpu.json, from which the table in docs/ is rendered.
+Every process has its shards of some parameters. The first process also has the same parameters
+whole. Both get the same gradients for 50 steps. The results are the largest differences for each
+momentum format, backend and way of sharding. They go to benchmarks/results/sharding_cpu.json, and
+the table in docs/ comes from that file.
 """
 
 import argparse
@@ -109,11 +109,11 @@ def work(rank: int, processes: int, steps: int, folder: str) -> None:
 def compare(
     case: Case, mesh: DeviceMesh, momentum_dtype: str, backend: str, steps: int
 ) -> dict[str, float]:
-    """Steps a case's parameters sharded, and whole in the first process.
+    """Steps a case's parameters sharded, and in the first process also whole.
 
     Returns:
-        The largest differences, which only the first process knows. ``parameters``: of any
-        two elements, relative to the parameter's largest; ``stripes``: relative to each other;
+        The largest differences, in the first process only. ``parameters``: between elements,
+        relative to the parameter's largest element. ``stripes``: the relative difference.
         ``codes``: the share of momentum codes that differ.
     """
     generator = torch.Generator().manual_seed(1)

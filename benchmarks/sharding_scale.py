@@ -1,22 +1,24 @@
-"""Compute what StripedAdamW keeps and sends on many devices, beside AdamW.
+"""Compute the state and the communication of StripedAdamW on many devices, and of AdamW.
 
     python -m benchmarks.sharding_scale     # arithmetic, and GPT-2 on 2 and 3 processes; 3 minutes
 
-Parameters are float32 and sharded by rows over all N devices, as FSDP2 shards them. The device with
-the most then keeps, of a matrix of R rows and C columns in br x bc blocks,
+Parameters are float32 and sharded by rows over all N devices, as in FSDP2. For a matrix of R rows
+and C columns in br x bc blocks, the device with the most keeps
 
-    momentum      ceil(R / N) rows of it, in 4, 2, 1.03 or 0.53 bytes an element
+    momentum      ceil(R / N) rows, with 4, 2, 1.03 or 0.53 bytes per element
     row stripe    4 ceil(R / N) bc bytes
     col stripe    4 br C bytes: the same on every device
 
-and 8 ceil(n / N) bytes of a vector of n. A step's all-reduce adds up, over all matrices,
+and for a vector of n elements 8 ceil(n / N) bytes. The all-reduce of a step sums, over all
+matrices,
 
     S = sum of (br C + br bc) numbers of 4 bytes
 
-of which a ring sends 2 (N - 1) / N x 4 S bytes from each device. The gradients' own reduce-scatter
-sends (N - 1) / N x 4 P bytes for P parameters. AdamW keeps 8 bytes an element and sends nothing.
+A ring all-reduce sends 2 (N - 1) / N x 4 S bytes from each device. The reduce-scatter of the
+gradients sends (N - 1) / N x 4 P bytes for P parameters. AdamW keeps 8 bytes per element and sends
+nothing more.
 
-The formula is held against what gloo's processes really write to their sockets.
+The benchmark compares the formula with the bytes that gloo's processes write to their sockets.
 """
 
 import math

@@ -1,6 +1,6 @@
-"""The short tables of the README and what the documentation's first page shows.
+"""The short tables of the README, and the plot and sample of the documentation's first page.
 
-Each is made of a results file whose whole table is in docs/benchmarks.md.
+Each comes from a results file; docs/benchmarks.md has the whole table.
 """
 
 import os
@@ -21,7 +21,7 @@ def mean_losses(comparison: dict[str, Any]) -> dict[str, dict[tuple[str, float],
     """Returns the mean over the seeds of ``train_loss`` and ``eval_loss``.
 
     Args:
-        comparison: What compare_optimizers.py wrote.
+        comparison: A results file of compare_optimizers.py.
 
     Returns:
         For each optimizer, with its own arguments in the name, the mean at (kind, learning rate).
@@ -80,7 +80,7 @@ def draw_state_bytes(results: dict[str, Any], path: str | os.PathLike[str]) -> N
     """Draws the optimizer state of each model.
 
     Args:
-        results: What state_bytes.py wrote.
+        results: The results file of state_bytes.py.
         path: The PNG file to write.
     """
     import matplotlib
@@ -110,8 +110,8 @@ def step_time(one_die: dict[str, Any], two_dies: dict[str, Any]) -> str:
     """Makes the table of a step's time as a ratio to fused AdamW's in the same run.
 
     Args:
-        one_die: What optimizers.py wrote where two cores share a die.
-        two_dies: The same where each has a die of its own.
+        one_die: A results file of optimizers.py, measured on two cores of one die.
+        two_dies: A results file of optimizers.py, measured on cores of two dies.
     """
     rows = {row["name"]: row for row in one_die["optimizers"]}
     other = {row["name"]: row for row in two_dies["optimizers"]}

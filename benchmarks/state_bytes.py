@@ -2,8 +2,8 @@
 
     python -m benchmarks.state_bytes
 
-AdamW keeps two float32 numbers per parameter; StripedAdamW is counted from the tensors that its own
-initialisation makes, on torch's meta device, with the param groups that Trainer would give it.
+AdamW keeps two float32 numbers per parameter. For StripedAdamW, the script initializes the state on
+torch's meta device, with Trainer's param groups, and counts the bytes of its tensors.
 """
 
 from transformers import PreTrainedModel

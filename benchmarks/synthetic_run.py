@@ -1,6 +1,6 @@
-"""What the benchmarks of training share: a Trainer that only trains, on random tokens.
+"""Shared by the benchmarks of training: a Trainer that only trains, on random tokens.
 
-Nothing is downloaded, saved, evaluated or reported; the model begins from random weights.
+It downloads, saves, evaluates and reports nothing. The model starts from random weights.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from striped_hf.trainer.causal_lm import CausalLMTrainer
 
 
 class RandomTokens(Dataset[dict[str, torch.Tensor]]):
-    """Windows of random tokens, made once and given again and again.
+    """A data set that repeats a few windows of random tokens.
 
     Args:
-        vocab_size: The tokens are below it.
-        block_size: The length of a window.
-        windows: How many different ones there are.
-        length: How many the data set has.
+        vocab_size: The vocabulary size.
+        block_size: The length of a window, in tokens.
+        windows: The number of different windows.
+        length: The number of items in the data set.
     """
 
     def __init__(self, vocab_size: int, block_size: int, windows: int, length: int) -> None:
@@ -48,11 +48,11 @@ def make_trainer(
     """Makes a Trainer for a benchmark.
 
     Args:
-        model: On the device already.
-        train: What to train on.
+        model: A model, on the device already.
+        train: The training data.
         device: "cuda" or "cpu".
         callbacks: Further callbacks.
-        settings: Of TrainingArguments; ``output_dir`` and ``max_steps`` among them.
+        settings: Settings of TrainingArguments, including ``output_dir`` and ``max_steps``.
     """
     on_gpu = device == "cuda"
     args = TrainingArguments(

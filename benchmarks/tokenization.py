@@ -1,12 +1,13 @@
-"""Measure how data_scripts/openwebtext.py makes tokens: its speed and its memory.
+"""Measure the speed and the memory of data_scripts/openwebtext.py.
 
     python -m benchmarks.tokenization documents.parquet
 
-Speed beside the obvious loop, one document after another with tiktoken: the variants take turns,
-each in a process of its own, and what counts is processor time, of all processes that take part.
-Memory of the whole script, all its processes together, on the file and on four times the file. The
-results go to benchmarks/results/openwebtext_novels.json, from which the table in docs/ is rendered;
-tiktoken's vocabulary comes from its cache (TIKTOKEN_CACHE_DIR) or the network.
+Speed: the baseline is a plain loop that encodes one document after another with tiktoken. The
+variants take turns, each in a separate process. The measure is the processor time of all processes
+of a variant. Memory: the peak of the whole script with all its processes, on the file and on four
+times the file. The results go to benchmarks/results/openwebtext_novels.json, and the table in docs/
+comes from that file. tiktoken's vocabulary comes from its cache (TIKTOKEN_CACHE_DIR) or the
+network.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-# before the packages of an extra: it explains a missing one
+# before the packages of an extra: this import explains a missing one
 from striped_hf.cli import run
 
 # isort: split
@@ -69,7 +70,7 @@ def encode(file: str, num_proc: int) -> dict[str, float]:
         else:
             tokens = plain_loop(documents, Path(folder, "train.bin"))
         seconds = time.perf_counter() - begin
-        cpu_seconds = sum(os.times()[:4]) - before  # with those of the processes that have ended
+        cpu_seconds = sum(os.times()[:4]) - before  # includes ended child processes
     return {"tokens": tokens, "seconds": seconds, "cpu_seconds": cpu_seconds}
 
 

@@ -5,14 +5,14 @@
     python data_scripts/openwebtext.py --dataset_name HuggingFaceFW/fineweb-edu \\
         --dataset_config_name sample-10BT --output_dir data/fineweb_edu
 
-Any data set of `datasets.load_dataset` with a column "text" of strings; of text files, each
-paragraph is a document. Every document is followed by an end-of-text token. The val split is 0.05 %
-of the documents, chosen by a fixed seed as nanoGPT's data/openwebtext/prepare.py chooses them; a
-small data set needs a larger --val_fraction.
-Writes data/openwebtext: train.bin and val.bin (uint16, 18 GB), meta.json and the tokenizer. Stopped
-and started again with the same arguments it goes on where it was. GPT-2's BPE is tiktoken's, which
-downloads its vocabulary once; set TIKTOKEN_CACHE_DIR to a folder that has it to work without
-network.
+It reads any data set of `datasets.load_dataset` with a column "text" of strings. In a text file,
+each paragraph is a document. An end-of-text token follows every document. The val split is 0.05 %
+of the documents, the same ones as in nanoGPT's data/openwebtext/prepare.py. A small data set needs
+a larger --val_fraction.
+The script writes data/openwebtext: train.bin and val.bin (uint16, 18 GB), meta.json and the
+tokenizer. A stopped run continues if it is started again with the same arguments. tiktoken encodes
+and downloads GPT-2's vocabulary once. To work without a network, set TIKTOKEN_CACHE_DIR to a folder
+with the vocabulary.
 """
 
 import argparse
@@ -31,16 +31,16 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--dataset_name", metavar="NAME", default=NAME, help="on the hub (default: %(default)s)"
+        "--dataset_name", metavar="NAME", default=NAME, help="hub name (default: %(default)s)"
     )
     parser.add_argument(
-        "--dataset_config_name", metavar="NAME", help="its configuration, where it has several"
+        "--dataset_config_name", metavar="NAME", help="its configuration, if it has several"
     )
     parser.add_argument(
         "--data_files",
         nargs="+",
         metavar="FILE",
-        help="parquet, JSON lines or text to use in place of the hub's",
+        help="parquet, JSON lines or text files to use instead of the hub",
     )
     parser.add_argument(
         "--output_dir",
@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         metavar="N",
         default=os.cpu_count(),
-        help="processes that encode (default: %(default)s, one a core)",
+        help="processes that encode (default: %(default)s, one per core)",
     )
     parser.add_argument(
         "--val_fraction",
@@ -97,8 +97,8 @@ def main() -> None:
         print(f"{what:>12} {count:>13,}" + (f"  expected {expected:>13,}" if expected else ""))
     if known and counts != known:
         raise UserError(
-            f"{args.output_dir} is whole, but its counts are not those known for OpenWebText: the "
-            "hub's copy is another than the one that nanoGPT's figures are of"
+            f"{args.output_dir} is complete, but its counts differ from the known counts of "
+            "OpenWebText: the hub's copy is not the one of nanoGPT's figures"
         )
 
 

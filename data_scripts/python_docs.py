@@ -1,11 +1,13 @@
-"""The documentation topics that every CPython ships (pydoc_data.topics), one token a character.
+"""The documentation topics in every CPython (pydoc_data.topics), one token per character.
 
     python data_scripts/python_docs.py                   # no download, about 480,000 characters
     python data_scripts/python_docs.py --input FILE      # any UTF-8 text
 
-Topics in the order of their names, joined by blank lines; first 90 % train, the rest val. The text
-differs a little between versions of Python, so meta.json records the version and the sha256.
-Writes data/python_docs: train.bin, val.bin, meta.json, and the characters as a tokenizer.
+The topics are in the order of their names, joined by blank lines. The first 90 % are the train
+split, the rest is the val split. The text differs a little between versions of Python, so meta.json
+has the version and the sha256.
+The script writes data/python_docs: train.bin, val.bin, meta.json, and the characters as a
+tokenizer.
 """
 
 import hashlib

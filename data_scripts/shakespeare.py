@@ -4,9 +4,9 @@
     python data_scripts/shakespeare.py --input input.txt         # any UTF-8 text
     python data_scripts/shakespeare.py --tokenizer path/to/model --output_dir data/shakespeare_model
 
-Writes data/shakespeare: train.bin and val.bin (as nanoGPT's data/shakespeare/prepare.py does),
-meta.json, and the tokenizer. GPT-2's BPE is tiktoken's, which downloads its vocabulary once; set
-TIKTOKEN_CACHE_DIR to a folder that has it to work without network.
+The script writes data/shakespeare: train.bin and val.bin (the same as nanoGPT's
+data/shakespeare/prepare.py), meta.json, and the tokenizer. tiktoken encodes and downloads GPT-2's
+vocabulary once. To work without a network, set TIKTOKEN_CACHE_DIR to a folder with the vocabulary.
 """
 
 from striped_hf.cli import run
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument(
         "--tokenizer",
         metavar="NAME_OR_FOLDER",
-        help="the model whose tokenizer to use, a hub name or a local folder (default: GPT-2's "
+        help="a model with the tokenizer to use: a hub name or a local folder (default: GPT-2's "
         "BPE by tiktoken)",
     )
     args = parser.parse_args()

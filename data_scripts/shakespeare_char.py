@@ -1,10 +1,10 @@
-"""Tiny Shakespeare, one token a character: 65 symbols, 1,003,854 train and 111,540 val tokens.
+"""Tiny Shakespeare, one token per character: 65 symbols, 1,003,854 train and 111,540 val tokens.
 
     python data_scripts/shakespeare_char.py                      # downloads 1.1 MB
     python data_scripts/shakespeare_char.py --input input.txt    # any UTF-8 text, no network
 
-Writes data/shakespeare_char: train.bin and val.bin (as nanoGPT's data/shakespeare_char/prepare.py
-does, ids included), meta.json, and the characters as a tokenizer for AutoTokenizer.
+The script writes data/shakespeare_char: train.bin and val.bin (the same as nanoGPT's
+data/shakespeare_char/prepare.py), meta.json, and the characters as a tokenizer for AutoTokenizer.
 """
 
 from striped_hf.cli import run

@@ -3,18 +3,18 @@
     python recipes/compare_optimizers.py recipes/train_shakespeare_char.py \\
         --optim adamw_torch_fused@4e-3 striped_adamw@4e-3 striped_adamw_8bit@6e-3 -- --preset cpu
 
-What follows `--` goes to the recipe. Each run is a process of its own and leaves its folder in
---output_dir, which gets comparison.json (every figure measured), comparison.md and
+The arguments after `--` go to the recipe. Each run is a separate process with its own folder in
+--output_dir, which also gets comparison.json (every measured figure), comparison.md and
 comparison.png. An optimizer's own arguments and learning rate follow its name:
 striped_adamw_8bit:nesterov=true@6e-3.
 
---accelerate_config recipes/accelerate/ddp.yaml has each run launched by accelerate, on the devices
-that the file names.
+With --accelerate_config recipes/accelerate/ddp.yaml, accelerate launches each run on the devices of
+that file.
 
---learning_rate and --seed take several values: every combination is run, and the table has each
-optimizer's mean over the seeds at each learning rate. A run that diverges is in the table as such.
-A run that fails is left out, and the others go on. --resume keeps the runs that an earlier, stopped
-comparison finished with the same command and the same --accelerate_config. Where runs come from
+--learning_rate and --seed accept several values. Every combination is run, and the table has each
+optimizer's mean over the seeds at each learning rate. The table marks a run that diverged. It
+leaves out a run that failed; the other runs continue. --resume keeps the finished runs of an
+earlier, stopped comparison if their command and --accelerate_config are the same. If runs come from
 several commits, versions or devices, the line under the table names them.
 """
 
@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# before the packages of an extra: it explains a missing one
+# before the packages of an extra: this import explains a missing one
 import striped_hf.cli  # noqa: F401
 
 # isort: split
@@ -74,7 +74,7 @@ def main() -> None:
             continue
         print(f"{name} failed; its output above says why", flush=True)
         failed.append(name)
-        if not runs:  # what none of the settings can do
+        if not runs:  # the first run failed, so the others would too
             break
     if not runs:
         sys.exit(f"error: {failed[0]} failed; its output above says why")
@@ -121,10 +121,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run_recipe(args: argparse.Namespace, flags: list[str], folder: Path) -> Run | None:
-    """Runs the recipe unless its result is there and wanted.
+    """Runs the recipe, unless --resume finds its finished result.
 
     Returns:
-        Its run.json, with a history; None where the recipe failed.
+        The content of run.json, and the losses over time as ``history``; None if the recipe failed.
     """
     result = folder / "run.json"
     printed = shlex.join(["python", args.recipe, *flags])
@@ -133,7 +133,7 @@ def run_recipe(args: argparse.Namespace, flags: list[str], folder: Path) -> Run 
         launcher = ["-m", "accelerate.commands.launch", "--config_file", args.accelerate_config]
     done = args.resume and result.exists()
     done = done and json.loads(result.read_text(encoding="utf-8"))["command"] == printed
-    # the launch is no part of the command that a run knows of itself
+    # the command in run.json does not include the launcher, so keep its configuration
     launch = folder / "accelerate_config.yaml"
     config = Path(args.accelerate_config).read_text("utf-8") if args.accelerate_config else None
     if done and config != (launch.read_text("utf-8") if launch.exists() else None):
@@ -150,7 +150,7 @@ def run_recipe(args: argparse.Namespace, flags: list[str], folder: Path) -> Run 
     run = json.loads(result.read_text(encoding="utf-8"))
     log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     train = [entry for entry in log if "loss" in entry]
-    # at the last step the best checkpoint is evaluated once more
+    # the last two entries are the final evaluations of the best checkpoint
     evals = {entry["step"]: entry["eval_loss"] for entry in log[:-2] if "eval_loss" in entry}
     run["history"] = {
         "steps": [entry["step"] for entry in train],
@@ -166,18 +166,18 @@ def _finite(loss: float) -> float | None:
 
 
 def mean(losses: Sequence[float | None]) -> float | None:
-    """Returns the mean of some losses; None where a run of them diverged."""
+    """Returns the mean of some losses; None if one of the runs diverged."""
     known = [loss for loss in losses if loss is not None]
     return statistics.mean(known) if len(known) == len(losses) else None
 
 
 def label(run: Run) -> str:
-    """Names a run's optimizer, with its own arguments where it has any."""
+    """Names a run's optimizer, with its own arguments if it has any."""
     return f"{run['optim']} ({run['optim_args']})" if run["optim_args"] else run["optim"]
 
 
 def groups(comparison: Comparison) -> dict[tuple[str, float], list[Run]]:
-    """Collects the runs, which differ in their seeds, of each optimizer at each learning rate."""
+    """Groups the runs by optimizer and learning rate; the runs of a group differ in their seeds."""
     collected: dict[tuple[str, float], list[Run]] = {}
     for run in comparison["runs"]:
         collected.setdefault((label(run), run["learning_rate"]), []).append(run)
@@ -185,18 +185,18 @@ def groups(comparison: Comparison) -> dict[tuple[str, float], list[Run]]:
 
 
 def is_sweep(comparison: Comparison) -> bool:
-    """Tells whether optimizers ran more than once, at several learning rates or seeds."""
+    """Returns whether an optimizer ran more than once, at several learning rates or seeds."""
     return len(comparison["runs"]) > len({label(run) for run in comparison["runs"]})
 
 
 def dtypes(comparison: Comparison) -> str:
-    """Says in which dtype the runs had their weights; runs of an older recipe do not say."""
+    """Returns a sentence with the dtype of the runs' weights, or "" for older results files."""
     found = sorted({run["dtype"] for run in comparison["runs"] if "dtype" in run})
     return f"Weights in {' and '.join(found)}. " if found else ""
 
 
 def render_table(comparison: Comparison) -> str:
-    """Makes the Markdown table: one row a run, or for a sweep one a learning rate."""
+    """Makes the Markdown table: one row per run, or in a sweep per optimizer and learning rate."""
     header: tuple[str, ...]
     rows: list[tuple[str, ...]]
     if not is_sweep(comparison):
@@ -221,7 +221,7 @@ def render_table(comparison: Comparison) -> str:
     rows = []
     for (name, learning_rate), runs in groups(comparison).items():
         losses = [run["eval_loss"] for run in runs]
-        # one that diverged is the highest
+        # a run that diverged counts as the highest
         lowest, *_, highest = sorted([*losses, *losses[:1]], key=_order)
         rows.append(
             (
@@ -246,10 +246,10 @@ def _drawn(loss: float | None) -> float:
 
 
 def render_plot(comparison: Comparison, path: str | os.PathLike[str]) -> None:
-    """Draws the losses, over steps or for a sweep over learning rates, and optimizer memory.
+    """Plots the losses over steps (in a sweep over learning rates), and the optimizer state.
 
     Args:
-        comparison: What to draw.
+        comparison: The content of comparison.json.
         path: The PNG file to write.
     """
     figure, (losses, memory) = plt.subplots(
@@ -288,7 +288,7 @@ def render_plot(comparison: Comparison, path: str | os.PathLike[str]) -> None:
                 label=name,
                 color=colors[name],
             )
-        # the first steps fall from log(vocabulary) and would flatten everything after them
+        # without the first tenth of the steps, whose fall would flatten the rest
         settled = [
             loss
             for run in comparison["runs"]

@@ -1,21 +1,22 @@
-"""Evaluate causal language models on a data set: the loss over all of its train and val split.
+"""Evaluate causal language models on a data set: the loss over its train and val splits.
 
 nanoGPT's table of the four GPT-2 sizes on OpenWebText, on one GPU:
 
     python recipes/eval_baselines.py --bf16 --max_blocks 4000
 
-Any models by name or folder, on any data set in their own tokens:
+Any models, by name or folder, on any data set in their own tokens:
 
     python recipes/eval_baselines.py MODEL --data_dir data/shakespeare_model --block_size 512
 
-A split is cut into contiguous blocks. Every token but the first is a target once, and all targets
-weigh the same. The standard error comes from the scatter between blocks. --max_blocks evaluates at
-most so many blocks, evenly spaced: OpenWebText's train split has 8.8 million, and nanoGPT's own
-figures are of some 4,000 random ones. Batches are as large as the device holds.
+A split is divided into contiguous blocks. Every token but the first is a target once, and all
+targets have the same weight. The standard error comes from the scatter between blocks.
+--max_blocks N evaluates at most N blocks, evenly spaced: OpenWebText's train split has 8.8 million,
+and nanoGPT's own figures come from about 4,000 random ones. Batches are as large as the device can
+hold.
 
-The results file is written after each split; --resume goes on where an evaluation was stopped. The
-tables in docs/ are rendered from those in benchmarks/results/, which --results names.
-The weights are in float32, whatever dtype they were saved in.
+The results file is written after each split. --resume continues a stopped evaluation. The tables in
+docs/ come from files in benchmarks/results/; pass such a file to --results to update it.
+The weights are float32, whatever the dtype of the saved model.
 """
 
 import argparse
@@ -56,10 +57,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("models", nargs="*", default=list(NANOGPT), help="hub names or folders")
     parser.add_argument("--data_dir", type=Path, default=Path("data/openwebtext"))
     parser.add_argument("--block_size", type=int, default=1024, help="context, in tokens")
-    parser.add_argument("--max_blocks", type=int, help="of each split (default: all of them)")
+    parser.add_argument("--max_blocks", type=int, help="blocks of each split (default: all)")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast instead of float32")
     parser.add_argument("--results", type=Path, help="default: out/eval_baselines_DATA.json")
-    parser.add_argument("--resume", action="store_true", help="go on with a stopped evaluation")
+    parser.add_argument("--resume", action="store_true", help="continue a stopped evaluation")
     args = parser.parse_args()
     for name in ("block_size", "max_blocks"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -71,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def open_splits(args: argparse.Namespace) -> dict[str, TokenSplit]:
-    """Returns the splits, after a check that they are in the tokens of all of the models."""
+    """Checks that the data has the tokens of all models, and returns its splits."""
     vocab_size = None
     for name in args.models:
         config = load_config(name)
@@ -84,10 +85,10 @@ def open_splits(args: argparse.Namespace) -> dict[str, TokenSplit]:
 def evaluate(
     model: PreTrainedModel, split: TokenSplit, args: argparse.Namespace, accelerator: Accelerator
 ) -> dict[str, Any]:
-    """Returns the loss over a split, and over how many of its blocks it was computed."""
+    """Returns the loss over a split, the number of evaluated blocks, and the number of all."""
     blocks = ContiguousBlocks(split, args.block_size)
     count = min(len(blocks), args.max_blocks or len(blocks))
-    # the middles of as many stretches of equal length
+    # the middle block of each of `count` equal parts
     chosen = [(2 * i + 1) * len(blocks) // (2 * count) for i in range(count)]
     data_set = Subset(blocks, chosen) if count < len(blocks) else blocks
     loss = evaluate_data_set(model, data_set, args.block_size, accelerator, split.path.stem)
@@ -130,7 +131,7 @@ def main() -> None:
     args = parse_arguments()
     names = model_names(args.models)
     accelerator = Accelerator(
-        # without a GPU accelerate would take each of several processes for a run of its own
+        # without a GPU accelerate would treat each of several processes as a separate run
         cpu=not torch.accelerator.is_available(),
         mixed_precision="bf16" if args.bf16 else "no",
     )
@@ -163,7 +164,7 @@ def main() -> None:
             if accelerator.is_main_process:
                 write_json(args.results, results)
         del model
-        accelerator.free_memory()  # it held on to the model
+        accelerator.free_memory()  # drops its references to the model
     accelerator.print(f"\n{render(results)}\n\nwritten to {args.results}")
 
 

@@ -2,21 +2,21 @@
 
     python recipes/eval_zero_shot.py gpt2 gpt2-medium gpt2-large gpt2-xl
 
-without a network, on local files:
+Without a network, on local files:
 
     python recipes/eval_zero_shot.py MODEL --wikitext wiki.test.raw --lambada lambada_test.jsonl
 
-WikiText: the raw test set as one text, its lines joined as in Hugging Face's guide to perplexity,
-without a token put before it, in overlapping windows. Each token but the first is a target once;
-those that an earlier window had are only context. Perplexity is per token of the model, so models
-with other tokenizers do not compare.
+WikiText: the raw test set is one text, with its lines joined as in Hugging Face's guide to
+perplexity and no token added before it. The model reads it in overlapping windows. Each token but
+the first is a target once; in later windows it is only context. Perplexity is per token of the
+model, so models with different tokenizers cannot be compared.
 
-LAMBADA: lm-evaluation-harness's task lambada_openai, the last word of each of 5,153 passages. It
-needs `pip install --constraint constraints.txt --editable '.[eval]'`; --tasks wikitext does not.
+LAMBADA: the task lambada_openai of lm-evaluation-harness, the last word of each of 5,153 passages.
+It needs `pip install --constraint constraints.txt --editable '.[eval]'`; --tasks wikitext does not.
 
-The results file is written after each task; --resume goes on where an evaluation was stopped. The
-table in docs/ is rendered from one in benchmarks/results/, which --results names.
-The weights are in float32, whatever dtype they were saved in.
+The results file is written after each task. --resume continues a stopped evaluation. The table in
+docs/ comes from a file in benchmarks/results/; pass that file to --results to update it.
+The weights are float32, whatever the dtype of the saved model.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-# before the packages of an extra: it explains a missing one
+# before the packages of an extra: this import explains a missing one
 from striped_hf.cli import UserError, model_names, one_line, run
 
 # isort: split
@@ -61,11 +61,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--wikitext", type=Path, metavar="FILE", help="wiki.test.raw of WikiText-2")
     parser.add_argument("--lambada", type=Path, metavar="FILE", help='lines of {"text": ...}')
-    parser.add_argument("--window", type=int, default=1024, help="WikiText, in tokens")
-    parser.add_argument("--stride", type=int, help="WikiText (default: half of the window)")
+    parser.add_argument("--window", type=int, default=1024, help="tokens in a window of WikiText")
+    parser.add_argument("--stride", type=int, help="between windows (default: half a window)")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast instead of float32")
     parser.add_argument("--results", type=Path, default="out/zero_shot.json")
-    parser.add_argument("--resume", action="store_true", help="go on with a stopped evaluation")
+    parser.add_argument("--resume", action="store_true", help="continue a stopped evaluation")
     args = parser.parse_args()
     if args.window < 2:
         parser.error(f"--window {args.window}: pass 2 or more")
@@ -98,17 +98,17 @@ def read_wikitext(file: Path | None) -> str:
         raise UserError(
             f"cannot get WikiText-2: pass its wiki.test.raw with --wikitext ({one_line(error)})"
         ) from error
-    # the hub's rows are the file's lines, but for the blank ones, which are empty there
+    # the hub's rows are the lines of the file, except that blank lines are empty rows
     return "\n\n".join(line if line.strip() else "" for line in lines)
 
 
 def check_lambada(file: Path) -> None:
-    """Checks that the harness will be able to read a local file."""
+    """Checks that the harness can read a local file; UserError names a wrong line."""
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 passage = json.loads(line)["text"]
-                passage.rindex(" ")  # before the word to guess
+                passage.rindex(" ")  # before the target word
             except (ValueError, TypeError, LookupError, AttributeError) as error:
                 raise UserError(
                     f'--lambada {file}: line {number} is no {{"text": passage}} of several words; '
@@ -119,7 +119,7 @@ def check_lambada(file: Path) -> None:
 def evaluate_wikitext(
     model: Any, tokenizer: Any, args: argparse.Namespace, accelerator: Accelerator
 ) -> dict[str, Any]:
-    """Returns the loss in overlapping windows, as ``evaluate_data_set`` does."""
+    """Returns the results of ``evaluate_data_set`` over overlapping windows."""
     ids = encode(tokenizer, args.text, f"WikiText-2 for {args.model}", add_special_tokens=False)
     if len(ids) < 2:
         raise UserError(f"--wikitext {args.wikitext}: {len(ids)} tokens are too few to evaluate on")
@@ -140,7 +140,7 @@ def evaluate_lambada(
         files = {"test": str(args.lambada.resolve())}
         task |= {"dataset_path": "json", "dataset_name": None}
         task["dataset_kwargs"] = {"data_files": files}
-    # its own definition of the task, and no search for the thousands of others
+    # the harness's definition of the task, without a search through thousands of others
     tasks = TaskManager(
         include_defaults=False, include_path=str(Path(lm_eval.__file__).parent / "tasks/lambada")
     )
@@ -161,7 +161,7 @@ def evaluate_lambada(
 
     try:
         found = evaluate()["results"]["lambada_openai"]
-    except OSError as error:  # there is no network, and it is not in the cache
+    except OSError as error:  # no network, and not in the cache
         raise UserError(
             f"cannot get LAMBADA: pass lambada_test.jsonl with --lambada ({one_line(error)})"
         ) from error
@@ -251,7 +251,7 @@ def main() -> None:
             results["scores"].append(row | scores)
             write_json(args.results, results)
         del model
-        accelerator.free_memory()  # it held on to the model
+        accelerator.free_memory()  # drops its references to the model
     print(f"\n{render(results)}\n\nwritten to {args.results}")
 
 

@@ -5,17 +5,17 @@ nanoGPT's config/finetune_shakespeare.py with transformers.Trainer: GPT-2 XL, on
     python data_scripts/shakespeare.py
     python recipes/finetune_shakespeare.py --bf16
 
-Any causal language model will do, by its name on the hub or as a local folder, with data in its own
-tokens:
+Any causal language model works, by its name on the hub or as a local folder. The data must be in
+the model's own tokens:
 
     python data_scripts/shakespeare.py --tokenizer MODEL --output_dir data/shakespeare_model
     python recipes/finetune_shakespeare.py --model_name_or_path MODEL \\
         --data_dir data/shakespeare_model --block_size 512
 
-`accelerate launch` works in place of `python`, and every setting of TrainingArguments is a flag.
-The folder --output_dir gets the best checkpoint by validation loss. The weights are trained in
-float32, whatever dtype they were saved in; --bf16 computes in bfloat16, and --dtype bfloat16 keeps
-the weights in it too, where small updates are rounded away.
+`accelerate launch` works instead of `python`, and every setting of TrainingArguments is a flag.
+The folder --output_dir gets the best checkpoint by validation loss. The weights are float32,
+whatever the dtype of the saved model. --bf16 computes in bfloat16. --dtype bfloat16 also keeps the
+weights in bfloat16, which rounds small updates away.
 """
 
 from dataclasses import dataclass, field
@@ -65,19 +65,19 @@ class Options:
     )
     data_dir: str = field(
         default="data/shakespeare",
-        metadata={"help": "folder written by a data script, in the model's own tokens"},
+        metadata={"help": "folder written by a data script, with the model's tokenizer"},
     )
     block_size: int = field(default=1024, metadata={"help": "context, in tokens"})
     dtype: str = field(
         default="float32",
-        metadata={"help": f"of the weights, whatever they were saved in: {' or '.join(DTYPES)}"},
+        metadata={"help": f"dtype of the weights in training: {' or '.join(DTYPES)}"},
     )
 
 
 def train_model(options: Options, args: RecipeArguments) -> None:
     name = options.model_name_or_path
     set_seed(args.seed)
-    with args.main_process_first(desc="load the model"):  # it downloads, the others wait
+    with args.main_process_first(desc="load the model"):  # only one process downloads it
         model = load_model(name, getattr(torch, options.dtype))
         tokenizer = load_tokenizer(name)
         check_tokens(options.data_dir, name, tokenizer)

@@ -1,11 +1,11 @@
-"""Draw one or more runs from their folders: loss, learning rate, gradient norm and memory.
+"""Plot one or more runs from their folders: loss, learning rate, gradient norm and memory.
 
     python recipes/plot_run.py out/shakespeare_char
     python recipes/plot_run.py out/comparison/* --output comparison.png
 
-A run is a folder with trainer_state.json, or with checkpoints that have one: of a run that is not
-finished the last checkpoint is drawn. No tracking server is needed. The training loss has one point
-every --logging_steps steps, the validation loss one every --eval_steps.
+A run is a folder with trainer_state.json. For an unfinished run, the plot shows its last
+checkpoint. No tracking server is needed. The training loss has one point every --logging_steps
+steps, the validation loss one every --eval_steps.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-# before the packages of an extra: it explains a missing one
+# before the packages of an extra: this import explains a missing one
 from striped_hf.cli import UserError, run
 
 # isort: split
@@ -28,7 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """Returns what Trainer logged in a run, in order."""
+    """Returns Trainer's logs of a run, in order."""
     path = folder / "trainer_state.json"
     if not path.is_file():
         last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
@@ -44,13 +44,13 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 def series(log: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Returns the steps at which a figure was logged, and the figure."""
+    """Returns the steps at which a figure was logged, and its values."""
     found = {entry["step"]: entry[key] for entry in log if key in entry}
     return list(found), list(found.values())
 
 
 def state_mib(log: list[dict[str, Any]]) -> float | None:
-    """Returns the optimizer's whole state, as it was logged last."""
+    """Returns the last logged size of the whole optimizer state, in MiB; None if never logged."""
     for entry in reversed(log):
         kinds = [value for key, value in entry.items() if key.startswith("state_mib_")]
         if kinds:
@@ -59,7 +59,7 @@ def state_mib(log: list[dict[str, Any]]) -> float | None:
 
 
 def names(folders: list[Path]) -> list[str]:
-    """Names runs by the last parts of their paths, as many as tell them apart."""
+    """Names runs by the last parts of their paths, as many as needed to make the names unique."""
     parts = [folder.resolve().parts for folder in folders]
     for count in range(1, max(map(len, parts)) + 1):
         short = ["/".join(part[-count:]) for part in parts]
@@ -74,13 +74,13 @@ def draw(logs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     loss, rate, norm, memory = axes.flat
     for number, (name, log) in enumerate(logs.items()):
         color = f"C{number % 10}"
-        # markers where few steps were logged: one point has no line
+        # markers for few logged steps: a single point has no line
         few = {"marker": "."} if len(series(log, "loss")[0]) < 3 else {}
         loss.plot(*series(log, "loss"), lw=0.9, alpha=0.5, color=color, **few)
         loss.plot(*series(log, "eval_loss"), marker="o", ms=3.5, lw=1.5, color=color)
         loss.plot([], [], color=color, label=name)
         rate.plot(*series(log, "learning_rate"), color=color, **few)
-        # a run that was not watched has the norm of each logged step only
+        # a run without `watch` has only the norm of each logged step
         steps, norms = series(log, "grad_norm_mean")
         steps, norms = (steps, norms) if steps else series(log, "grad_norm")
         norm.plot(steps, norms, lw=1, color=color, **few)
@@ -108,7 +108,7 @@ def draw(logs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def settle(axis: Axes, losses: list[list[float]]) -> None:
-    """Leaves out of the range the first steps, whose fall would flatten all that follows."""
+    """Sets the y-range without the first tenth of the steps, whose fall would flatten the rest."""
     settled = [loss for each in losses for loss in each[len(each) // 10 :] if math.isfinite(loss)]
     if settled:
         margin = 0.05 * (max(settled) - min(settled)) or 0.1

@@ -1,23 +1,22 @@
 """Pretrain GPT-2 124M, or any other causal language model, on OpenWebText from scratch.
 
-nanoGPT's config/train_gpt2.py with transformers.Trainer, on 8 GPUs or, by as much more
-accumulation, on fewer:
+nanoGPT's config/train_gpt2.py with transformers.Trainer, on 8 GPUs, or on fewer with more gradient
+accumulation:
 
     python data_scripts/openwebtext.py
     accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 8 \\
         recipes/pretrain_openwebtext.py --bf16 --torch_compile
 
---model takes GPT-2's four sizes, --config_name any configuration of transformers, by its name on
-the hub, a folder or a file. Two come with the recipe, with rotary position embeddings and GPT-2's
-size:
+--model is one of GPT-2's four sizes. --config_name is any configuration of transformers: a name on
+the hub, a folder or a file. The recipe has two of GPT-2's size with rotary position embeddings:
 
     python recipes/pretrain_openwebtext.py --config_name recipes/configs/llama_124m.json
     python recipes/pretrain_openwebtext.py --config_name recipes/configs/qwen3_124m.json
 
---batch_size_warmup N lets the batch grow linearly over the first N tokens, from one window batch a
-process to the full one; the run has the same tokens in more steps, and at each token the learning
-rate that it has without. Every setting of TrainingArguments is a flag. --resume_from_checkpoint
-last goes on; the folder --output_dir gets the best checkpoint by validation loss.
+With --batch_size_warmup N the batch grows linearly over the first N tokens, from one micro-batch
+per process to the full batch. The run takes more steps for the same tokens, and the learning rate
+at each token stays the same. Every setting of TrainingArguments is a flag. To resume a run, pass
+--resume_from_checkpoint last. The folder --output_dir gets the best checkpoint by validation loss.
 """
 
 import os
@@ -58,7 +57,7 @@ DEFAULTS = {
     "seed": 1337,
 }
 
-GPT2_SIZES = {  # the configurations that the hub has under these names
+GPT2_SIZES = {  # the hub's configurations of these names
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
     "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
@@ -71,7 +70,7 @@ class Options:
     model: str = field(default="gpt2", metadata={"help": f"one of {', '.join(GPT2_SIZES)}"})
     config_name: str | None = field(
         default=None,
-        metadata={"help": "configuration in place of --model: a hub name, a folder or a file"},
+        metadata={"help": "configuration instead of --model: a hub name, a folder or a file"},
     )
     data_dir: str = field(
         default="data/openwebtext", metadata={"help": "folder written by a data script"}
@@ -105,7 +104,7 @@ def train_model(options: Options, args: RecipeArguments) -> None:
     set_seed(args.seed)
     with args.main_process_first(desc="load the configuration"):  # it may download
         config = make_config(options)
-    # the data's tokens, to a multiple of 64, which GPUs multiply faster: 50,257 become 50,304
+    # round up to a multiple of 64, which is faster on GPUs: 50,257 becomes 50,304
     config.vocab_size = -(-max(train_split.vocab_size, val_split.vocab_size) // 64) * 64
     config.max_position_embeddings = options.block_size
     config.bos_token_id = config.eos_token_id = getattr(tokenizer, "eos_token_id", None)

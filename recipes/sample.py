@@ -3,8 +3,8 @@
     python recipes/sample.py out/shakespeare_char --start "ROMEO:" --num_samples 2
     python recipes/sample.py gpt2-xl --start FILE:prompt.txt --max_new_tokens 100
 
-The text goes on past the model's context: each token is then drawn from the last ones that fit. A
-sample whose text has ended stays as it is.
+A text may be longer than the model's context; later tokens depend only on the last ones that fit.
+A sample stops at an end-of-text token.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def encode_prompt(tokenizer: Any, start: str) -> torch.Tensor:
 
 
 def generate(model: PreTrainedModel, prompts: torch.Tensor, args: argparse.Namespace) -> list[Any]:
-    """Goes on with prompts, [N, L]; returns the tokens of each, up to where its text ends."""
+    """Continues prompts [N, L]; returns the tokens of each, up to its end-of-text token."""
     generation: Any = model.generation_config
     ends = torch.as_tensor(generation.eos_token_id if generation.eos_token_id is not None else [])
     ends = ends.view(-1).to(prompts.device)
@@ -62,9 +62,9 @@ def generate(model: PreTrainedModel, prompts: torch.Tensor, args: argparse.Names
     context = getattr(model.config, "max_position_embeddings", None) or length
     sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k}
     samples: list[Any] = [None] * len(prompts)
-    ids, numbers = prompts, torch.arange(len(prompts))  # those that go on, and which they are
+    ids, numbers = prompts, torch.arange(len(prompts))  # unfinished samples, and their indices
     while len(ids) and ids.shape[1] < length:
-        # all that still fits at once, with the cache; then token by token over a sliding window
+        # as many tokens as fit into the context at once; then one at a time over a sliding window
         window = ids[:, -max(1, context - 1) :]
         count = min(length - ids.shape[1], max(1, context - window.shape[1]))
         out = model.generate(  # type: ignore[operator]
@@ -73,7 +73,7 @@ def generate(model: PreTrainedModel, prompts: torch.Tensor, args: argparse.Names
         new = out[:, window.shape[1] :]
         ended = torch.isin(new, ends)
         for row in ended.any(1).nonzero().flatten().tolist():
-            end = int(ended[row].int().argmax()) + 1  # what follows is padding
+            end = int(ended[row].int().argmax()) + 1  # padding follows
             samples[int(numbers[row])] = torch.cat((ids[row], new[row, :end]))
         go_on = ~ended.any(1)
         ids, numbers = torch.cat((ids, new), dim=1)[go_on], numbers[go_on.cpu()]
@@ -85,9 +85,9 @@ def generate(model: PreTrainedModel, prompts: torch.Tensor, args: argparse.Names
 @torch.inference_mode()
 def main() -> None:
     if not is_main_process():
-        return  # one process samples, whoever launched several
+        return  # only the main process of a launch samples
     args = parse_arguments()
-    # a console may lack characters of the text
+    # the console's encoding may lack characters of the text
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_pretrained(AutoModelForCausalLM, args.model).to(device).eval()

@@ -9,7 +9,7 @@ and its command for a CPU (context 64, 4 layers, 2,000 steps; a minute and a hal
 
     python recipes/train_shakespeare_char.py --preset cpu
 
-`accelerate launch` works in place of `python`, and every setting of TrainingArguments is a flag:
+`accelerate launch` works instead of `python`, and every setting of TrainingArguments is a flag:
 --optim adamw_torch_fused, --learning_rate 2e-3, --seed 1, --bf16, --report_to wandb,
 --resume_from_checkpoint out/shakespeare_char/checkpoint-1000 (or `last`). It logs every
 --logging_steps steps (10), evaluates every --eval_steps, saves every --save_steps, and keeps
@@ -36,7 +36,7 @@ DEFAULTS = {
     "lr_scheduler_type": "cosine_warmup_with_min_lr",
     "lr_scheduler_kwargs": '{"min_lr_rate": 0.1}',
     "warmup_steps": 100,
-    "adam_beta2": 0.99,  # few tokens a step make a noisy second moment
+    "adam_beta2": 0.99,  # few tokens per step: the second moment is noisy
     "weight_decay": 0.1,
     "max_grad_norm": 1.0,
     "seed": 1337,
@@ -64,7 +64,7 @@ PRESETS = {
         "dropout": 0.0,
         "per_device_train_batch_size": 12,
         "max_steps": 2000,
-        "learning_rate": 4e-3,  # nanoGPT's is 1e-3; docs/benchmarks.md has what was tried
+        "learning_rate": 4e-3,  # nanoGPT's is 1e-3; docs/benchmarks.md compares them
         "optim_args": "nesterov=true",
         "eval_steps": 500,
         "save_steps": 500,
@@ -97,7 +97,7 @@ def train_model(options: Options, args: RecipeArguments) -> None:
         embd_pdrop=options.dropout,
         attn_pdrop=options.dropout,
         resid_pdrop=options.dropout,
-        activation_function="gelu",  # nanoGPT's; on a CPU half the time of GPT-2's, by tanh
+        activation_function="gelu",  # as in nanoGPT; twice as fast as GPT-2's on a CPU
         bos_token_id=None,
         eos_token_id=None,
     )

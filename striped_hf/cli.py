@@ -1,4 +1,4 @@
-"""What the scripts share: failures that a user can fix end them with one line."""
+"""Shared by the scripts: a failure that the user can fix ends a script with one line."""
 
 import os
 import sys
@@ -9,16 +9,16 @@ from typing import Any
 
 from striped_hf.extras import explain_missing
 
-# for the scripts' own imports; run() is not called before them
+# before the scripts' other imports, which run before run()
 sys.excepthook = explain_missing(sys.excepthook)
 
 
 class UserError(Exception):
-    """A failure that the user can fix; its message is one line that says how."""
+    """A failure that the user can fix; its message is one line and names the fix."""
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a script's main; a ``UserError`` or ``OSError`` ends it with one line and status 1."""
+    """Runs a script's main. ``UserError`` and ``OSError`` end it with one line and status 1."""
     try:
         main()
     except (UserError, OSError) as error:
@@ -26,7 +26,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def is_main_process() -> bool:
-    """Tells whether this process is to print and write: the only one, or a launch's first."""
+    """Returns whether this process prints and writes: the only process, or rank 0 of a launch."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -34,12 +34,12 @@ def load_pretrained(auto_class: Any, name_or_path: str, **options: Any) -> Any:
     """Calls ``auto_class.from_pretrained``.
 
     Args:
-        auto_class: Such as ``AutoModelForCausalLM`` or ``AutoTokenizer``.
+        auto_class: A class such as ``AutoModelForCausalLM`` or ``AutoTokenizer``.
         name_or_path: A local folder, or a name on the hub.
-        options: What it is called with.
+        options: Further arguments of ``from_pretrained``.
 
     Raises:
-        UserError: It is no such folder and the hub does not give it.
+        UserError: Neither the folder nor the hub has it.
     """
     try:
         return auto_class.from_pretrained(name_or_path, **options)
@@ -58,10 +58,10 @@ def load_pretrained(auto_class: Any, name_or_path: str, **options: Any) -> Any:
 
 
 def model_names(paths: Sequence[str]) -> dict[str, str]:
-    """Maps what results call the models, hub names or names of folders, to where they are.
+    """Maps the names of models in results to their paths: hub names, or names of folders.
 
     Raises:
-        UserError: Two folders have one name.
+        UserError: Two folders have the same name.
     """
     names = {Path(path).resolve().name if Path(path).is_dir() else path: path for path in paths}
     if len(names) < len(set(paths)):
@@ -73,7 +73,7 @@ def model_names(paths: Sequence[str]) -> dict[str, str]:
 
 
 def one_line(error: BaseException) -> str:
-    """Returns an error's message and the message of its first cause, cut to fit into a line."""
+    """Returns an error's message and the message of its first cause, shortened to one line."""
     text = textwrap.shorten(str(error) or type(error).__name__, 160)
     cause = error
     while (inner := cause.__cause__ or cause.__context__) is not None:

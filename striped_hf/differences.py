@@ -1,4 +1,4 @@
-"""What a stopped run was, against what it is to go on as."""
+"""The differences between a stopped run and the run that resumes it, as one line."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,15 +7,15 @@ _SHOWN = 3
 
 
 def differences(before: Any, now: Any) -> str:
-    """Names what two values of JSON's types differ in, for a message of one line.
+    """Names the differences between two JSON values, for a message of one line.
 
     Args:
-        before: What was written then.
-        now: What it is now.
+        before: The value of the stopped run.
+        now: The current value.
 
     Returns:
-        Such as "seed 1 before and 2 now, data.tokens 10 before and 20 now"; empty where the two are
-        equal. No more than three are named.
+        A text such as "seed 1 before and 2 now, data.tokens 10 before and 20 now" with at most
+        three differences; empty if the values are equal.
     """
     found = list(_differences("", before, now))
     more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""

@@ -16,25 +16,27 @@ from tqdm import tqdm
 from striped_hf.data import collate
 from striped_hf.losses import head_in_loss, plain_head, token_losses, whole_weight
 
-_LARGEST_BATCH = 64  # sequences; more of them are no faster on any device
+_LARGEST_BATCH = 64  # sequences; larger batches are not faster
 
 
 def mean_token_loss(losses: Sequence[float], tokens: Sequence[int]) -> dict[str, float | None]:
-    """Computes the mean loss of tokens that come in sequences.
+    """Computes the mean loss per token over sequences.
 
     Args:
-        losses: For each sequence the sum of its tokens' losses, in nats.
-        tokens: For each sequence how many tokens were summed.
+        losses: The sum of the token losses of each sequence, in nats.
+        tokens: The number of summed tokens of each sequence.
 
     Returns:
-        ``loss`` in nats per token, every token weighing the same; its ``standard_error`` from the
-        scatter between sequences, since the tokens of one sequence depend on each other (None for
-        a single sequence); ``perplexity`` = exp(loss); and ``tokens``, the number counted.
+        ``loss``: nats per token; all tokens have the same weight.
+        ``standard_error``: of the loss, from the scatter between sequences, because the tokens of
+        one sequence are not independent. None for a single sequence.
+        ``perplexity``: exp(loss).
+        ``tokens``: the number of tokens.
 
     Raises:
         ValueError: There is no token.
     """
-    # a sequence without targets, such as a fully masked one, is no observation
+    # a sequence without targets is not an observation
     counts = torch.tensor([count for count in tokens if count], dtype=torch.float64)
     sums = torch.tensor(
         [loss for loss, count in zip(losses, tokens, strict=True) if count], dtype=torch.float64
@@ -43,7 +45,7 @@ def mean_token_loss(losses: Sequence[float], tokens: Sequence[int]) -> dict[str,
     if total == 0:
         raise ValueError("the evaluation data holds no targets: pass data that has labels")
     loss = (sums.sum() / total).item()
-    # of a ratio of two sums over sequences, both of which vary
+    # the standard error of a ratio of two sums over sequences
     residuals = (sums - loss * counts).square().sum().item()
     error = math.sqrt(residuals * sequences / (sequences - 1)) / total if sequences > 1 else None
     return {
@@ -59,28 +61,28 @@ def mean_token_loss(losses: Sequence[float], tokens: Sequence[int]) -> dict[str,
 def evaluate_loss(
     model: nn.Module, batches: Iterable[dict[str, Tensor]], accelerator: Accelerator
 ) -> dict[str, float | None]:
-    """Computes the loss over all targets of some batches, every target weighing the same.
+    """Computes the loss over all targets of some batches, with the same weight for each target.
 
-    A mean over batches weighs targets unequally as soon as batches hold different numbers of them
-    (masked labels, a shorter last block), and so perplexity comes out wrong. Works on any number of
-    processes, each with its share of the batches.
+    A mean over batches gives targets unequal weights if batches have different numbers of targets
+    (masked labels, a shorter last block), and the perplexity is then wrong. Works on any number of
+    processes, each with its own share of the batches.
 
-    Of GPT-2, Llama and other models with a :func:`striped_hf.losses.plain_head` the logits are
-    never whole in memory; those of other models are, in the dtype in which the model gives them.
+    For GPT-2, Llama and other models with a :func:`striped_hf.losses.plain_head`, the whole logits
+    are never in memory. For other models they are, in the model's own dtype.
 
     Args:
-        model: A causal language model, prepared by ``accelerator`` where there are several
-            processes. Left in the mode, train or eval, that it was in.
-        batches: Dicts with ``input_ids`` [B, L] and ``shift_labels`` [B, L], int64, on the model's
-            device: the target of each position, -100 for none. A data loader prepared by
-            ``accelerator`` may have padded its last batch with copies; they are not counted.
-        accelerator: Gathers over the processes.
+        model: A causal language model; ``accelerator`` has prepared it if there are several
+            processes. Its training mode is the same before and after.
+        batches: Dicts on the model's device with ``input_ids`` [B, L] and ``shift_labels`` [B, L],
+            int64: the target of each position, -100 for none. Copies with which a prepared data
+            loader padded its last batch are not counted.
+        accelerator: Gathers the losses of all processes.
 
     Returns:
-        As :func:`mean_token_loss`, a sequence being one row of a batch.
+        The results of :func:`mean_token_loss`; each row of a batch is a sequence.
 
     Raises:
-        ValueError: There was not one target.
+        ValueError: There was no target.
     """
     was_training = model.training
     model.eval()
@@ -97,9 +99,9 @@ def evaluate_loss(
 
 
 def _losses(model: nn.Module, accelerator: Accelerator) -> Callable[[Tensor, Tensor], Tensor]:
-    """Makes what computes the losses [B, L] of inputs and targets [B, L]."""
+    """Returns a function from inputs and targets [B, L] to losses [B, L]."""
     unwrapped: Any = accelerator.unwrap_model(model)
-    # DataParallel's copies have output layers of their own
+    # each copy of DataParallel has its own output layer
     head = None if isinstance(model, nn.DataParallel) else plain_head(unwrapped)
 
     def from_logits(inputs: Tensor, labels: Tensor) -> Tensor:
@@ -121,9 +123,9 @@ def _losses(model: nn.Module, accelerator: Accelerator) -> Callable[[Tensor, Ten
 
 @torch.compiler.disable  # its loop would become a graph of hundreds of chunks
 def _losses_from_hidden(head: nn.Linear, logits: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
-    """Takes the place of a model's loss function; ``logits`` are hidden states, [B, L, d].
+    """Replaces a model's loss function; ``logits`` are hidden states, [B, L, d].
 
-    ``labels`` [B, L] are targets as they are, not to be shifted.
+    ``labels`` [B, L] are shifted already.
     """
     weight = whole_weight(head)
     to_logits = partial(linear, weight=weight)
@@ -138,25 +140,26 @@ def evaluate_data_set(
     accelerator: Accelerator,
     description: str,
 ) -> dict[str, float | None]:
-    """Computes the loss over a data set, in batches as large as the device holds.
+    """Computes the loss over a data set, in batches as large as the device can hold.
 
-    Begins with :func:`largest_batch`, and anew with fewer where the device's memory runs out.
+    The first try uses :func:`largest_batch`. If the device runs out of memory, the evaluation
+    starts again with smaller batches.
 
     Args:
-        model: As for :func:`evaluate_loss`, with transformers' ``config``.
+        model: As for :func:`evaluate_loss`, with a transformers ``config``.
         data_set: Sequences with ``input_ids`` [L] and ``shift_labels`` [L], int64.
         block_size: L.
         accelerator: As for :func:`evaluate_loss`.
-        description: What stands before the progress bar.
+        description: The label of the progress bar.
 
     Returns:
-        As :func:`evaluate_loss`.
+        The results of :func:`evaluate_loss`.
 
     Raises:
-        RuntimeError: Not even one sequence fits.
+        RuntimeError: A batch of one sequence does not fit into memory.
     """
     unwrapped: Any = accelerator.unwrap_model(model)
-    # the widest that there is of a token: its logits, or without whole ones what its MLP computes
+    # the widest activation of a token: its logits, or, without whole logits, its MLP's
     config = unwrapped.config
     width = config.vocab_size if plain_head(unwrapped) is None else 4 * config.hidden_size
     largest = largest_batch(block_size, width, accelerator.device)
@@ -173,15 +176,15 @@ def evaluate_data_set(
 
 
 def largest_batch(block_size: int, width: int, device: torch.device) -> int:
-    """Returns how many sequences a batch to evaluate may have at most, at least 1.
+    """Returns the largest number of sequences for an evaluation batch, at least 1.
 
-    What counts is the widest thing computed of a token, three times in float32: of logits, as the
-    model gives them, in float32, and as the loss takes them.
+    The estimate is three float32 copies of a token's widest activation: for logits, the model's
+    output, its float32 copy, and the loss function's copy.
 
     Args:
-        block_size: Tokens of a sequence.
-        width: Numbers of a token.
-        device: A GPU's free memory is used; of a CPU's a GiB, since it has no more use for it.
+        block_size: The number of tokens in a sequence.
+        width: The number of values of a token's widest activation.
+        device: The estimate uses the free memory of a GPU, and 1 GiB on a CPU.
     """
     free = 2**30
     if device.type == "cuda":

@@ -1,19 +1,19 @@
-"""A file's fingerprint: what it holds, whatever its name."""
+"""A file's fingerprint: a hash of its content, independent of its name."""
 
 import hashlib
 from pathlib import Path
 
-_PIECE, _PIECES = 1 << 20, 64  # bytes, and how many such pieces are read at most
+_PIECE, _PIECES = 1 << 20, 64  # bytes in a piece, and the largest number of pieces to read
 
 
 def file_fingerprint(path: Path, kind: str = "") -> str:
-    """Computes 16 hexadecimal digits of what a file holds, and its size.
+    """Hashes a file's content and size into 16 hexadecimal digits.
 
-    Of a file of more than 64 MiB they are of as much of it, evenly spread.
+    Of a file larger than 64 MiB it reads 64 pieces of 1 MiB, evenly spread.
 
     Args:
         path: The file.
-        kind: What its bytes are taken for: the same bytes of another kind are another file.
+        kind: The type of the content, such as a dtype. It is part of the hash.
     """
     size = path.stat().st_size
     digest = hashlib.sha256(f"{kind} {size}".encode())

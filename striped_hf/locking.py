@@ -1,4 +1,4 @@
-"""One process at a time in a folder: a second one is told who is there."""
+"""A lock that lets only one process at a time use a folder, with a message for the others."""
 
 import contextlib
 import json
@@ -12,23 +12,23 @@ from filelock import FileLock, Timeout
 
 from striped_hf.cli import UserError
 
-# Trainer's uploads to the hub leave out what begins with an underscore
+# Trainer does not upload names that begin with an underscore to the hub
 _LOCK, _HOLDER = "_lock", "_lock_holder.json"
 
 
 @contextlib.contextmanager
 def lock_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Locks a folder against other processes that lock it, for as long as the context lasts.
+    """Locks a folder for as long as the context lasts; other processes cannot lock it meanwhile.
 
-    The system holds the lock, so that it ends with the process, however that ends. Two files in the
-    folder are there meanwhile.
+    The operating system releases the lock if the process ends in any way. The folder has two more
+    files while it is locked.
 
     Args:
-        folder: It is made where it does not exist.
+        folder: The folder; created if it does not exist.
 
     Raises:
-        UserError: Another process has locked it.
-        OSError: The folder cannot be written to.
+        UserError: Another process has locked the folder.
+        OSError: The folder is not writable.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def lock_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             holder.unlink()
-            (folder / _LOCK).unlink()  # before the release: who waits for it then makes a new one
+            (folder / _LOCK).unlink()  # before the release, so as not to delete the next one's lock
         lock.release()
 
 

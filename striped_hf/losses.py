@@ -1,12 +1,12 @@
-"""Cross-entropy of a large vocabulary, without ever holding all of its logits.
+"""Cross-entropy over a large vocabulary in chunks of rows, without the whole logits in memory.
 
-At 12 x 1,024 tokens and GPT-2's 50,257 columns the logits take 2.5 GB in float32, and their
-gradient as much again. Here the output layer is part of the loss: some rows at a time become
-logits, then losses, then gradients of the hidden states and of the weight.
+For 12 x 1,024 tokens and GPT-2's vocabulary of 50,257, the logits take 2.5 GB in float32, and their
+gradient another 2.5 GB. Here the output layer is part of the loss. For one chunk of rows at a time,
+it computes the logits, the losses, and the gradients of the hidden states and of the weight.
 
-torch 2.13 has the like (``torch.nn.functional.linear_cross_entropy`` with ``options``), but adds up
-the losses in the hidden states' dtype (in bfloat16 to 8.69 where 8.85 is right) and does not follow
-autocast; Liger's kernels know no GPT-2.
+torch 2.13 has a similar function (``torch.nn.functional.linear_cross_entropy`` with ``options``).
+It sums the losses in the hidden states' dtype (in bfloat16 it gave 8.69 for a sum of 8.85) and
+ignores autocast. Liger's kernels do not support GPT-2.
 """
 
 import contextlib
@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-_CHUNK_LOGITS = 1 << 25  # at a time: 128 MiB in float32
+_CHUNK_LOGITS = 1 << 25  # logits in a chunk: 128 MiB in float32
 
-# Models whose output layer's result goes into the loss as it is (read in transformers 5.23)
+# Model types whose loss gets the output layer's result unchanged (checked in transformers 5.23)
 _PLAIN_HEADS = ("gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
@@ -30,25 +30,28 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Computes ``cross_entropy(hidden @ weight.T, labels, reduction="sum")`` in chunks of rows.
 
-    Products are in autocast's dtype, or else in that of ``hidden``; the softmax and every sum are
-    in float32, or float64 for float64. The gradients are computed with the loss and handed out
-    once: a second backward pass raises RuntimeError.
+    Matrix products use autocast's dtype, or without autocast the dtype of ``hidden``. The softmax
+    and all sums use float32 (float64 for float64 inputs). The forward pass computes the gradients
+    too, for one backward pass.
 
     Args:
-        hidden: [N, d], what the output layer gets.
-        weight: [V, d], that layer's weight; it has no bias.
-        labels: [N], int64; ``ignore_index`` for no target.
-        ignore_index: The label whose rows count for nothing.
+        hidden: [N, d], the output layer's input.
+        weight: [V, d], the output layer's weight. The layer has no bias.
+        labels: [N], int64; ``ignore_index`` for rows without a target.
+        ignore_index: The label of rows to ignore.
 
     Returns:
         The sum over the rows, a scalar in float32 or float64.
+
+    Raises:
+        RuntimeError: On a second backward pass.
     """
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, ignore_index)  # type: ignore[no-untyped-call]
     return loss
 
 
 def is_worthwhile(tokens: int, vocab_size: int) -> bool:
-    """Tells whether so many logits are more than one chunk: below, nothing is saved."""
+    """Returns whether the logits are larger than one chunk, so that chunks save memory."""
     return tokens * vocab_size > _CHUNK_LOGITS
 
 
@@ -58,13 +61,13 @@ def token_losses(
     """Computes the loss of each token, without gradients and without whole logits in float32.
 
     Args:
-        head: Makes logits [n, V] of n rows of ``hidden``; they may be of any floating dtype.
+        head: Maps n rows of ``hidden`` to logits [n, V], of any floating dtype.
         hidden: [N, d].
-        labels: [N], int64; -100 for no target.
+        labels: [N], int64; -100 for rows without a target.
         vocab_size: V.
 
     Returns:
-        [N], float32; 0 where there is no target.
+        [N], float32; 0 for rows without a target.
     """
     with torch.no_grad():
         return torch.cat(
@@ -76,15 +79,16 @@ def token_losses(
 
 
 def plain_head(model: nn.Module) -> nn.Linear | None:
-    """Returns the output layer of a model whose loss takes its logits as they are.
+    """Returns a model's output layer if the model passes its result to the loss unchanged.
 
-    None for all others, among them those of which that is not known; for wrapped models; and for
-    an output layer that has a bias or is no plain ``nn.Linear``.
+    Returns:
+        None for other and unknown model types, for wrapped models, and for an output layer that has
+        a bias or is not a plain ``nn.Linear``.
     """
     if not isinstance(model, PreTrainedModel) or model.config.model_type not in _PLAIN_HEADS:
         return None
     head = model.get_output_embeddings()
-    # its own "forward": a hook of accelerate's, or this module's
+    # an instance's own "forward" is a hook of accelerate, or head_in_loss
     plain = type(head) is nn.Linear and head.bias is None and "forward" not in vars(head)
     return head if plain else None
 
@@ -93,13 +97,13 @@ def plain_head(model: nn.Module) -> nn.Linear | None:
 def head_in_loss(
     model: Any, head: nn.Linear, loss_function: Callable[..., Tensor]
 ) -> Iterator[None]:
-    """Has a model leave its output layer to its loss.
+    """Makes a model skip its output layer and pass the hidden states to its loss function.
 
     Args:
-        model: A model that has a :func:`plain_head`.
-        head: That layer.
-        loss_function: Takes the place of the model's own (``transformers.loss``) and is called as
-            that is, but that its ``logits`` are the hidden states, [B, L, d].
+        model: A model with a :func:`plain_head`.
+        head: The model's output layer.
+        loss_function: Replaces the model's loss function (``transformers.loss``). It gets the same
+            arguments, but ``logits`` are the hidden states, [B, L, d].
     """
     before, model.loss_function = model.loss_function, loss_function
     layer: Any = head
@@ -112,7 +116,7 @@ def head_in_loss(
 
 
 def whole_weight(head: nn.Linear) -> Tensor:
-    """Returns a layer's weight, gathered where it is sharded."""
+    """Returns a layer's weight, gathered if it is sharded."""
     return head.weight.full_tensor() if isinstance(head.weight, DTensor) else head.weight
 
 
@@ -139,7 +143,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weight_grad = torch.zeros_like(weight, dtype=exact) if of_weight else None
             for rows in _chunks(len(hidden), len(weight)):
                 x, target, keep = inputs[rows], targets[rows], kept[rows, None]
-                # every step of the softmax in the logits' place, [rows, V]
+                # the softmax works in place on the logits, [rows, V]
                 logits = (x @ columns.T).to(exact)
                 logits -= logits.amax(1, keepdim=True)
                 of_target = logits.gather(1, target)
@@ -147,7 +151,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 loss += torch.where(keep, total.log() - of_target, 0).sum()
                 if not (of_hidden or of_weight):
                     continue
-                # their gradient: probabilities, less 1 for the target
+                # the logits' gradient: probabilities, minus 1 at the target
                 logits.div_(total).scatter_add_(1, target, -torch.ones_like(total))
                 grad = logits.masked_fill_(~keep, 0).to(dtype)
                 del logits
@@ -157,8 +161,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     weight_grad.addmm_(grad.T, x)
                 elif weight_grad is not None:
                     weight_grad += grad.T @ x
-                del grad  # before the next ones are made
-        if torch.compiler.is_compiling():  # which frees what it saves by itself
+                del grad  # free it before the next chunk
+        if torch.compiler.is_compiling():  # compiled code frees saved tensors itself
             ctx.save_for_backward(hidden_grad, weight_grad)
         else:
             ctx.grads = hidden_grad, weight_grad
@@ -178,7 +182,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     "the loss again"
                 )
             (hidden_grad, weight_grad), ctx.grads = ctx.grads, None
-        # in place, for nothing else has them: the weight's is as large as the weight
+        # in place, since nothing else uses them: weight_grad is as large as the weight
         if hidden_grad is not None:
             hidden_grad = hidden_grad.mul_(loss_grad).to(ctx.dtypes[0])
         if weight_grad is not None:
@@ -187,7 +191,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _chunks(rows: int, columns: int) -> list[slice]:
-    """Divides rows into equal chunks of no more than ``_CHUNK_LOGITS`` logits."""
+    """Divides rows into equal chunks of at most ``_CHUNK_LOGITS`` logits."""
     chunks = max(1, -(-rows * columns // _CHUNK_LOGITS))
     size = max(1, -(-rows // chunks))
     return [slice(begin, begin + size) for begin in range(0, rows, size)]

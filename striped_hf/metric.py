@@ -1,4 +1,4 @@
-"""The mean loss of tokens as a metric of ``evaluate``."""
+"""The mean loss per token as a metric of the ``evaluate`` library."""
 
 from collections.abc import Sequence
 
@@ -11,8 +11,8 @@ from striped_hf.evaluation import mean_token_loss
 class TokenLoss(Metric):
     """:func:`striped_hf.evaluation.mean_token_loss` for programs that combine metrics.
 
-    Takes for each sequence ``losses``, the sum of its tokens' losses in nats (float), and
-    ``tokens``, their number (int).
+    Each sequence has ``losses``, the sum of its token losses in nats (float), and ``tokens``, the
+    number of its tokens (int).
     """
 
     def _info(self) -> MetricInfo:

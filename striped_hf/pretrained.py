@@ -1,4 +1,4 @@
-"""Pretrained models and tokenizers: loaded as they are meant, or refused in one line."""
+"""Loads pretrained models and tokenizers, and checks that they fit the data."""
 
 import os
 from pathlib import Path
@@ -27,11 +27,11 @@ def load_model(name_or_path: str, dtype: torch.dtype = torch.float32) -> PreTrai
 
     Args:
         name_or_path: A local folder, or a name on the hub.
-        dtype: Of its weights, whatever they were saved in. transformers' own default is the dtype
-            of the checkpoint, and in bfloat16 an optimizer's small updates are rounded away.
+        dtype: The dtype of the loaded weights. (transformers' default is the checkpoint's dtype. In
+            bfloat16 an optimizer's small updates are rounded away.)
 
     Raises:
-        UserError: There is no such model.
+        UserError: The model cannot be loaded.
     """
     return _quiet(load_pretrained(AutoModelForCausalLM, name_or_path, dtype=dtype))
 
@@ -52,7 +52,7 @@ def new_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def _quiet(model: PreTrainedModel) -> PreTrainedModel:
-    """Names the loss that a causal language model has anyway: else transformers warns of it."""
+    """Sets ``loss_type`` to the causal language model's loss, or transformers would warn."""
     if getattr(model, "loss_type", None) is None:
         model.loss_type = "ForCausalLM"
     return model
@@ -62,8 +62,8 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerB
     """Loads a tokenizer.
 
     Raises:
-        UserError: There is none. (Of a folder without one ``AutoTokenizer`` makes a tokenizer that
-            knows special tokens only, and so no text.)
+        UserError: There is no tokenizer. (For a folder without one, ``AutoTokenizer`` returns a
+            tokenizer with special tokens only.)
     """
     tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, str(name_or_path))
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
@@ -75,14 +75,14 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerB
 
 
 def data_tokenizer(data_dir: str | os.PathLike[str]) -> PreTrainedTokenizerBase | None:
-    """Returns the tokenizer that a data set's tokens are of.
+    """Returns the tokenizer of a data set.
 
     Args:
-        data_dir: A folder written by a data script, which has the tokenizer, or by nanoGPT, which
-            has the characters in ``meta.pkl``.
+        data_dir: A folder written by a data script, with the tokenizer, or by nanoGPT, with the
+            characters in ``meta.pkl``.
 
     Returns:
-        None where the folder does not say.
+        None if the folder has neither.
     """
     if Path(data_dir, "tokenizer.json").is_file():
         return load_tokenizer(data_dir)
@@ -95,19 +95,19 @@ def check_tokens(
     name_or_path: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Checks that a data set is in a model's tokens: other ids would be read as other text.
+    """Checks that a data set was tokenized with a model's tokenizer.
 
     Args:
-        data_dir: As for :func:`data_tokenizer`. One that has ``meta.json`` and no tokenizer, which
-            no data script writes, is in nobody's tokens and passes.
+        data_dir: As for :func:`data_tokenizer`. A folder with ``meta.json`` and no tokenizer
+            passes; no data script writes one.
         name_or_path: The model's folder, or its name on the hub.
-        tokenizer: The model's, where it is loaded already.
+        tokenizer: The model's tokenizer, if it is loaded already.
 
     Raises:
-        UserError: It is in other tokens, or the model has no tokenizer.
+        UserError: The data has other tokens, or the model has no tokenizer.
     """
     if not Path(data_dir).is_dir():
-        return  # open_split says so
+        return  # open_split raises the error
     of_data = data_tokenizer(data_dir)
     if of_data is None and Path(data_dir, "meta.json").exists():
         return
@@ -117,7 +117,7 @@ def check_tokens(
     if of_data is not None:
         same = of_data.get_vocab() == vocabulary
     else:  # nanoGPT writes GPT-2's tokens and no meta.pkl, or else characters
-        gpt2 = {"<|endoftext|>": 50256, "\u0120the": 262}  # two of GPT-2's: its last, and " the"
+        gpt2 = {"<|endoftext|>": 50256, "\u0120the": 262}  # GPT-2's last token, and " the"
         same = not Path(data_dir, "meta.pkl").exists() and gpt2.items() <= vocabulary.items()
     if not same:
         raise UserError(
@@ -128,20 +128,20 @@ def check_tokens(
 
 
 def weights_fingerprint(name_or_path: str) -> str | None:
-    """Returns what tells a local model's weights from others; None for a name on the hub."""
+    """Returns a fingerprint of a local model's weights; None for a name on the hub."""
     folder = Path(name_or_path)
     files = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
     return " ".join(file_fingerprint(path) for path in sorted(files)) or None
 
 
 def load_config(name_or_path: str) -> PretrainedConfig:
-    """Loads a model's configuration; UserError where there is none."""
+    """Loads a model's configuration; UserError if there is none."""
     config: PretrainedConfig = load_pretrained(AutoConfig, name_or_path)
     return config
 
 
 def check_length(flag: str, length: int, name: str, config: PretrainedConfig) -> None:
-    """Raises UserError where sequences are longer than a model's positions."""
+    """Raises UserError if sequences are longer than a model's context."""
     longest = getattr(config, "max_position_embeddings", None) or length
     if length > longest:
         raise UserError(
@@ -155,16 +155,16 @@ def encode(tokenizer: Any, text: str, source: str, **options: Any) -> list[int]:
     Args:
         tokenizer: Any tokenizer of transformers.
         text: The text.
-        source: What it is, such as the flag that gave it, for the message.
-        options: What the tokenizer is called with.
+        source: The text's origin for the error message, such as a flag.
+        options: Further arguments of the tokenizer.
 
     Raises:
-        UserError: The tokenizer has no tokens for some of its characters.
+        UserError: The tokenizer cannot encode some of the text's characters.
     """
     try:
         # verbose=False: a text may be longer than the model's context
         ids: list[int] = tokenizer(text, verbose=False, **options)["input_ids"]
-    except Exception as error:  # what tokenizers raises for an unknown character has no class
+    except Exception as error:  # tokenizers raises a plain Exception for an unknown character
         unknown = [c for c in dict.fromkeys(text) if not _knows(tokenizer, c)]
         if not unknown:
             raise UserError(f"{source} cannot be encoded: {one_line(error)}") from error

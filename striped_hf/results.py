@@ -1,4 +1,4 @@
-"""Results files: what was measured and where, and the Markdown tables made from them."""
+"""Results files: measurements and their environment, and the Markdown tables made from them."""
 
 import json
 import os
@@ -16,10 +16,10 @@ from striped_hf.differences import differences
 
 
 def environment(device_type: str | None = None) -> dict[str, Any]:
-    """Describes where a result was measured: device, threads, versions, and commit of this code.
+    """Describes the environment of a measurement: device, threads, versions, commit of the code.
 
     Args:
-        device_type: "cuda" or "cpu"; None for the GPU where there is one.
+        device_type: "cuda" or "cpu"; None for the GPU if there is one.
     """
     on_gpu = torch.cuda.is_available() if device_type is None else device_type == "cuda"
     return {
@@ -34,14 +34,14 @@ def environment(device_type: str | None = None) -> dict[str, Any]:
 
 
 def common_environment(environments: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Makes one environment of several runs': what they share as it is, and else whose each is.
+    """Merges the environments of several runs into one.
 
     Args:
-        environments: What ``environment`` returned in each run, by the run's name.
+        environments: The result of ``environment`` in each run, by the run's name.
 
     Returns:
-        The same keys. A value that is not the same in all is a string such as
-        "a6b9169 (adamw), c230fb3 (striped_adamw, striped_adamw_8bit)".
+        The same keys. If the runs differ in a value, the value is a string with the runs' names,
+        such as "a6b9169 (adamw), c230fb3 (striped_adamw, striped_adamw_8bit)".
     """
     first, *others = environments.values()
     common: dict[str, Any] = {}
@@ -57,7 +57,7 @@ def common_environment(environments: dict[str, dict[str, Any]]) -> dict[str, Any
 
 
 def measured_on(environment: dict[str, Any]) -> str:
-    """Says in a line where a result was measured, of what ``environment`` returned."""
+    """Formats a result of ``environment`` as one line."""
     return (
         f"Measured on {environment['device']}, {environment['threads']} threads, "
         f"torch {environment['torch']}, transformers {environment['transformers']}, "
@@ -76,7 +76,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Returns the commit that the code is at, marked where it has changes; None outside git."""
+    """Returns the commit of the code, marked if there are changes; None outside git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -86,7 +86,7 @@ def _commit() -> str | None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a file whole or not at all: under a temporary name first, then renamed."""
+    """Writes a file atomically: under a temporary name, which is then renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -95,12 +95,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes JSON as ``write_text`` writes text. NaN and infinities are refused with ValueError."""
+    """Writes a JSON file atomically. NaN and infinities raise ValueError."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def loss_text(loss: float | None, digits: int = 4) -> str:
-    """Writes a loss for people; None, for a run that diverged, too."""
+    """Formats a loss for people; None means that the run diverged."""
     return "diverged" if loss is None else f"{loss:.{digits}f}"
 
 
@@ -110,16 +110,17 @@ def begin_results(
     resume: bool,
     device_type: str | None = None,
 ) -> dict[str, Any]:
-    """Returns what a results file is to hold, or holds already, where measuring takes long.
+    """Begins the results of a long measurement, or resumes those of an earlier run.
 
     Args:
-        path: The file, as an earlier run may have left it.
-        settings: What was set, and the lists to be filled, empty.
-        resume: Whether to go on with the earlier run.
+        path: The results file; an earlier run may have written it.
+        settings: The settings, and an empty list for each list of results.
+        resume: Whether to resume the earlier run.
         device_type: As for ``environment``.
 
     Returns:
-        ``environment`` and the settings; of an earlier run with the same ones, its lists as well.
+        ``environment`` and the settings. After an earlier run with the same settings: the content
+        of its file.
 
     Raises:
         UserError: The earlier run had other settings.
@@ -140,15 +141,15 @@ def begin_results(
 def is_measured(
     rows: Sequence[dict[str, Any]], names: dict[str, str], measured: dict[str, str | None]
 ) -> bool:
-    """Tells whether a results file that is gone on with has a row already.
+    """Returns whether a resumed results file has a row already.
 
     Args:
-        rows: Its rows.
-        names: What the row is called: of which model it is, for example.
-        measured: Fingerprints of what goes by these names now. Rows of earlier versions have none.
+        rows: The rows of the file.
+        names: The entries that identify the row, such as the model's name.
+        measured: The current fingerprints of what is measured. Rows of earlier versions have none.
 
     Raises:
-        UserError: The row is of something else under the same names.
+        UserError: The row has the same names but other fingerprints.
     """
     for row in rows:
         if names.items() <= row.items():
@@ -164,6 +165,6 @@ def is_measured(
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Makes a Markdown table whose first column is aligned left and the others right."""
+    """Makes a Markdown table; the first column is aligned left, the others right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))

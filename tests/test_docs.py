@@ -26,7 +26,7 @@ PAGES = {
 }
 
 FEW = ("--max_steps", "2", "--eval_steps", "1", "--save_steps", "1", "--logging_steps", "1", *QUIET)
-# what makes each script's command small; the shape of the command stays the page's
+# flags that make each script's command small; the rest of the command is the page's
 SMALL = {
     "train_shakespeare_char.py": (*FEW, "--n_layer", "1", "--n_head", "2", "--n_embd", "32"),
     "finetune_shakespeare.py": (*FEW, "--gradient_accumulation_steps", "1"),
@@ -46,7 +46,7 @@ SMALL = {
         *("--rounds", "1", "--steps", "2", "--variants", "recipe", "--results", "step.json"),
     ),
 }
-# model, dataset and trainer: what a reader of an example has already
+# model, dataset and trainer, which a reader of an example has already
 GIVEN = """
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from striped_hf.data import ContiguousBlocks, open_split
@@ -55,7 +55,7 @@ blocks = ContiguousBlocks(open_split({data!r}, "val"), 32)
 dataset = [{{k: v for k, v in blocks[i].items() if k != "shift_labels"}} for i in (0, 1)]
 trainer = Trainer(model, TrainingArguments("out", logging_steps=1), train_dataset=dataset)
 """
-# what is true after a page's examples
+# assertions after a page's examples
 THEN = {
     "README.md": "assert optimizer.param_groups[0]['momentum_dtype'] == 'int8'",
     "docs/index.md": "assert args.optim == 'striped_adamw_8bit'",
@@ -259,7 +259,7 @@ def of_the_repository(word: str) -> bool:
 
 @pytest.mark.slow
 def test_commands_run(test_data: Path, tmp_path: Path):
-    """Every command, in order, in a folder where a reader would be.
+    """Every command, in order, in a reader's working folder.
 
     What needs a GPU, a network or an installation is not run: the tests of the scripts cover it.
     Downloads of data are replaced by --input.

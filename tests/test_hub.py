@@ -53,7 +53,7 @@ def test_pushed_card_is_the_recipe_s(hub, pushed):
 
 @pytest.mark.slow
 def test_samples_by_name_though_the_connection_drops(hub, tiny_run, run_script, tmp_path):
-    """Half of 26 MB arrives; the client keeps what it has written of it, in pieces of 10 MiB."""
+    """Half of 26 MB arrives; the client keeps the pieces of 10 MiB that it has written."""
     config = GPT2Config.from_pretrained(tiny_run, n_layer=2, n_embd=512)
     folder = tmp_path / "model"
     GPT2LMHeadModel(config).save_pretrained(folder)

@@ -35,7 +35,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request) -> Write:
 
 
 def mark(module: ModuleType) -> None:
-    """The action: counts how often it ran, and keeps what it saw."""
+    """The hook's action: counts its calls, and keeps its observations."""
     module.ran = getattr(module, "ran", 0) + 1
     module.seen = getattr(module, "last_line", None)
 

@@ -125,7 +125,7 @@ def test_compiled_it_is_one_graph(monkeypatch):
     )
 
 
-# in a process of its own: what other tests have left in malloc's hands would count
+# in a separate process: memory that malloc kept from other tests would count
 MEMORY = """
 import torch
 from striped_hf import losses

@@ -1,4 +1,4 @@
-"""The source distribution and the wheel: built here, installed where there is no compiler."""
+"""Builds the source distribution and the wheel, and installs them without a compiler."""
 
 import os
 import shutil
@@ -95,7 +95,7 @@ def test_the_distributions_are_complete(built: Path) -> None:
 def test_the_wheel_needs_no_compiler(built: Path, tmp_path: Path) -> None:
     pytest.importorskip("auditwheel")
     (wheel,) = built.glob("striped_hf-*.whl")
-    # torch brings the OpenMP that the library uses; a copy of its own would have threads of its own
+    # the library must use torch's OpenMP: a second copy would have its own threads
     run(
         *(sys.executable, "-m", "auditwheel", "repair", "--exclude", "libgomp.so.1"),
         *("--wheel-dir", tmp_path / "wheels", wheel),

@@ -5,10 +5,10 @@ from transformers import PreTrainedTokenizerFast
 
 
 def character_tokenizer(symbols: str) -> PreTrainedTokenizerFast:
-    """Make a tokenizer with one token a character, its id the character's place in ``symbols``.
+    """Makes a tokenizer with one token for each character; its id is the index in ``symbols``.
 
-    It adds no special tokens and decodes what it encodes without loss. A character outside
-    ``symbols`` is an error (tokenizers: "WordLevel error: Missing [UNK] token"), never dropped.
+    It adds no special tokens, and decoding restores the text exactly. A character outside
+    ``symbols`` raises an error (tokenizers: "WordLevel error: Missing [UNK] token").
     """
     tokenizer = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")

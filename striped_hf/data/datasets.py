@@ -1,13 +1,13 @@
-"""Data sets over tokens: random windows to train on, blocks or strided windows to evaluate on.
+"""Data sets over tokens: random windows for training, blocks or strided windows for evaluation.
 
-A window of L tokens trains on L targets, the tokens one further on. Hugging Face's causal-LM loss
-shifts ``labels`` by itself and so loses one target a window; given ``shift_labels`` it takes them
-as they are. Hence each item is ``{"input_ids": x, "labels": y, "shift_labels": y}``, and Trainer
+A window has L input tokens and L targets, the tokens one position later. Hugging Face's causal-LM
+loss shifts ``labels`` itself, which loses one target in each window, but uses ``shift_labels``
+unchanged. Each item is therefore ``{"input_ids": x, "labels": y, "shift_labels": y}``. Trainer
 needs ``remove_unused_columns=False``, or it drops ``shift_labels``.
 
-The first two fetch a whole batch at once, which costs microseconds where stacking items costs
-a millisecond: ``DataLoader`` calls ``__getitems__`` with a batch's indices and hands what it
-returns, a batch already, to the collate function, which has to be :func:`collate`.
+Random windows and blocks fetch a whole batch at once, in microseconds; stacking single items takes
+a millisecond. ``DataLoader`` calls ``__getitems__`` with the indices of a batch and passes the
+result, already a batch, to the collate function, which must be :func:`collate`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from striped_hf.data.tokens import DataSetError, TokenSplit
 
 Batch = dict[str, torch.Tensor]
 
-IGNORE_INDEX = -100  # the label that torch's and transformers' cross-entropy leaves out
+IGNORE_INDEX = -100  # the label that the cross-entropy of torch and transformers ignores
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _splitmix64(state: NDArray[np.uint64], index: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return outputs ``index`` of SplitMix64 from ``state`` (Steele, Lea and Flood 2014).
+    """Returns outputs ``index`` of SplitMix64 from ``state`` (Steele, Lea and Flood 2014).
 
     Args:
         state: 1-D array of one.
@@ -38,14 +38,14 @@ def _splitmix64(state: NDArray[np.uint64], index: NDArray[np.uint64]) -> NDArray
     Returns:
         64 random bits for each index.
     """
-    bits = state + (index + np.uint64(1)) * _GAMMA  # arrays wrap at 2**64, as is meant
+    bits = state + (index + np.uint64(1)) * _GAMMA  # wraps at 2**64, as intended
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return bits ^ (bits >> np.uint64(31))
 
 
 class _Windows(Dataset[Batch]):
-    """Windows of ``block_size`` inputs and targets; a subclass says where each one starts."""
+    """Windows of ``block_size`` inputs and targets; a subclass defines where they start."""
 
     def __init__(self, split: TokenSplit, block_size: int) -> None:
         if block_size < 1:
@@ -63,15 +63,15 @@ class _Windows(Dataset[Batch]):
         raise NotImplementedError
 
     def _starts(self, indices: Sequence[int]) -> NDArray[np.int64]:
-        """Return where the windows start, int64, one for each index."""
+        """Returns the start of each window: [len(indices)], int64."""
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> Batch:
-        """Return one window: int64 tensors of shape [block_size]."""
+        """Returns one window: int64 tensors of shape [block_size]."""
         return {name: values[0] for name, values in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Return a batch of windows: int64 tensors of shape [len(indices), block_size].
+        """Returns a batch of windows: int64 tensors of shape [len(indices), block_size].
 
         Raises:
             IndexError: If an index is not in [0, len(self)).
@@ -80,9 +80,9 @@ class _Windows(Dataset[Batch]):
         if min(indices) < 0 or max(indices) >= len(self):
             raise IndexError(f"{indices}: indices must lie in [0, {len(self)})")
         positions = self._starts(indices)[:, None] + self._span
-        # clip: past its end the split repeats its last token, whose target is masked
+        # beyond its end the split repeats its last token; these targets are masked
         window = self.split.read(positions)
-        # two copies, not two views of one: the loss needs its labels contiguous
+        # copies, not views: the loss needs contiguous labels
         targets = torch.from_numpy(window[:, 1:].astype(np.int64))
         return {
             "input_ids": torch.from_numpy(window[:, :-1].astype(np.int64)),
@@ -92,17 +92,17 @@ class _Windows(Dataset[Batch]):
 
 
 class RandomWindows(_Windows):
-    """Windows at random places of a split, as nanoGPT samples its batches.
+    """Windows at random positions of a split, like nanoGPT's batches.
 
-    Window i starts at a place that is a function of (seed, i) alone, uniform over all
-    ``len(split) - block_size`` of them, so it does not depend on the order of access, the number
-    of workers or of processes, and a resumed run sees the windows it would have seen.
+    The start of window i depends only on (seed, i) and is uniform over the
+    ``len(split) - block_size`` positions. It does not depend on the order of access or the number
+    of workers and processes, so a resumed run sees the same windows as an uninterrupted one.
 
     Args:
         split: The tokens.
         block_size: L, the length of a window in tokens.
-        num_windows: How many windows the data set has, e.g. steps x sequences a step.
-        seed: Any integer; other seeds give unrelated windows.
+        num_windows: The number of windows, such as steps x windows per step.
+        seed: Any integer. Windows of different seeds are unrelated.
 
     Raises:
         DataSetError: If the split holds fewer than ``block_size + 1`` tokens.
@@ -116,7 +116,7 @@ class RandomWindows(_Windows):
         self.num_windows = num_windows
         self.seed = seed
         self._num_starts = np.uint64(len(split) - block_size)
-        # hashed, so that the streams of two seeds do not overlap
+        # hash the seed, so that the streams of two seeds do not overlap
         seeds = np.array([seed % (1 << 64)], dtype=np.uint64)
         self._state = _splitmix64(seeds, np.zeros(1, dtype=np.uint64))
 
@@ -131,8 +131,8 @@ class RandomWindows(_Windows):
 class ContiguousBlocks(_Windows):
     """All of a split, block after block: every token but the first is a target exactly once.
 
-    Where the N - 1 targets are no multiple of ``block_size``, the last block's spare targets are
-    -100, which the loss leaves out.
+    If ``block_size`` does not divide the N - 1 targets, the unused targets of the last block are
+    -100, which the loss ignores.
 
     Args:
         split: The tokens, N of them.
@@ -155,27 +155,27 @@ class ContiguousBlocks(_Windows):
         return np.asarray(indices, dtype=np.int64) * self.block_size
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Return a batch of blocks: int64 tensors of shape [len(indices), block_size]."""
+        """Returns a batch of blocks: int64 tensors of shape [len(indices), block_size]."""
         batch = super().__getitems__(indices)
         last = self._num_blocks - 1
         if self._num_padding and last in indices:
             rows = [row for row, index in enumerate(indices) if index == last]
-            batch["labels"][rows, -self._num_padding :] = IGNORE_INDEX  # and so shift_labels
+            batch["labels"][rows, -self._num_padding :] = IGNORE_INDEX  # also in shift_labels
         return batch
 
 
 class StridedWindows(Dataset[Batch]):
     """Overlapping windows of a text, for perplexity with context: each token is a target once.
 
-    Window i begins at token i * stride; its targets are the tokens that no earlier window had, so
-    all but those of the first window have at least ``window - stride`` tokens before them. As
-    Hugging Face's guide to perplexity has it, a window's last token is a target only. The last
-    window is padded to the length of the others, with targets of -100.
+    Window i begins at token i * stride. Its targets are the tokens that no earlier window has, so
+    after the first window each target has at least ``window - stride`` tokens of context. The last
+    token of a window is a target only, as in Hugging Face's guide to perplexity. The last window is
+    padded to the length of the others, with targets of -100.
 
     Args:
-        tokens: The text's token ids, 1-D, at least 2 of them.
-        window: Tokens of a window, at least 2; the model has ``window - 1`` of them as input.
-        stride: From one window's begin to the next one's, in tokens.
+        tokens: The token ids of the text, 1-D, at least 2 of them.
+        window: The tokens in a window, at least 2; the model's input has ``window - 1`` of them.
+        stride: The distance between the starts of two windows, in tokens, from 1 to window - 1.
 
     Raises:
         ValueError: If a size is out of its range.
@@ -196,7 +196,7 @@ class StridedWindows(Dataset[Batch]):
         return 1 + max(0, -(-(len(self.tokens) - self.window) // self.stride))
 
     def __getitem__(self, index: int) -> Batch:
-        """Return one window: int64 tensors of shape [window - 1]."""
+        """Returns one window: int64 tensors of shape [window - 1]."""
         if not 0 <= index < len(self):
             raise IndexError(f"{index}: must lie in [0, {len(self)})")
         begin = index * self.stride
@@ -210,16 +210,16 @@ class StridedWindows(Dataset[Batch]):
 
 
 def collate(batch: Batch | list[Batch]) -> Batch:
-    """Pass a fetched batch on, or stack single windows; Trainer's ``data_collator``.
+    """Returns a fetched batch unchanged, or stacks single windows; Trainer's ``data_collator``.
 
     Args:
-        batch: What ``__getitems__`` returned, or a list of windows.
+        batch: The result of ``__getitems__``, or a list of windows.
 
     Returns:
         The batch: int64 tensors of shape [batch, block_size].
 
     Raises:
-        ValueError: If Trainer has taken the batch apart to remove columns from it.
+        ValueError: If Trainer has tried to remove columns from the batch.
     """
     if isinstance(batch, Mapping):
         return batch

@@ -1,4 +1,4 @@
-"""Documents to tokens: GPT-2's BPE over a data set of texts, in parallel processes, in a stream."""
+"""Encodes a data set of documents as GPT-2 tokens, in parallel and in pieces."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from striped_hf.cli import UserError, one_line
 from striped_hf.data.prepare import Source, gpt2_encoding
 from striped_hf.data.tokens import DataSetWriter
 
-Position = dict[str, int]  # what to read next: "file", "batch" in it, "row" of the data set
+Position = dict[str, int]  # where to read next: "file", "batch" in the file, "row" of the data set
 
-# nanoGPT's, so that the counts are the known ones
+# nanoGPT's values, for the same counts of tokens
 VAL_FRACTION, _SEED = 0.0005, 2357
-_TEXT = "text"  # the column's name
-# a text file's documents are its paragraphs: what blank lines part
+_TEXT = "text"  # the name of the column
+# the documents of a text file are its paragraphs, separated by blank lines
 _BUILDERS: dict[str, tuple[str, dict[str, str]]] = {
     ".parquet": ("parquet", {}),
     ".jsonl": ("json", {}),
@@ -46,18 +46,19 @@ _BUILDERS: dict[str, tuple[str, dict[str, str]]] = {
 def load_documents(
     name: str, config: str | None = None, data_files: Sequence[str] | None = None
 ) -> datasets.Dataset:
-    """Load a data set of texts, from the hub or from files, into the cache of ``datasets``.
+    """Loads a data set of texts, from the hub or from files, into the cache of ``datasets``.
 
     Args:
-        name: Its name on the hub, or a folder that ``datasets.load_dataset`` takes.
-        config: Which of its configurations, where it has several.
-        data_files: Files to read in its place, all parquet, all JSON lines or all text.
+        name: The data set's name on the hub, or a folder for ``datasets.load_dataset``.
+        config: The name of a configuration, if the data set has several.
+        data_files: Files to read instead: all parquet, all JSON lines or all text.
 
     Returns:
-        Its train split; it has a column "text" of strings.
+        The train split, with a column "text" of strings.
 
     Raises:
-        UserError: If it cannot be loaded, has no such column, or too few documents to be split.
+        UserError: If the data set cannot be loaded, has no such column, or has fewer than two
+            documents.
     """
     try:
         if data_files:
@@ -67,7 +68,7 @@ def load_documents(
         else:
             builder = datasets.load_dataset_builder(name, config)
         if hasattr(builder.config, "fragment_scan_options"):
-            # else Arrow reads all of a parquet file ahead
+            # otherwise Arrow reads a whole parquet file ahead
             builder.config.fragment_scan_options = ParquetFragmentScanOptions(pre_buffer=False)
         builder.download_and_prepare()
         documents = builder.as_dataset(split="train")
@@ -93,7 +94,7 @@ def load_documents(
 
 
 def _builder(data_files: Sequence[str]) -> tuple[str, dict[str, str]]:
-    """Choose what reads the files by their names, compressed ones (.jsonl.gz) too."""
+    """Chooses the builder by the ends of the files' names, also of compressed files (.jsonl.gz)."""
     kinds = {
         next((s for s in Path(file).suffixes[-2:] if s in _BUILDERS), None) for file in data_files
     }
@@ -106,10 +107,11 @@ def _builder(data_files: Sequence[str]) -> tuple[str, dict[str, str]]:
 
 
 def _check_file(path: Path) -> None:
-    """Say what is wrong with a file that ``datasets`` could not load, where that can be told.
+    """Finds the error in a file that ``datasets`` could not load, if it is one of these.
 
     Raises:
-        UserError: It does not exist, is not UTF-8, or has a line that is no {"text": string}.
+        UserError: The file does not exist, is not UTF-8, or has a line that is not
+            {"text": string}.
     """
     if not path.is_file():
         raise UserError(f"--data_files {path}: there is no such file")
@@ -144,17 +146,17 @@ def _check_json_line(path: Path, number: int, line: str) -> None:
 
 
 def val_rows(num_documents: int, val_fraction: float = VAL_FRACTION) -> NDArray[np.int64]:
-    """Choose the documents of the val split.
+    """Chooses the documents of the val split.
 
-    They are those that ``train_test_split(test_size=val_fraction, seed=2357)`` of ``datasets``
-    chooses, and by default nanoGPT's, without its index of all documents.
+    The choice is the same as ``train_test_split(test_size=val_fraction, seed=2357)`` of
+    ``datasets`` makes, and by default the same as nanoGPT's.
 
     Args:
-        num_documents: How many there are.
+        num_documents: The number of documents.
         val_fraction: The share of the val split, above 0 and below 1.
 
     Returns:
-        Their places in the data set, in order.
+        The indices of the documents in the data set, 1-D int64, in ascending order.
     """
     permutation = np.random.default_rng(_SEED).permutation(num_documents)
     return np.sort(permutation[: math.ceil(val_fraction * num_documents)])
@@ -167,21 +169,21 @@ def write_documents(
     num_proc: int,
     val_fraction: float = VAL_FRACTION,
 ) -> dict[str, Any]:
-    """Write a data set's documents as GPT-2 tokens, an end-of-text token after each.
+    """Writes a data set's documents as GPT-2 tokens, with an end-of-text token after each document.
 
-    The documents of either split stay in their order. This process reads and writes, the others
-    encode; a few pieces of 1,000 documents are in memory at a time. A run that was stopped, in
-    whatever way, goes on where it was when it is started again with the same data.
+    Each split keeps the order of its documents. This process reads and writes, and the others
+    encode. A few pieces of 1,000 documents are in memory at a time. A stopped run continues where
+    it stopped if it is started again with the same data.
 
     Args:
         output_dir: The data set's folder.
-        documents: From :func:`load_documents`.
-        source: Where they come from.
-        num_proc: How many processes encode.
+        documents: The result of :func:`load_documents`.
+        source: The origin of the documents.
+        num_proc: The number of processes that encode.
         val_fraction: The share of documents in the val split, above 0 and below 1.
 
     Returns:
-        What ``meta.json`` holds.
+        The content of ``meta.json``.
 
     Raises:
         UserError: If ``output_dir`` holds the beginning of another data set, or another process
@@ -200,8 +202,8 @@ def write_documents(
         "source": dict(source),
         "documents": len(documents),
         "val_fraction": val_fraction,
-        # `datasets` names a cached file's folders by the version of its source: the commit on the
-        # hub, or the time when a local file was changed last
+        # `datasets` names the folders of a cached file after its source's version: the commit on
+        # the hub, or the time of a local file's last change
         "files": {"/".join(path.parts[-5:]): path.stat().st_size for path in files},
     }
     try:
@@ -228,10 +230,10 @@ def write_documents(
 
 
 def _read(files: Sequence[Path], begin: Position) -> Iterator[tuple[int, list[str], Position]]:
-    """Yield the record batches: the first row's number, the texts, and the position after them."""
+    """Yields the record batches: the index of the first row, the texts, and the next position."""
     row = begin["row"]
     for number in range(begin["file"], len(files)):
-        # read, not mapped as `datasets` does: mapped pages would count as this process's memory
+        # read, not mapped as in `datasets`: mapped pages would count as this process's memory
         with pa.OSFile(str(files[number])) as file, pa.ipc.open_stream(file) as batches:
             for index, batch in enumerate(batches):
                 if number == begin["file"] and index < begin["batch"]:
@@ -249,17 +251,17 @@ def _read(files: Sequence[Path], begin: Position) -> Iterator[tuple[int, list[st
 
 
 class _Encoders:
-    """Processes that encode, a few pieces at a time."""
+    """A pool of processes that encode, with a limit on the pieces in memory."""
 
     def __init__(self, num_proc: int) -> None:
-        # forked where that is possible: striped_hf's imports take seconds and memory in each
+        # fork if possible: in a spawned process striped_hf's imports take seconds and memory
         forks = "fork" in multiprocessing.get_all_start_methods()
         self._pool = ProcessPoolExecutor(
             num_proc,
             mp_context=multiprocessing.get_context("fork" if forks else "spawn"),
             initializer=_end_with_parent,
         )
-        self._limit = 2 * num_proc  # pieces under way: each process has one more to go on with
+        self._limit = 2 * num_proc  # pieces submitted: one in work and one waiting per process
 
     def __enter__(self) -> _Encoders:
         return self
@@ -270,7 +272,7 @@ class _Encoders:
     def encode(
         self, pieces: Iterator[tuple[int, list[str], Position]], val: NDArray[np.int64]
     ) -> Iterator[tuple[Position, dict[str, NDArray[np.uint16]]]]:
-        """Yield each piece's position and tokens, in order."""
+        """Yields the position and the tokens of each piece, in order."""
         under_way: deque[tuple[Position, Future[dict[str, NDArray[np.uint16]]]]] = deque()
         for row, texts, position in pieces:
             first, last = np.searchsorted(val, (row, row + len(texts)))
@@ -283,8 +285,8 @@ class _Encoders:
 
 
 def _end_with_parent() -> None:
-    """Have this process end when the one that reads and writes was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that reads and writes
+    """Ends this process when its parent is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
 
     def watch() -> None:
         parent = multiprocessing.parent_process()
@@ -296,13 +298,13 @@ def _end_with_parent() -> None:
 
 
 def _encode(texts: list[str], val: NDArray[np.int64]) -> dict[str, NDArray[np.uint16]]:
-    """Encode some documents; ``val`` are the places of those that belong to the val split."""
+    """Encodes some documents; ``val`` has the indices of the val split's documents."""
     encoding = tiktoken.get_encoding("gpt2")
     end = np.array([encoding.eot_token], dtype=np.uint32)
     arrays: dict[str, list[NDArray[np.uint32]]] = {"train": [], "val": []}
     chosen = set(val.tolist())
     for place, text in enumerate(texts):
-        # nothing is special: a document that spells <|endoftext|> does not end there
+        # no special tokens: "<|endoftext|>" in a document is ordinary text
         ids = encoding.encode_to_numpy(text, disallowed_special=())
         arrays["val" if place in chosen else "train"] += [ids, end]
     return {split: np.concatenate(some).astype(np.uint16) for split, some in arrays.items() if some}

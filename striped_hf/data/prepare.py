@@ -1,4 +1,4 @@
-"""What the scripts in ``data_scripts/`` share: sources, tokenizers, and their plain error lines."""
+"""Shared by the scripts in ``data_scripts/``: sources, tokenizers, and writing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TINY_SHAKESPEARE: Source = {
     "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
 }
 
-# GPT-2's published vocabulary, the two files that tiktoken's "gpt2" encoding is made from:
+# GPT-2's published vocabulary, the two files of tiktoken's "gpt2" encoding:
 # (name in a Hugging Face tokenizer folder, URL, sha256)
 _GPT2_FILES = (
     (
@@ -44,17 +44,17 @@ _GPT2_FILES = (
 
 
 def argument_parser(description: str | None, name: str) -> argparse.ArgumentParser:
-    """Make the parser of a script's own flags.
+    """Makes a parser with the flags of a data script.
 
     Args:
         description: The script's docstring.
-        name: The script's name, which is the data set's: ``--output_dir`` defaults to data/NAME.
+        name: The name of the script and its data set: ``--output_dir`` defaults to data/NAME.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--input", type=Path, metavar="FILE", help="a UTF-8 text to use in place of the source"
+        "--input", type=Path, metavar="FILE", help="a UTF-8 text to use instead of the source"
     )
     parser.add_argument(
         "--output_dir",
@@ -67,15 +67,15 @@ def argument_parser(description: str | None, name: str) -> argparse.ArgumentPars
 
 
 def download(url: str, sha256: str, path: Path) -> None:
-    """Download a file with a progress bar, unless it is there already with the right content.
+    """Downloads a file with a progress bar, unless it exists with the right checksum.
 
     Args:
-        url: Where it is.
-        sha256: Its checksum, as hexadecimal digits.
-        path: Where it goes; written under a temporary name and renamed once it is whole.
+        url: The URL of the file.
+        sha256: The checksum of the file, as hexadecimal digits.
+        path: The file to write: under a temporary name, which is then renamed.
 
     Raises:
-        UserError: If it cannot be fetched or what came has another checksum.
+        UserError: If the download fails or has another checksum.
     """
     if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
         print(f"using {path}, downloaded before")
@@ -92,19 +92,19 @@ def download(url: str, sha256: str, path: Path) -> None:
 
 
 def read_text(path: Path) -> tuple[str, Source]:
-    """Read a source text, its line ends as "\\n", and say where it comes from.
+    """Reads a source text and describes its origin.
 
-    That is how nanoGPT reads it; a byte order mark stays a character.
+    As in nanoGPT, line ends become "\\n" and a byte order mark stays a character.
 
     Args:
         path: A UTF-8 file.
 
     Returns:
-        The text, and its name, URL (None if it is not known) and the sha256 of its bytes.
+        The text; and its name, its URL (None if not known) and the sha256 of its bytes.
 
     Raises:
         UserError: If the file is not UTF-8, or too short to be split.
-        OSError: If it cannot be read.
+        OSError: If the file cannot be read.
     """
     content = path.read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
@@ -121,7 +121,7 @@ def read_text(path: Path) -> tuple[str, Source]:
 
 
 def read_shakespeare(args: argparse.Namespace) -> tuple[str, Source]:
-    """Read ``--input``, or else tiny Shakespeare, downloaded into ``--output_dir`` once."""
+    """Reads ``--input``, or tiny Shakespeare, which is downloaded into ``--output_dir`` once."""
     path = args.input
     if path is None:
         path = args.output_dir / "tinyshakespeare.txt"
@@ -130,7 +130,7 @@ def read_shakespeare(args: argparse.Namespace) -> tuple[str, Source]:
 
 
 def gpt2_tokenizer() -> PreTrainedTokenizerBase:
-    """Make GPT-2's Hugging Face tokenizer from the files that tiktoken downloads and caches.
+    """Makes GPT-2's Hugging Face tokenizer from the files that tiktoken downloads and caches.
 
     Raises:
         OSError, ValueError: If tiktoken has them neither in its cache nor from the network.
@@ -138,16 +138,16 @@ def gpt2_tokenizer() -> PreTrainedTokenizerBase:
     with tempfile.TemporaryDirectory() as folder:
         for name, url, sha256 in _GPT2_FILES:
             Path(folder, name).write_bytes(read_file_cached(url, sha256))
-        # from a folder, not from keywords: their names differ between transformers 4 and 5, and
-        # version 5 takes the old ones for an empty vocabulary
+        # from a folder: the names of the keywords differ between transformers 4 and 5, and with
+        # the old names version 5 makes an empty vocabulary
         return AutoTokenizer.from_pretrained(folder, tokenizer_type="gpt2", model_max_length=1024)
 
 
 def gpt2_encoding(otherwise: str = "") -> tuple[tiktoken.Encoding, PreTrainedTokenizerBase]:
-    """Load GPT-2's BPE from tiktoken, and make the Hugging Face tokenizer that belongs to it.
+    """Loads GPT-2's BPE from tiktoken, and makes the matching Hugging Face tokenizer.
 
     Args:
-        otherwise: What else the user may do where that fails, for the end of the message.
+        otherwise: Another fix for the end of the error message.
 
     Raises:
         UserError: If tiktoken has the vocabulary neither in its cache nor from the network.
@@ -164,16 +164,16 @@ def gpt2_encoding(otherwise: str = "") -> tuple[tiktoken.Encoding, PreTrainedTok
 def write_characters(
     output_dir: Path, text: str, source: Source, expected: tuple[int, int, int] | None = None
 ) -> None:
-    """Write a text as a data set of characters: ids are places in the sorted set of symbols.
+    """Writes a text as a data set of characters; ids are indices into the sorted set of symbols.
 
     Args:
         output_dir: The data set's folder.
-        text: The text; its first 90 % are the train split, the rest val.
-        source: Where it comes from.
-        expected: What the numbers of symbols, train and val tokens have to be, if known.
+        text: The text. The first 90 % are the train split, the rest is the val split.
+        source: The origin of the text.
+        expected: The known numbers of symbols, train tokens and val tokens, if any.
 
     Raises:
-        UserError: If the numbers are not those expected.
+        UserError: If the numbers differ from ``expected``.
     """
     code_points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     symbols, ids = np.unique(code_points, return_inverse=True)
@@ -193,9 +193,9 @@ def write_characters(
 def write_gpt2_tokens(
     output_dir: Path, text: str, source: Source, expected: tuple[int, int, int] | None = None
 ) -> None:
-    """Write a text as a data set of GPT-2's BPE tokens, encoded by tiktoken.
+    """Writes a text as a data set of GPT-2's BPE tokens, encoded by tiktoken.
 
-    Arguments and errors as :func:`write_characters`; also UserError if tiktoken has the
+    Arguments and errors as for :func:`write_characters`; also UserError if tiktoken has the
     vocabulary neither in its cache nor from the network.
     """
     encoding, tokenizer = gpt2_encoding(", or pass --tokenizer with a local tokenizer's folder")
@@ -213,13 +213,14 @@ def write_gpt2_tokens(
 
 
 def write_model_tokens(output_dir: Path, text: str, source: Source, name_or_path: str) -> None:
-    """Write a text as a data set of the tokens of a given model, no special tokens among them.
+    """Writes a text as a data set of a given model's tokens, without special tokens.
 
-    Nothing in the text is special: "<|endoftext|>" in it becomes the tokens of that spelling, as
-    with :func:`write_gpt2_tokens`. Arguments as :func:`write_characters`.
+    "<|endoftext|>" in the text is ordinary text, as in :func:`write_gpt2_tokens`. Arguments as for
+    :func:`write_characters`.
 
     Raises:
-        UserError: If ``name_or_path`` has no tokenizer, or one without some of the characters.
+        UserError: If ``name_or_path`` has no tokenizer, or its tokenizer cannot encode some of the
+            characters.
     """
     tokenizer = load_tokenizer(name_or_path)
     cut = _cut(text)
@@ -248,7 +249,7 @@ def write_model_tokens(output_dir: Path, text: str, source: Source, name_or_path
 
 
 def _cut(text: str) -> int:
-    """Return where val begins: 90 % of the characters, rounded as nanoGPT rounds it."""
+    """Returns the index of the val split's first character: 90 %, rounded like nanoGPT."""
     return int(len(text) * 0.9)
 
 

@@ -14,11 +14,11 @@ from striped_hf.trainer.resuming import check_whole, last_checkpoint
 
 OptionsT = TypeVar("OptionsT")
 
-# What every recipe needs from Trainer. A recipe's own defaults come on top, then the user's flags.
+# Trainer's defaults for every recipe. A recipe's own defaults override them, then the user's flags.
 _DEFAULTS: dict[str, Any] = {
-    "remove_unused_columns": False,  # or Trainer drops shift_labels
+    "remove_unused_columns": False,  # otherwise Trainer drops shift_labels
     "dataloader_pin_memory": torch.cuda.is_available(),
-    "accelerator_config": {"non_blocking": torch.cuda.is_available()},  # batches travel meanwhile
+    "accelerator_config": {"non_blocking": torch.cuda.is_available()},  # copies overlap the step
     "per_device_eval_batch_size": 64,
     "eval_strategy": "steps",
     "save_strategy": "steps",
@@ -27,17 +27,17 @@ _DEFAULTS: dict[str, Any] = {
     "metric_for_best_model": "eval_loss",
     "greater_is_better": False,
     "logging_steps": 10,
-    "logging_nan_inf_filter": False,  # or each step waits for the GPU to rule out a NaN
-    # without a GPU accelerate would take each of several processes for a run of its own
+    "logging_nan_inf_filter": False,  # its check for NaN waits for the GPU in each step
+    # without a GPU accelerate would treat each of several processes as a separate run
     "use_cpu": not torch.accelerator.is_available(),
-    "report_to": "none",  # transformers 4 reports to all trackers that are installed
-    "log_level_replica": "error",  # the main process says it already
+    "report_to": "none",  # transformers 4 reports to all installed trackers
+    "log_level_replica": "error",  # the main process logs the rest
     "log_on_each_node": False,
-    # a search for them in every step, which these models have not; DDP says so where one has
+    # these models have none, and the search costs time in every step; DDP reports any it meets
     "ddp_find_unused_parameters": False,
 }
-# And under FSDP: each accumulated pass hands its gradients to their shards, or every device would
-# hold all of them, whole, until the step.
+# Under FSDP each accumulated pass reduces its gradients to shards. Otherwise every device would
+# hold whole gradients until the step.
 _FSDP_DEFAULTS = {
     "accelerator_config": {
         **_DEFAULTS["accelerator_config"],
@@ -54,11 +54,11 @@ _POSITIVE = (
 
 @dataclass
 class RecipeArguments(TrainingArguments):
-    """All of TrainingArguments, and what ``striped_hf.trainer.watching`` needs beside."""
+    """All of TrainingArguments, and the option of ``striped_hf.trainer.watching``."""
 
     peak_tflops: float | None = field(
         default=None,
-        metadata={"help": "the device's dense bfloat16 TFLOPS, for MFU where its table has none"},
+        metadata={"help": "the device's dense bfloat16 TFLOPS, for MFU if the table lacks it"},
     )
 
     def __post_init__(self) -> None:
@@ -79,11 +79,11 @@ def parse_arguments(
 
     Args:
         options_class: A dataclass of the recipe's own options. With ``presets`` it has a field
-            ``preset``, whose default names one of them.
-        defaults: The recipe's defaults, of its own options and of TrainingArguments. A default
-            ``optim_args`` is the default optimizer's: another ``--optim`` does not get it. Nor does
-            another ``--lr_scheduler_type`` get a default ``lr_scheduler_kwargs``.
-        presets: Named sets of further defaults, which ``--preset`` chooses from.
+            ``preset``, with the name of a preset as its default.
+        defaults: The recipe's defaults, for its own options and for TrainingArguments. A default
+            ``optim_args`` applies to the default ``optim`` only, and a default
+            ``lr_scheduler_kwargs`` to the default ``lr_scheduler_type`` only.
+        presets: Named sets of further defaults, for ``--preset``.
 
     Returns:
         The recipe's options and the training arguments. ``resume_from_checkpoint="last"`` is
@@ -93,7 +93,7 @@ def parse_arguments(
         SystemExit: A flag is unknown or its value is wrong; the message names it.
     """
     parser = HfArgumentParser((options_class, RecipeArguments))  # type: ignore[arg-type]
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # the launcher says so
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # set by the launcher
     defaults = {**_DEFAULTS, **(_FSDP_DEFAULTS if fsdp else {}), **defaults}
     defaults["accelerator_config"] = json.dumps(defaults["accelerator_config"])
     parser.set_defaults(**defaults)
@@ -102,7 +102,7 @@ def parse_arguments(
         if given.preset not in presets:
             parser.error(f"--preset {given.preset}: choose one of {', '.join(presets)}")
         defaults |= presets[given.preset]
-    # a default's own arguments are no other's
+    # the default's arguments are not for another optimizer or schedule
     for name, own in (("optim", "optim_args"), ("lr_scheduler_type", "lr_scheduler_kwargs")):
         if name in defaults and getattr(given, name) != defaults[name]:
             defaults.pop(own, None)
@@ -131,7 +131,7 @@ def parse_arguments(
 
 
 def _find_checkpoint(args: TrainingArguments) -> None:
-    """Makes ``resume_from_checkpoint`` a folder that is a whole checkpoint, or None."""
+    """Resolves ``resume_from_checkpoint`` to the folder of a whole checkpoint, or to None."""
     given = args.resume_from_checkpoint
     if given is None or given.lower() == "false":
         args.resume_from_checkpoint = None
@@ -148,7 +148,7 @@ def _find_checkpoint(args: TrainingArguments) -> None:
 
 
 def _check_schedule(parser: HfArgumentParser, args: TrainingArguments) -> None:
-    """Makes the schedule once, for no parameters, since its arguments are checked only then."""
+    """Makes the schedule once, to check its arguments before the run begins."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     arguments: Any = args.lr_scheduler_kwargs
     try:

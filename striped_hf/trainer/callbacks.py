@@ -11,11 +11,11 @@ from striped_hf.trainer.memory import peak_memory_mib, state_bytes
 
 
 class RunMeasurements(TrainerCallback):
-    """Measures step time, memory and optimizer state of a run, without a synchronisation per step.
+    """Measures step time, memory and optimizer state of a run, without synchronizing each step.
 
-    A step's time is the time from its beginning to the next one's, data loading included, so that
-    on a GPU queued work is counted where the queue makes the loop wait. The steps that are followed
-    by logging, evaluation or a checkpoint are a few outliers, which the median leaves out.
+    A step's time runs from its beginning to the beginning of the next step and includes data
+    loading. A GPU's queued work therefore counts when the queue makes the loop wait. Logging,
+    evaluation and checkpoints make a few steps long; the median is robust to them.
     """
 
     def __init__(self) -> None:
@@ -42,14 +42,14 @@ class RunMeasurements(TrainerCallback):
         self._state_bytes = state_bytes(kwargs["optimizer"])
 
     def results(self) -> dict[str, float | int | None]:
-        """Returns what was measured.
+        """Returns the measurements.
 
         Returns:
-            ``state_bytes``: of all tensors in the optimizer's state; of sharded ones, of the
-            shards of all processes together, so that they compare with the number of parameters.
-            ``peak_memory_mib``: of this process: its device's allocator, or without a GPU all of
-            its memory.
-            ``median_step_ms``: None where fewer than two steps were made.
+            ``state_bytes``: the bytes of all tensors in the optimizer's state. A sharded tensor
+            counts with the shards of all processes. None before the end of training.
+            ``peak_memory_mib``: this process's peak: of the GPU's allocator, or without a GPU of
+            all its memory.
+            ``median_step_ms``: None after fewer than two steps.
         """
         times = [end - begin for begin, end in zip(self._begins, self._begins[1:], strict=False)]
         return {
@@ -60,15 +60,15 @@ class RunMeasurements(TrainerCallback):
 
 
 class LoggedFigures(TrainerCallback):
-    """A callback whose figures join what Trainer logs in training.
+    """A callback that adds figures to Trainer's logs of training.
 
-    It has to run before the callbacks that report logs, as ``watch`` puts it.
+    It must run before the callbacks that report logs; ``watch`` puts it there.
     """
 
     def figures(
         self, args: TrainingArguments, state: TrainerState, **kwargs: Any
     ) -> dict[str, Any]:
-        """Returns the figures for the log of this moment: numbers by name."""
+        """Returns the figures for the current log: numbers by name."""
         raise NotImplementedError
 
     def on_log(
@@ -79,7 +79,7 @@ class LoggedFigures(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Adds the figures to a log of training, for the other callbacks and in the history."""
+        """Adds the figures to a log of training and to ``state.log_history``."""
         if logs is not None and "loss" in logs:
             figures = self.figures(args, state, **kwargs)
             logs.update(figures)

@@ -23,25 +23,26 @@ from striped_hf.losses import (
 from striped_hf.trainer.checkpoints import WholeCheckpoints
 from striped_hf.trainer.watching import watch
 
-# transformers' "sdpa" looks in every forward pass for sequences packed into one, and waits for the
-# GPU to see; compiled it cannot look and makes a mask, with which there is no flash attention. An
-# implementation for which no mask is known gets none: it is causal, as windows need it.
+# In every forward pass, transformers' "sdpa" checks for packed sequences, which waits for the GPU.
+# A compiled model cannot check and makes a mask instead, and a mask rules out flash attention. An
+# attention implementation under a name without a mask function gets no mask: it is causal.
 _CAUSAL_SDPA = "causal_sdpa"
 AttentionInterface.register(_CAUSAL_SDPA, sdpa_attention_forward)
 
 
 class CausalLMTrainer(WholeCheckpoints):
-    """Trainer whose evaluation loss is weighted by token, and whose checkpoints are whole.
+    """A Trainer with an evaluation loss weighted by token, and with whole checkpoints.
 
-    ``Trainer`` reports the mean of its batches' means, which is another number as soon as batches
-    hold different numbers of targets. Needs batches with ``shift_labels``, as the data sets of
+    ``Trainer`` reports the mean of its batches' means, which is wrong if batches have different
+    numbers of targets. This class needs batches with ``shift_labels``, as the data sets of
     ``striped_hf.data`` make them.
 
-    It logs what ``striped_hf.trainer.watching`` measures. Where a step has many logits, as with
-    GPT-2's vocabulary, it trains on ``striped_hf.losses``, which never holds them all;
-    ``chunked_loss = False`` turns that off. Attention takes every batch as windows of whole
-    sequences: there is no padding but behind the last target. Between two logs no step waits for a
-    GPU, given ``logging_nan_inf_filter=False`` and a model without ``pad_token_id``.
+    It logs the figures of ``striped_hf.trainer.watching``. If a step has many logits, as with
+    GPT-2's vocabulary, training computes the loss in chunks (``striped_hf.losses``) and never holds
+    all logits; ``chunked_loss = False`` turns this off. Attention is causal over each whole
+    sequence, without a padding mask: padding may only follow the last target. Between two logs no
+    step waits for a GPU, given ``logging_nan_inf_filter=False`` and a model without
+    ``pad_token_id``.
     """
 
     chunked_loss = True
@@ -61,9 +62,9 @@ class CausalLMTrainer(WholeCheckpoints):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Computes the loss, in training without whole logits where that is worth it."""
+        """Computes the loss; in training in chunks of logits if that saves memory."""
         with contextlib.ExitStack() as changes:
-            # decided by the first step, so that a compiled model is compiled once
+            # the first step decides, so that a compiled model is compiled once
             if model.training and not return_outputs and self._chunks_loss(inputs["input_ids"]):
                 assert self._head is not None
                 changes.enter_context(head_in_loss(self.model, self._head, self._loss_from_hidden))
@@ -85,18 +86,18 @@ class CausalLMTrainer(WholeCheckpoints):
         return self.chunked_loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Returns Trainer's count, from which it goes through all parameters only once."""
+        """Returns Trainer's count, but reads the sizes of all parameters only once."""
         tokens = inputs["input_ids"]
         if self._flops_per_token is None:
             self._flops_per_token = super().floating_point_ops({"input_ids": tokens[:1, :1]})
         return self._flops_per_token * tokens.numel()
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Begins the sum of losses anew after each log, also after one that is not finite.
+        """Resets the sum of losses to zero after each log, even if the sum is not finite.
 
-        Trainer subtracts the sum from itself. Its own way to keep it finite,
-        ``logging_nan_inf_filter``, waits for the GPU in every step, and logs a mean of earlier
-        losses in its place.
+        Trainer subtracts the sum from itself, which leaves a NaN in place. Its own filter,
+        ``logging_nan_inf_filter``, waits for the GPU in every step and logs a mean of earlier
+        losses in place of a NaN.
         """
         last_logged = self._globalstep_last_logged
         super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
@@ -104,10 +105,10 @@ class CausalLMTrainer(WholeCheckpoints):
             tr_loss.zero_()
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        """Makes the repository on the hub, or says how to fix its refusal."""
+        """Makes the repository on the hub; UserError if the hub refuses."""
         try:
             super().init_hf_repo(*args, **kwargs)
-        except Exception as error:  # the client's classes of errors are its version's
+        except Exception as error:  # the client's error classes differ between its versions
             name = self.args.hub_model_id or Path(self.args.output_dir or "").resolve().name
             raise UserError(
                 f"--push_to_hub cannot make {name} on the hub: log in with `hf auth login` or set "
@@ -115,7 +116,7 @@ class CausalLMTrainer(WholeCheckpoints):
             ) from error
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes Trainer's draft only where there is no card yet: ``finish_run``'s says more."""
+        """Writes Trainer's draft only if there is no card: ``finish_run`` writes a fuller one."""
         if not Path(self.args.output_dir or "", "README.md").exists():
             super().create_model_card(*args, **kwargs)
 
@@ -127,7 +128,7 @@ class CausalLMTrainer(WholeCheckpoints):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Returns what ``evaluate_loss`` does, each key with ``{prefix}_`` before it."""
+        """Returns the results of ``evaluate_loss``, each key prefixed by ``{prefix}_``."""
         assert self.model is not None
         model = self._wrap_model(self.model, training=False)
         if model is self.model and not self.is_in_train:
@@ -155,7 +156,7 @@ def _loss_from_hidden(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Takes the place of a model's loss function; ``logits`` are hidden states, [B, L, d]."""
+    """Replaces a model's loss function; ``logits`` are hidden states, [B, L, d]."""
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
     targets = shift_labels.flatten()

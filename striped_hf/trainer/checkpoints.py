@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill at any moment: a folder has its name only once it is whole."""
+"""Checkpoints that survive a kill at any moment: a folder gets its name once it is whole."""
 
 import contextlib
 import os
@@ -17,26 +17,26 @@ from striped_hf.cli import UserError, one_line
 from striped_hf.results import write_json
 from striped_hf.trainer.resuming import IDENTITY, checkpoints
 
-# Trainer's uploads to the hub leave out what begins with an underscore
+# Trainer does not upload names that begin with an underscore to the hub
 _PARTIAL = "_partial"
 
 
 class WholeCheckpoints(Trainer):
-    """Trainer that never leaves a part of a checkpoint under a checkpoint's name.
+    """A Trainer that never leaves an incomplete checkpoint under a checkpoint's name.
 
-    ``Trainer`` writes into ``checkpoint-N`` file by file, each process its own, and deletes older
-    checkpoints before the others have written theirs. A run killed meanwhile leaves a folder that
-    ``get_last_checkpoint`` takes for the last checkpoint. Here all processes write into
-    ``_partial/checkpoint-N``; when the last one has written, the folder is flushed to the disk and
-    renamed, and only then are older ones deleted.
+    In ``Trainer`` every process writes its files directly into ``checkpoint-N``, and older
+    checkpoints are deleted before all processes have written. If the run is killed meanwhile,
+    ``get_last_checkpoint`` takes the incomplete folder for the last checkpoint. Here all processes
+    write into ``_partial/checkpoint-N``. When all have written, the folder is flushed to the disk
+    and renamed. Only then are older checkpoints deleted.
 
-    The processes of several machines need an ``output_dir`` that they share.
+    On several machines the processes need a shared ``output_dir``.
 
     Attributes:
-        identity: What the run is, from :func:`striped_hf.trainer.resuming.run_identity`; each
-            checkpoint gets it.
-        replaced: Folders and files of an earlier run in ``output_dir``, which go when the first
-            checkpoint is there in their place.
+        identity: The run's identity, from :func:`striped_hf.trainer.resuming.run_identity`. Each
+            checkpoint stores it.
+        replaced: Folders and files of an earlier run in ``output_dir``. They are deleted when the
+            first checkpoint is complete.
     """
 
     identity: dict[str, Any] | None = None
@@ -48,7 +48,7 @@ class WholeCheckpoints(Trainer):
         return os.path.join(folder, _PARTIAL) if self._writes_partial else folder
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._writes_partial:  # else it is pushed once it is whole
+        if not self._writes_partial:  # otherwise it is pushed once it is whole
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -86,7 +86,7 @@ class WholeCheckpoints(Trainer):
             self._push_from_checkpoint(str(whole))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Warns as Trainer does, but not of a tied weight, which is saved under one name only."""
+        """Warns like Trainer, but not of a tied weight, which is saved under one name only."""
         tied = getattr(self.model, "_tied_weights_keys", None) or ()
         if getattr(getattr(self.model, "config", None), "tie_word_embeddings", False):
             missing = load_result.missing_keys
@@ -94,19 +94,18 @@ class WholeCheckpoints(Trainer):
         super()._issue_warnings_after_load(load_result)
 
     def _name(self, partial: Path, whole: Path) -> None:
-        """Gives a checkpoint that is whole its name, and deletes those over the limit."""
+        """Gives a whole checkpoint its name, and deletes checkpoints over the limit."""
         if not partial.is_dir():
             raise RuntimeError(
                 f"transformers {transformers.__version__} did not write its checkpoint into "
-                f"{partial}, where it would stay until it is whole: install a version that the "
-                "README names"
+                f"{partial}: install a version that the README names"
             )
         flush(partial)
-        # before the new one has its name, or a run killed here would go on from an old one
+        # before the new name: a run killed in between must not resume an old checkpoint
         for path in self.replaced:
             _delete(path, whole.parent)
         self.replaced = ()
-        if whole.exists():  # of a run that was at this step before
+        if whole.exists():  # an earlier run reached this step
             whole.rename(partial.with_name(f"{whole.name}.old"))
         partial.rename(whole)
         flush(whole.parent, inside=False)
@@ -121,9 +120,9 @@ def delete_oldest(run_dir: Path, limit: int, keep: set[Path]) -> None:
     """Deletes checkpoints, the earliest steps first, until ``limit`` are left.
 
     Args:
-        run_dir: The folder that holds them.
-        limit: How many are to stay.
-        keep: Those that stay even so.
+        run_dir: The folder of the checkpoints.
+        limit: How many to keep.
+        keep: Checkpoints never to delete.
     """
     found = checkpoints(run_dir)
     deletable = [folder for folder in found if folder not in keep]
@@ -132,7 +131,7 @@ def delete_oldest(run_dir: Path, limit: int, keep: set[Path]) -> None:
 
 
 def _delete(path: Path, run_dir: Path) -> None:
-    """Deletes a file or folder; one that is cut short leaves no part under its name."""
+    """Deletes a file or folder; a kill leaves no part of it under its name."""
     if path.is_dir():
         doomed = run_dir / _PARTIAL / f"{path.name}.old"
         path.rename(doomed)
@@ -143,17 +142,20 @@ def _delete(path: Path, run_dir: Path) -> None:
 
 @contextlib.contextmanager
 def saving(folder: Path) -> Iterator[None]:
-    """Makes what a library raises when it cannot write, as on a full disk, one line.
+    """Turns a library's error when it cannot write, as on a full disk, into one line.
+
+    Args:
+        folder: The folder to be written, for the message.
 
     Raises:
-        UserError: An error of the system, or one that says so in a library's words.
+        UserError: The system, torch or safetensors could not write.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         there = next((path for path in (folder, *folder.parents) if path.exists()), Path())
         free = shutil.disk_usage(there).free >> 20
-        # torch raises RuntimeError for everything; these are words of its writer
+        # torch raises RuntimeError for everything; its writer's messages have these words
         words = ("write failed", "writing file", "iostream error", "unexpected pos")
         if isinstance(error, RuntimeError) and free and not any(w in str(error) for w in words):
             raise
@@ -165,14 +167,14 @@ def saving(folder: Path) -> Iterator[None]:
 
 
 def flush(folder: Path, inside: bool = True) -> None:
-    """Has the system write a folder to the disk, so that it survives a loss of power.
+    """Flushes a folder to the disk, so that it survives a loss of power.
 
     Args:
-        folder: The folder, whose list of entries is written.
-        inside: Whether all that it holds is written before.
+        folder: The folder; its list of entries is flushed.
+        inside: Whether to flush its files and subfolders first.
     """
     if os.name != "posix":
-        return  # no folder can be opened elsewhere
+        return  # only POSIX opens folders
     for path in [*(folder.rglob("*") if inside else ()), folder]:
         file = os.open(path, os.O_RDONLY)
         try:

@@ -1,7 +1,7 @@
-"""What a training step computes, and what the device could: the two sides of MFU.
+"""FLOPs of a training step and peak FLOPS of a device: the numerator and denominator of MFU.
 
-MFU, model FLOPs utilization, is what a model needs to train on the tokens that it trained on, over
-what the device could have computed meanwhile (Chowdhery et al. 2022, appendix B, and nanoGPT).
+MFU, model FLOPs utilization, is the number of operations that the tokens of training need, divided
+by the number that the device could have done in the same time (Chowdhery et al. 2022, appendix B).
 """
 
 import re
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-# Dense bfloat16 matrix products that add up in float32, in TFLOPS; float16 where a GPU has no
-# bfloat16. Each figure is that of the document named; where it has the rate with sparsity only,
-# that is halved.
-_PEAK_TFLOPS = {  # by the name that torch.cuda.get_device_name gives, without the maker's
+# Peak rates of dense bfloat16 matrix products with float32 accumulation, in TFLOPS (float16 for
+# GPUs without bfloat16). Each figure comes from the document named above it. If a document gives
+# only the rate with sparsity, the figure is half of it.
+_PEAK_TFLOPS = {  # patterns for torch.cuda.get_device_name() without the vendor's name
     # NVIDIA Blackwell data sheet, HGX B200, for each GPU: FP16/BF16 4.5 PFLOPS with sparsity
     r"B200": 2250.0,
     # NVIDIA H200 data sheet, BFLOAT16: 1,979 (SXM) and 1,671 (NVL) with sparsity
@@ -52,13 +52,13 @@ _PEAK_TFLOPS = {  # by the name that torch.cuda.get_device_name gives, without t
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Returns a GPU's peak in dense bfloat16 products, in TFLOPS.
+    """Returns a GPU's peak rate of dense bfloat16 matrix products, in TFLOPS.
 
     Args:
-        device_name: As ``torch.cuda.get_device_name`` gives it.
+        device_name: The name from ``torch.cuda.get_device_name``.
 
     Returns:
-        None for a GPU that is not in the table, and for a part of one (MIG).
+        None if the GPU is not in the table, or is a MIG slice.
     """
     name = re.sub(r"^(NVIDIA|AMD|Tesla) ", "", device_name)
     for pattern, tflops in _PEAK_TFLOPS.items():
@@ -70,18 +70,22 @@ def peak_tflops(device_name: str) -> float | None:
 def flops_per_token(model: nn.Module, length: float) -> float | None:
     """Counts the floating-point operations of training a transformer on one token.
 
-    6 for each weight that is multiplied (2 in the forward pass, 4 in the backward pass, 2 of which
-    only a weight that is trained needs), and 12 for each layer, position and channel of the
-    queries in attention. Positions count all, as nanoGPT counts them, though a causal model needs
-    half. What activation checkpointing computes again does not count.
+    The count has two terms:
+
+    - 6 for each weight of a matrix product: 2 in the forward pass, 4 in the backward pass. A frozen
+      weight counts 4.
+    - 12 for each layer, position and query channel of attention. All positions count, as in
+      nanoGPT, although a causal model needs only half of them.
+
+    The recomputation of activation checkpointing does not count.
 
     Args:
-        model: A model of transformers, which has a ``config``.
+        model: A transformers model, with a ``config``.
         length: The mean length of the sequences, in tokens.
 
     Returns:
-        None where the formula does not hold: for a mixture of experts, and for a configuration
-        without layers and heads.
+        None if the formula does not hold: for a mixture of experts, and for a configuration
+        without layers, heads and hidden size.
     """
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
@@ -93,7 +97,7 @@ def flops_per_token(model: nn.Module, length: float) -> float | None:
     if not (layers and heads and width) or any(getattr(config, name, None) for name in experts):
         return None
 
-    # looking up an embedding multiplies nothing, but where it is the output layer's weight too
+    # an embedding lookup multiplies nothing, unless its weight is also the output layer's
     head = getattr(model, "get_output_embeddings", lambda: None)()
     looked_up = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
@@ -108,5 +112,5 @@ def flops_per_token(model: nn.Module, length: float) -> float | None:
 
 
 def device_peak_tflops() -> float | None:
-    """Returns the peak of the GPU in use; None where there is none or it is not in the table."""
+    """Returns the GPU's peak in TFLOPS; None without a GPU, or if the table does not have it."""
     return peak_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None

@@ -1,4 +1,4 @@
-"""How a run's gradients are: norms, clipping, the updates that they make, NaNs among them."""
+"""The health of a run's gradients: norms, clipping, sizes of updates, non-finite values."""
 
 import functools
 import itertools
@@ -15,26 +15,26 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from striped_hf.trainer.callbacks import LoggedFigures
 
-_SAMPLED_VALUES = 4096  # of each matrix, for its update: 1 to 2% of error in a norm
-_COUNTED_VALUES = 1 << 22  # looked at in one piece, to keep temporaries small
+_SAMPLED_VALUES = 4096  # of each matrix; the error of a norm is 1 to 2%
+_COUNTED_VALUES = 1 << 22  # at a time, to keep temporaries small
 
 
 class GradientHealth(LoggedFigures):
-    """Norms, clipping, updates and non-finite values, of all steps since the last log.
+    """Logs gradient norms, clipping, sizes of updates and non-finite values.
 
-    Of every step:
+    Over all steps since the last log:
 
-    - ``grad_norm_mean``, ``grad_norm_max``: the finite norms before clipping. (Trainer's own
-      ``grad_norm`` is that of the last step.)
-    - ``clipped_share``: the share of steps whose gradient was clipped, from 0 to 1.
-    - ``nonfinite_steps``: the steps whose gradient had an infinity or a NaN.
+    - ``grad_norm_mean``, ``grad_norm_max``: mean and maximum of the finite norms before clipping.
+      (Trainer's own ``grad_norm`` is the last step's norm.)
+    - ``clipped_share``: the share of steps with a clipped gradient, from 0 to 1.
+    - ``nonfinite_steps``: the number of steps with an infinity or a NaN in the gradient.
 
-    Of the first step and of each one that is logged, where a reading costs least:
+    For the first step and each logged step only, to save time:
 
-    - ``nonfinite_values``: how many values of the gradient were infinite or NaN.
-    - ``update_ratio_attn``, ...: how far the step moved a matrix, relative to its length; the
-      largest in each group of layers, which go by their names in a block (``attn``, ``mlp``) or in
-      the model (``wte``). From 4,096 values of each matrix.
+    - ``nonfinite_values``: the number of infinities and NaNs in the gradient.
+    - ``update_ratio_attn``, ...: the norm of a matrix's update divided by the norm of the matrix,
+      both estimated from 4,096 values. The figure is the largest ratio in a group of layers. A
+      group has the name of its layers in a block (``attn``, ``mlp``) or in the model (``wte``).
     """
 
     def __init__(self) -> None:
@@ -47,12 +47,12 @@ class GradientHealth(LoggedFigures):
         self._sharded = False
 
     def recording(self, clip_grad_norm: Callable[..., Any]) -> Callable[..., Any]:
-        """Wraps ``Accelerator.clip_grad_norm_`` to keep what it returns."""
+        """Wraps ``Accelerator.clip_grad_norm_`` to keep the norms that it returns."""
 
         @functools.wraps(clip_grad_norm)
         def recorded(parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
             parameters = list(parameters)
-            if self._sampling:  # here, for clipping by a NaN makes all of it NaN
+            if self._sampling:  # before clipping: a norm that is NaN makes every value NaN
                 self._nonfinite = _nonfinite_values(parameters)
             norm = clip_grad_norm(parameters, max_norm, *args, **kwargs)
             if norm is not None:  # None from DeepSpeed before its first step
@@ -65,21 +65,21 @@ class GradientHealth(LoggedFigures):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forgets what was before."""
+        """Clears the figures of an earlier run."""
         self._norms.clear()
         self._nonfinite = self._squares = None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Decides whether this step is looked at closely."""
+        """Decides whether to sample this step."""
         step = state.global_step + 1
         self._sampling = step == 1 or step % state.logging_steps == 0
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keeps a sample of the weights, to see how far the step moves them."""
+        """Samples the weights before the step."""
         if self._sampling:
             self._before = {
                 name: _sample(param).clone() for name, param in _matrices(kwargs["model"])
@@ -88,7 +88,7 @@ class GradientHealth(LoggedFigures):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Compares the sample with the weights that the step made."""
+        """Compares the sample with the weights after the step."""
         if not self._before:
             return
         squares, groups = [], []
@@ -104,7 +104,7 @@ class GradientHealth(LoggedFigures):
     def figures(
         self, args: TrainingArguments, state: TrainerState, **kwargs: Any
     ) -> dict[str, Any]:
-        """Returns what the steps since the last log were like."""
+        """Returns the figures of the steps since the last log."""
         figures: dict[str, Any] = {}
         if self._norms:
             norms = torch.stack([_whole(norm).detach().float() for norm in self._norms]).cpu()
@@ -123,23 +123,23 @@ class GradientHealth(LoggedFigures):
             for group, distance, length in zip(groups, moved, weights, strict=True):
                 key = f"update_ratio_{group}"
                 ratio = distance / length if length else 0.0
-                # not max(): a NaN has to stay
+                # not max(), which can drop a NaN
                 figures[key] = figures[key] if figures.get(key, -1.0) >= ratio else ratio
         self._nonfinite = self._squares = None
         return figures
 
     def _over_processes(self, sums: Tensor) -> Tensor:
-        """Adds up what the processes have of sharded parameters; replicas have it all already."""
+        """Sums over the processes if parameters are sharded; replicas have the whole sums."""
         if self._sharded:
             dist.all_reduce(sums)
         return sums
 
 
 def layer_group(name: str) -> str:
-    """Names the group of layers that a parameter belongs to.
+    """Returns the name of a parameter's group of layers.
 
-    ``transformer.h.3.attn.c_attn.weight`` is in ``attn``, as that of any other block, and
-    ``transformer.wte.weight`` in ``wte``.
+    ``transformer.h.3.attn.c_attn.weight`` is in ``attn``, like its counterparts in other blocks;
+    ``transformer.wte.weight`` is in ``wte``.
     """
     path = name.split(".")[:-1] or [name]
     in_block = [part for number, part in itertools.pairwise(path) if number.isdigit()]
@@ -147,7 +147,7 @@ def layer_group(name: str) -> str:
 
 
 def _matrices(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Lists the trained parameters of two dimensions or more, whose length means something."""
+    """Lists the trained parameters of two or more dimensions."""
     return [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.ndim > 1]
 
 
@@ -161,16 +161,16 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _sample(param: Tensor) -> Tensor:
-    """Returns about 4,096 values of this process's part, evenly spread: [n], in its own dtype."""
+    """Returns about 4,096 evenly spread values of this process's part: [n], in its own dtype."""
     values = _local(param.detach()).flatten()
-    # an odd stride, for an even one would stay in a few of the columns
+    # an odd stride: an even one would hit only a few of the columns
     return values[:: values.numel() // _SAMPLED_VALUES | 1]
 
 
 def _nonfinite_values(parameters: list[nn.Parameter]) -> Tensor:
-    """Counts infinities and NaNs in gradients: a float64 scalar, to be added over the processes.
+    """Counts infinities and NaNs in gradients: a float64 scalar, to be summed over the processes.
 
-    The norm says first whether there are any, so that a healthy gradient is read only once.
+    The norm shows whether there are any, so a healthy gradient is read only once.
     """
     gradients = [param.grad for param in parameters if param.grad is not None]
     count = 0.0
@@ -185,7 +185,7 @@ def _nonfinite_values(parameters: list[nn.Parameter]) -> Tensor:
 
 
 def _processes_with_the_same(tensor: Tensor) -> int:
-    """Counts the processes that hold the same values as this one does, itself among them."""
+    """Counts the processes with the same values as this one, including this one."""
     if not isinstance(tensor, DTensor):
         return dist.get_world_size()
     sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)

@@ -1,4 +1,4 @@
-"""Memory: what tensors and an optimizer's state store, and this process's peak."""
+"""Memory: the bytes of tensors and of an optimizer's state, and this process's peak."""
 
 import sys
 from collections.abc import Iterator
@@ -9,16 +9,16 @@ from torch.distributed.tensor import DTensor
 
 
 def tensor_bytes(value: Any, whole: bool = False) -> int:
-    """Counts the bytes that all tensors in a value store.
+    """Counts the bytes of all tensors in a value.
 
-    Looks into dicts, lists and tuples, and into tensor subclasses that wrap others, as the coded
-    states of torchao do (their own ``nbytes`` is the decoded tensor's). A tensor that is there more
-    than once counts once.
+    Looks into dicts, lists, tuples, and tensor subclasses that wrap other tensors, such as
+    torchao's quantized states (their ``nbytes`` is the size of the decoded tensor). A tensor that
+    occurs more than once counts once.
 
     Args:
-        value: What holds the tensors.
-        whole: Of a ``DTensor``, counts all of the tensor, as one process without shards would have
-            it; otherwise this process's part.
+        value: A tensor, or a container of tensors.
+        whole: Whether a ``DTensor`` counts with its whole shape; otherwise only this process's
+            part counts.
     """
     tensors = {id(tensor): tensor for tensor in _tensors(value, whole)}
     return sum(tensor.nbytes for tensor in tensors.values())
@@ -26,7 +26,7 @@ def tensor_bytes(value: Any, whole: bool = False) -> int:
 
 def _tensors(value: Any, whole: bool) -> Iterator[torch.Tensor]:
     if whole and isinstance(value, DTensor):
-        yield value  # whose nbytes are of its whole shape
+        yield value  # its nbytes are for the whole shape
     elif hasattr(value, "__tensor_flatten__"):
         names, _ = value.__tensor_flatten__()
         for name in names:
@@ -42,19 +42,19 @@ def _tensors(value: Any, whole: bool) -> Iterator[torch.Tensor]:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Counts the bytes of all tensors in an optimizer's state, of sharded ones all shards'."""
+    """Counts the bytes of all tensors in an optimizer's state, with all shards of sharded ones."""
     return tensor_bytes(dict(optimizer.state), whole=True)
 
 
 def peak_memory_mib() -> float:
-    """Returns the most memory used so far: the GPU's allocations, or else the process's, in MiB."""
+    """Returns the peak memory in MiB: of the GPU's allocations, or without a GPU of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    if sys.platform == "win32":  # where Python has no `resource`
+    if sys.platform == "win32":  # has no `resource`
         import psutil
 
         return float(psutil.Process().memory_info().peak_wset) / 2**20
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, others KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

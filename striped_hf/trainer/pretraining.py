@@ -1,9 +1,9 @@
-"""A Trainer for long runs: windows in the order they have, and batches that grow with the tokens.
+"""A Trainer for long runs: windows in their own order, and batches that grow with the tokens.
 
-``Trainer`` knows a run's batch size as one number, ``gradient_accumulation_steps``: where a step
-ends, what a resumed run skips, how long the run is and the learning rate all follow from it, so it
-cannot change on the way. Where the batch is to grow, one step's whole batch is therefore one batch
-of Trainer's, and it is taken apart, and its gradients accumulated, inside of ``training_step``.
+``Trainer`` has one ``gradient_accumulation_steps`` for the whole run. The end of a step, the
+batches that a resumed run skips, the length of the run and the learning rate all depend on it, so
+it cannot change during the run. With a growing batch, the data loader therefore gives Trainer the
+whole batch of a step as one batch. ``training_step`` splits it and accumulates the gradients.
 """
 
 import copy
@@ -24,18 +24,18 @@ from striped_hf.trainer.causal_lm import CausalLMTrainer
 
 
 def growing_accumulation(full: int, total: int, warmup: float) -> NDArray[np.int64]:
-    """Counts the rounds of each step of a run whose batch grows linearly with what it has read.
+    """Returns the number of rounds in each step, for a batch that grows linearly with the tokens.
 
-    A round is one forward and backward pass on every process. The first step has one, and a step
-    that begins after r rounds has 1 + (full - 1) r / warmup, rounded down, ``full`` at most.
+    A round is one forward and backward pass on every process. The first step has one round. A step
+    that begins after r rounds has 1 + (full - 1) r / warmup rounds, rounded down, at most ``full``.
 
     Args:
         full: The rounds of a full step.
-        total: The rounds of the whole run; its last step takes what is left of them.
-        warmup: After how many rounds a step is full.
+        total: The rounds of the whole run. The last step gets the rounds that remain.
+        warmup: The number of rounds after which every step is full.
 
     Returns:
-        Rounds, one number a step.
+        The rounds of each step, [steps], int64.
     """
     steps: list[int] = []
     done = 0
@@ -48,15 +48,15 @@ def growing_accumulation(full: int, total: int, warmup: float) -> NDArray[np.int
 
 
 class WindowBatches:
-    """The batches of one process: windows in their order, of each batch the process's own part.
+    """One process's part of each batch: windows in their own order.
 
-    A ``batch_sampler`` for ``DataLoader``. It yields ranges, so that a resumed run skips millions
-    of batches in seconds and no permutation of all windows is kept.
+    A ``batch_sampler`` for ``DataLoader``. It yields ranges, so a resumed run skips millions of
+    batches in seconds, and no permutation of all windows is in memory.
 
     Args:
-        sizes: How many windows each batch has on every process.
-        process: Which process this is.
-        processes: How many there are.
+        sizes: The number of windows in each batch on each process, [batches], int64.
+        process: The index of this process.
+        processes: The number of processes.
     """
 
     def __init__(self, sizes: NDArray[np.int64], process: int, processes: int) -> None:
@@ -74,23 +74,25 @@ class WindowBatches:
 
 
 class PretrainingTrainer(CausalLMTrainer):
-    """Trainer over random windows, which it takes in their order, on any number of processes.
+    """A Trainer that reads random windows in their own order, on any number of processes.
 
-    It counts the tokens it has trained on, over all processes, in ``state.num_input_tokens_seen``
-    and in every log, without the synchronisation that ``include_num_input_tokens_seen`` costs.
+    ``state.num_input_tokens_seen`` and every log count the tokens of training over all processes,
+    without the synchronization of ``include_num_input_tokens_seen``.
 
     Args:
-        args: As for ``Trainer``; ``max_steps`` and the schedule's warm-up count steps of the full
-            batch, and so fix how many tokens the run has and the learning rate at each of them.
-        train_dataset: Windows enough for the run.
-        batch_size_warmup: After how many tokens a step has the full batch. Before, the batch grows
-            linearly with the tokens, from one window batch on every process, by accumulation; the
-            run then takes more steps for its tokens (``trainer.args.max_steps``), and each has the
-            learning rate that a run of full batches has at the same token. 0: all are full.
+        args: As for ``Trainer``. ``max_steps`` and the schedule's warm-up count steps of the full
+            batch, so they fix the number of tokens and the learning rate at each token.
+        train_dataset: Enough windows for the run.
+        batch_size_warmup: The number of tokens after which every step has the full batch. Until
+            then the batch grows linearly with the tokens, by gradient accumulation, from one
+            micro-batch on every process. The run takes more steps (``trainer.args.max_steps``) for
+            the same tokens. At each token it has the same learning rate as a run of full batches.
+            0: all batches are full.
 
     Raises:
-        ValueError: ``batch_size_warmup`` is negative, longer than the run, or there is nothing to
-            grow by; or the learning rate's schedule is no function of the step.
+        ValueError: ``batch_size_warmup`` is negative or longer than the run;
+            ``gradient_accumulation_steps`` is 1, so that the batch cannot grow; or the schedule's
+            learning rate is not a function of the step.
     """
 
     def __init__(
@@ -102,7 +104,7 @@ class PretrainingTrainer(CausalLMTrainer):
         **kwargs: Any,
     ) -> None:
         self._full_steps, self._full = args.max_steps, args.gradient_accumulation_steps
-        self._rounds: NDArray[np.int64] | None = None  # of each step, where they grow
+        self._rounds: NDArray[np.int64] | None = None  # of each step, if the batch grows
         if batch_size_warmup:
             tokens = args.train_batch_size * args.world_size * train_dataset.block_size  # a round
             total = self._full_steps * self._full
@@ -118,14 +120,14 @@ class PretrainingTrainer(CausalLMTrainer):
                     "per_device_train_batch_size, or pass batch_size_warmup=0"
                 )
             self._rounds = growing_accumulation(self._full, total, batch_size_warmup / tokens)
-            args = copy.copy(args)  # the caller's stays as it was
+            args = copy.copy(args)  # do not change the caller's
             args.max_steps, args.gradient_accumulation_steps = len(self._rounds), 1
         super().__init__(args=args, train_dataset=train_dataset, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Returns this process's batches. They need no preparation by accelerate."""
         args = self.args
-        if self._rounds is None:  # no array of millions where all are the same
+        if self._rounds is None:  # all sizes are the same: no array of millions
             batches = args.max_steps * args.gradient_accumulation_steps
             sizes = np.broadcast_to(np.int64(args.train_batch_size), batches)
         else:
@@ -143,7 +145,7 @@ class PretrainingTrainer(CausalLMTrainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: Optimizer | None = None
     ) -> LRScheduler:
-        """Makes the schedule, which where batches grow is the full batches' at the same tokens."""
+        """Makes the schedule. Growing batches get the full batches' rate at the same tokens."""
         if self._rounds is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         scheduler = super().create_scheduler(self._full_steps, optimizer)
@@ -152,7 +154,7 @@ class PretrainingTrainer(CausalLMTrainer):
                 f"lr_scheduler_type={self.args.lr_scheduler_type}: its rate is no function of the "
                 "step, and batch_size_warmup needs one: pass another, or batch_size_warmup=0"
             )
-        # the full step that has the step's first token: a schedule may not know of parts of one
+        # the full step with this step's first token: a schedule may accept only whole steps
         full_step = np.concatenate(([0], self._rounds.cumsum())) // self._full
 
         def by_tokens(rate: Callable[[int], float]) -> Callable[[int], float]:
@@ -167,8 +169,8 @@ class PretrainingTrainer(CausalLMTrainer):
         inputs: dict[str, Tensor],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Accumulates the gradients of a batch, window batch by window batch; returns its loss."""
-        if self.args.include_num_input_tokens_seen in (False, "no"):  # else Trainer counts too
+        """Accumulates a batch's gradients, one micro-batch at a time; returns the batch's loss."""
+        if self.args.include_num_input_tokens_seen in (False, "no"):  # otherwise Trainer counts
             self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
         if self._rounds is None:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -179,7 +181,7 @@ class PretrainingTrainer(CausalLMTrainer):
                 *(inputs[name].split(self.args.train_batch_size) for name in names), strict=True
             )
         ]
-        # what Trainer divides by for a model that does not take the number of its targets
+        # Trainer's divisor for a model that does not accept num_items_in_batch
         self.current_gradient_accumulation_steps = len(parts)
         losses = []
         for part in parts[:-1]:
@@ -189,6 +191,6 @@ class PretrainingTrainer(CausalLMTrainer):
         return torch.stack(losses).sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs as ``Trainer`` does, with the tokens so far."""
+        """Logs like ``Trainer``, and adds the number of tokens so far."""
         logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
         super().log(logs, start_time)

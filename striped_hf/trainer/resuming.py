@@ -1,4 +1,4 @@
-"""What may be resumed: a checkpoint that is whole, and of the same run."""
+"""Checks before a run resumes: the checkpoint is whole, and it is of the same run."""
 
 import hashlib
 import json
@@ -17,8 +17,8 @@ from striped_hf.differences import differences
 
 IDENTITY = "run_identity.json"  # in each checkpoint
 _STATE = "trainer_state.json"
-# What a checkpoint's own values replace, silently, or what would make its counts and windows wrong.
-# The optimizer's name is not among them: one continues from another's state.
+# Arguments that a checkpoint overrides silently, or that would make its counts and windows wrong.
+# `optim` is not among them: a run may continue with another optimizer.
 _ARGUMENTS = (
     *("seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
@@ -26,15 +26,15 @@ _ARGUMENTS = (
 
 
 def run_identity(trainer: Trainer, args: TrainingArguments, **options: Any) -> dict[str, Any]:
-    """Describes a run by what makes it another run: data, model, batch and schedule.
+    """Describes a run by its data, model, batch and schedule. Other values make another run.
 
     Args:
         trainer: Before ``train()``, over the data sets of ``striped_hf.data``.
-        args: As they were parsed.
-        options: The recipe's own settings that count.
+        args: The parsed arguments.
+        options: The recipe's own settings that are part of the identity.
 
     Returns:
-        Values of JSON's types. ``max_steps`` is among them, but may differ in a run that goes on.
+        JSON-serializable values. They include ``max_steps``, which a resumed run may change.
     """
     train, val = trainer.train_dataset, trainer.eval_dataset
     assert isinstance(train, RandomWindows)
@@ -69,31 +69,31 @@ def run_identity(trainer: Trainer, args: TrainingArguments, **options: Any) -> d
 
 
 def windows_per_step(args: TrainingArguments) -> int:
-    """Returns how many windows of the data one optimizer step trains on, over all processes."""
+    """Returns the number of windows in one optimizer step, over all processes."""
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def check_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:
-    """Checks that a checkpoint is of the run that is to go on from it.
+    """Checks that a checkpoint is of this run.
 
     Args:
-        checkpoint: A folder that :func:`check_whole` has passed.
-        identity: This run's, from :func:`run_identity`.
+        checkpoint: A folder that :func:`check_whole` has accepted.
+        identity: This run's identity, from :func:`run_identity`.
 
     Raises:
-        UserError: It is of another run; the message says what differs.
+        UserError: The checkpoint is of another run; the message names the differences.
     """
     path = checkpoint / IDENTITY
     if not path.exists():
         _note(
-            f"{checkpoint} does not say which run it is of: make sure that data, model, batch and "
-            "schedule are the same"
+            f"{checkpoint} does not name its run: make sure that data, model, batch and schedule "
+            "are the same"
         )
         return
     before, now = json.loads(path.read_text(encoding="utf-8")), dict(identity)
     steps = before.pop("max_steps", None), now.pop("max_steps", None)
     before.pop("save_only_model", None)
-    # what another version of transformers adds to a configuration does not make another model
+    # a configuration's entries that another version of transformers adds do not count
     shared = before.get("model", {}).keys() & now["model"].keys()
     for each in (before, now):
         each["model"] = {key: each.get("model", {})[key] for key in sorted(shared)}
@@ -109,13 +109,13 @@ def check_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:
 
 
 def last_checkpoint(output_dir: str) -> Path | None:
-    """Finds the newest checkpoint that is whole; of each newer one that is not it says why.
+    """Finds the newest whole checkpoint, and prints what is wrong with newer ones.
 
     Returns:
-        None where there is no checkpoint at all.
+        None if there is no checkpoint at all.
 
     Raises:
-        UserError: There are checkpoints, and none is whole.
+        UserError: There are checkpoints, but none is whole.
     """
     found = checkpoints(Path(output_dir))
     wrong = None
@@ -146,12 +146,12 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def check_whole(checkpoint: Path) -> None:
-    """Checks that a folder is a checkpoint, with all that a run needs to go on.
+    """Checks that a folder is a checkpoint with all files that a run needs to continue.
 
-    All files are read, so that damage is found here: a part of a file, or other bytes in it.
+    Reads JSON files, the headers of safetensors files and torch's files with their checksums.
 
     Raises:
-        UserError: It is none, or a file is missing or damaged; the message names it.
+        UserError: It is no checkpoint, or a file is missing or damaged; the message names it.
     """
     flag = f"--resume_from_checkpoint {checkpoint}"
     if not checkpoint.is_dir():
@@ -190,7 +190,7 @@ def _check_file(path: Path) -> None:
     elif path.suffix in (".pt", ".pth", ".bin"):  # torch's files are ZIP files, with checksums
         with zipfile.ZipFile(path) as file:
             if (name := file.testzip()) is not None:
-                raise ValueError(f"the checksum of {name} is another")
+                raise ValueError(f"the checksum of {name} is wrong")
 
 
 def _saved_only_model(checkpoint: Path) -> bool:

@@ -1,4 +1,4 @@
-"""A run and its folder: locked, begun or continued, and left as a Hugging Face model folder."""
+"""A run and its folder: locked during the run, and a Hugging Face model folder at its end."""
 
 import contextlib
 import math
@@ -50,10 +50,10 @@ split, and as many tokens of the training split.
 
 @contextlib.contextmanager
 def run_folder(args: TrainingArguments) -> Iterator[None]:
-    """Keeps a run's folder, ``args.output_dir``, for this run as long as the context lasts.
+    """Locks a run's folder, ``args.output_dir``, for as long as the context lasts.
 
     Raises:
-        UserError: Another run is in it, or it cannot be written to.
+        UserError: Another run uses the folder, or the folder is not writable.
     """
     if not is_main_process():
         yield
@@ -70,19 +70,19 @@ def run_folder(args: TrainingArguments) -> Iterator[None]:
 
 
 def train(trainer: CausalLMTrainer, args: TrainingArguments, **options: Any) -> None:
-    """Trains, from the beginning or from ``args.resume_from_checkpoint`` where that is of this run.
+    """Trains from the beginning, or from ``args.resume_from_checkpoint``.
 
-    Where it begins, and the folder has an earlier run, that run's checkpoints and its ``run.json``
-    go when the first checkpoint of this one is written.
+    If a new run finds an earlier run in its folder, it deletes the earlier checkpoints and
+    ``run.json`` when it writes its own first checkpoint.
 
     Args:
-        trainer: Over the data sets of ``striped_hf.data``.
-        args: As they were parsed.
-        options: The recipe's own settings that make another run of it.
+        trainer: A trainer over the data sets of ``striped_hf.data``.
+        args: The parsed arguments.
+        options: The recipe's own settings that are part of the run's identity.
 
     Raises:
         UserError: The checkpoint is of another run, a checkpoint cannot be written, or a tracker of
-            ``args.report_to`` refuses.
+            ``args.report_to`` fails.
     """
     trainer.identity = run_identity(trainer, args, **options)
     folder = Path(args.output_dir or "")
@@ -116,41 +116,42 @@ def finish_run(
 ) -> dict[str, Any]:
     """Evaluates the trained model and writes the run's folder, ``args.output_dir``.
 
-    The folder holds the model, its tokenizer, ``trainer_state.json`` with the losses over time,
-    ``run.json`` with what was measured, and a model card. Only the main process writes. With
-    ``args.push_to_hub`` it is then pushed as it is.
+    The folder gets the model, its tokenizer, ``trainer_state.json`` with the losses over time,
+    ``run.json`` with the measurements, and a model card. Only the main process writes. With
+    ``args.push_to_hub`` the folder is then pushed to the hub.
 
     Args:
-        trainer: After ``train()``; its ``eval_dataset`` are the val split's ``ContiguousBlocks``.
-        measurements: The callback that accompanied the training.
-        train: The training split, for the training loss and for the card.
-        base_model: What was finetuned; None for a model trained from scratch.
+        trainer: After ``train()``; ``eval_dataset`` is the ``ContiguousBlocks`` of the val split.
+        measurements: The trainer's ``RunMeasurements`` callback.
+        train: The training split, for the training loss and the card.
+        base_model: The name or folder of the finetuned model; None for training from scratch.
 
     Returns:
-        What ``run.json`` holds: ``optim``, ``learning_rate``, ``seed``, ``processes``, ``steps``,
-        ``tokens`` trained on, ``parameters`` and their ``dtype``, the optimizer's ``state_bytes``
-        and ``state_bytes_per_param``, both over all processes, this process's ``peak_memory_mib``,
-        ``median_step_ms``, ``train_loss``, ``eval_loss``, ``eval_tokens`` and more. What is not
-        finite, such as the losses of a run that diverged, is None.
+        The content of ``run.json``: ``optim``, ``learning_rate``, ``seed``, ``processes``,
+        ``steps``, ``tokens`` of training, ``parameters`` and their ``dtype``, the optimizer's
+        ``state_bytes`` and ``state_bytes_per_param`` over all processes, this process's
+        ``peak_memory_mib``, ``median_step_ms``, ``train_loss``, ``eval_loss`` (nats per token),
+        ``eval_tokens`` and more. Values that are not finite, such as the losses of a run that
+        diverged, are None.
 
     Raises:
-        UserError: The folder cannot be written to.
+        UserError: The folder is not writable.
     """
     args, model, blocks = trainer.args, trainer.model, trainer.eval_dataset
     assert isinstance(model, PreTrainedModel)
     assert isinstance(blocks, ContiguousBlocks)
     folder = Path(args.output_dir or "")
-    measured = measurements.results()  # before evaluation below adds to the peak
+    measured = measurements.results()  # before the evaluation, which may raise the peak
     evaluation = trainer.evaluate()
     train_blocks = ContiguousBlocks(train, blocks.block_size)
     head = Subset(train_blocks, range(min(len(blocks), len(train_blocks))))
     train_evaluation = trainer.evaluate(head, metric_key_prefix="train_blocks")
 
     model.config.use_cache = True  # Trainer turned it off for training
-    if trainer.is_fsdp_enabled:  # else each process would keep its shards to itself
+    if trainer.is_fsdp_enabled:  # otherwise each process would save only its shards
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     with saving(folder):
-        # internal, or it would be pushed before the rest is there
+        # _internal_call: do not push before the other files are there
         trainer.save_model(_internal_call=True)
         trainer.save_state()
     parameters = model.num_parameters(only_trainable=True)
@@ -164,7 +165,7 @@ def finish_run(
         "seed": args.seed,
         "processes": args.world_size,
         "steps": trainer.state.global_step,
-        # counted where steps differ in their tokens
+        # Trainer's count, if it has one: steps may differ in their tokens
         "tokens": trainer.state.num_input_tokens_seen
         or trainer.state.global_step * windows_per_step(args) * blocks.block_size,
         "parameters": parameters,
@@ -192,7 +193,7 @@ def finish_run(
 
 
 def _dtype(model: PreTrainedModel, args: TrainingArguments) -> str:
-    """Names the dtype of the weights, and of the computation where autocast makes it another."""
+    """Names the dtype of the weights, and autocast's dtype if it is on."""
     autocast = "bfloat16" if args.bf16 else "float16" if args.fp16 else ""
     weights = str(model.dtype).removeprefix("torch.")
     return f"{weights}, {autocast} autocast" if autocast else weights
@@ -251,5 +252,5 @@ def _card(
         block_size=blocks.block_size,
         command=run["command"],
     )
-    ModelCard(text)  # parses the metadata, and so checks it
+    ModelCard(text)  # parses and so checks the metadata
     return text

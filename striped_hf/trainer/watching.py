@@ -1,9 +1,9 @@
 """Watching a run: speed, memory and the health of its gradients, in every log.
 
-``watch(trainer)`` adds them to what any Trainer logs while it trains, so that they are wherever its
-loss is: in the console, in ``trainer_state.json`` and in every tracker of ``report_to``.
+``watch(trainer)`` adds them to each log of training, beside the loss: in the console, in
+``trainer_state.json`` and in every tracker of ``report_to``.
 
-Nothing here waits for a GPU between two logs: what a step measures stays on the device.
+Nothing waits for a GPU between two logs: measurements stay on the device until then.
 """
 
 import functools
@@ -23,16 +23,16 @@ from striped_hf.trainer.memory import peak_memory_mib, tensor_bytes
 
 
 def watch(trainer: Trainer, peak_tflops: float | None = None) -> None:
-    """Makes a Trainer log how fast it trains, what memory it takes and how its gradients are.
+    """Makes a Trainer log its speed, its memory and the health of its gradients.
 
-    Every entry with a ``loss`` gets those of :class:`Throughput`, :class:`MemoryUse` and
-    :class:`GradientHealth` too, and the progress bar shows loss and tokens per second. Each can be
-    taken away again: ``trainer.remove_callback(GradientHealth)``.
+    Every log with a ``loss`` gets the figures of :class:`Throughput`, :class:`MemoryUse` and
+    :class:`GradientHealth`. The progress bar shows loss and tokens per second. To remove a
+    callback again: ``trainer.remove_callback(GradientHealth)``.
 
     Args:
         trainer: Any ``transformers.Trainer``, before ``train()``.
-        peak_tflops: What its device can compute, in dense bfloat16 TFLOPS, for MFU; None for the
-            table of ``striped_hf.trainer.flops``. Without either there is no MFU.
+        peak_tflops: The device's peak in dense bfloat16 TFLOPS, for MFU. None: look it up in the
+            table of ``striped_hf.trainer.flops``; a device not in the table gets no MFU.
 
     Raises:
         ValueError: The peak is not positive.
@@ -42,21 +42,22 @@ def watch(trainer: Trainer, peak_tflops: float | None = None) -> None:
             f"peak_tflops={peak_tflops}: must be positive, the device's dense bfloat16 TFLOPS"
         )
     throughput, health = Throughput(peak_tflops), GradientHealth()
-    # no event of Trainer has these two: what a step reads, and its gradients before clipping
+    # Trainer has no event with a step's inputs, and none with its gradients before clipping
     trainer.training_step = throughput.counting(trainer.training_step)  # type: ignore[method-assign]
     accelerator = trainer.accelerator
     accelerator.clip_grad_norm_ = health.recording(accelerator.clip_grad_norm_)
-    # before the trackers' callbacks, which Trainer puts before those that it is given
+    # before the trackers' callbacks, which come first in Trainer's list
     trainer.callback_handler.callbacks[:0] = [throughput, MemoryUse(), health]
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ThroughputBar())
 
 
 class Throughput(LoggedFigures):
-    """Tokens per second since the last log, and MFU where the device's peak is known.
+    """Logs tokens per second since the last log, and MFU if the device's peak is known.
 
-    - ``tokens_per_second``: the tokens of ``input_ids``, padding included, over all processes (of
-      which the others are taken to have as many), without the time of evaluation and checkpoints.
+    - ``tokens_per_second``: the tokens of ``input_ids``, including padding, over all processes
+      (each is assumed to have as many as this one). The time of evaluation and checkpoints is
+      excluded.
     - ``mfu``: see ``striped_hf.trainer.flops``; 1 is the peak of all devices.
 
     Args:
@@ -67,7 +68,7 @@ class Throughput(LoggedFigures):
         self._peak_tflops = peak_tflops
         self._begin: float | None = None  # of the interval
         self._last_event = self._paused = 0.0
-        self._tokens = self._positions = 0  # positions: the length of each token's sequence
+        self._tokens = self._positions = 0  # positions: the sequence length, summed over tokens
 
     def counting(self, training_step: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Wraps ``Trainer.training_step`` to count its tokens."""
@@ -85,7 +86,7 @@ class Throughput(LoggedFigures):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Finds the device's peak, and forgets what was before."""
+        """Finds the device's peak, and clears the figures of an earlier run."""
         if self._peak_tflops is None and not args.use_cpu:
             self._peak_tflops = device_peak_tflops()
         self._begin = None
@@ -93,20 +94,20 @@ class Throughput(LoggedFigures):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begins the first interval; the others begin where one ends."""
+        """Begins the first interval; each later one begins at the end of the one before."""
         if self._begin is None:
             self._restart()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Notes when evaluation or a checkpoint may begin."""
+        """Notes the time at which evaluation or a checkpoint may begin."""
         self._last_event = time.perf_counter()
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leaves out the time that evaluation took."""
+        """Excludes the time of the evaluation."""
         now = time.perf_counter()
         self._paused += now - self._last_event
         self._last_event = now
@@ -119,7 +120,7 @@ class Throughput(LoggedFigures):
         """Returns the speed of the interval that ends here, and begins the next."""
         if self._begin is None or self._tokens == 0:
             return {}
-        # Trainer has read the loss, so that the device has done all of the interval
+        # Trainer has read the loss, so the device has finished the interval's work
         per_second = self._tokens / (time.perf_counter() - self._begin - self._paused)
         length = self._positions / self._tokens
         self._restart()
@@ -138,11 +139,11 @@ class Throughput(LoggedFigures):
 
 
 class MemoryUse(LoggedFigures):
-    """The most memory used so far, and what the optimizer keeps, on this process.
+    """Logs this process's peak memory and the size of its optimizer state.
 
-    - ``peak_memory_mib``: of the GPU's allocator, or else of the whole process.
-    - ``state_mib_exp_avg``, ...: the optimizer's state by kind, in its own names; logged again only
-      when it has changed.
+    - ``peak_memory_mib``: of the GPU's allocator, or without a GPU of the whole process.
+    - ``state_mib_exp_avg``, ...: the size of the optimizer's state entries, by key; logged only
+      when a size has changed.
     """
 
     def __init__(self) -> None:
@@ -151,7 +152,7 @@ class MemoryUse(LoggedFigures):
     def figures(
         self, args: TrainingArguments, state: TrainerState, **kwargs: Any
     ) -> dict[str, Any]:
-        """Returns the peak, and the state's sizes where they are new."""
+        """Returns the peak, and the state's sizes if they have changed."""
         sizes = {
             f"state_mib_{kind}": size / 2**20
             for kind, size in state_bytes_by_kind(kwargs["optimizer"]).items()
@@ -162,7 +163,7 @@ class MemoryUse(LoggedFigures):
 
 
 class ThroughputBar(ProgressCallback):
-    """Trainer's progress bar, with the last logged loss and tokens per second."""
+    """Trainer's progress bar with the last logged loss and tokens per second."""
 
     def on_log(
         self,
@@ -182,7 +183,7 @@ class ThroughputBar(ProgressCallback):
 
 
 def state_bytes_by_kind(optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Counts an optimizer's state on this process, in bytes by key; counters of steps left out."""
+    """Returns the bytes of an optimizer's state on this process by key, without ``step``."""
     kinds: dict[str, list[Any]] = {}
     for state in optimizer.state.values():
         for kind, value in state.items():

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import training_step, turns
 
-# What nanoGPT's train.py is for the benchmark: flags that it knows, its data, its lines.
+# A stand-in for nanoGPT's train.py, with its flags, its data and its lines.
 STAND_IN = """\
 import os, pickle, sys, time
 import numpy as np
@@ -20,7 +20,7 @@ flags = dict(flag.removeprefix("--").split("=", 1) for flag in sys.argv[1:])
 known = "dataset out_dir device compile dtype batch_size n_layer n_head n_embd block_size dropout"
 known += " gradient_accumulation_steps max_iters eval_interval eval_iters log_interval"
 assert set(flags) == set(known.split()), flags
-assert os.path.isfile("train.py")  # it reads its configuration from where it runs
+assert os.path.isfile("train.py")  # it reads its configuration from the working directory
 folder = os.path.join("data", flags["dataset"])
 train = np.memmap(os.path.join(folder, "train.bin"), dtype=np.uint16, mode="r")
 vocabulary = pickle.load(open(os.path.join(folder, "meta.pkl"), "rb"))["vocab_size"]

@@ -40,7 +40,7 @@ def test_python_docs(docs_data, run_here):
     assert text.startswith('The "assert" statement\n***')
     assert hashlib.sha256(text.encode()).hexdigest() == meta["source"]["sha256"]
     assert meta["vocab_size"] == len(set(text))
-    # at once again, over what is there
+    # again at once, over the existing files
     assert f"{len(train):,}" in run_here("python_docs.py", "--output_dir", docs_data).out
     assert contents(docs_data) == first
 
@@ -125,8 +125,8 @@ def test_openwebtext_from_files(run_here, documents, tmp_path):
 
 def test_openwebtext_counts_beside_those_expected(run_here, documents):
     run_here("openwebtext.py", "--num_proc", 0, fails="--num_proc 0: pass at least 1")
-    # a folder of this name in the working directory stands for the hub's
-    run_here("openwebtext.py", "--num_proc", 1, fails="counts are not those known")
+    # a folder of this name in the working directory replaces the hub's data set
+    run_here("openwebtext.py", "--num_proc", 1, fails="counts differ from the known counts")
     assert json.loads((documents.parents[1] / "data/openwebtext/meta.json").read_text())["source"][
         "url"
     ].endswith("/openwebtext")

@@ -27,7 +27,7 @@ def expected_start(seed, index, num_starts):
 
 
 def starts(windows, indices=None):
-    """Where windows over the tokens 0, 1, 2, ... start."""
+    """The starts of windows over the tokens 0, 1, 2, ..."""
     indices = range(len(windows)) if indices is None else indices
     return windows.__getitems__(list(indices))["input_ids"][:, 0].numpy()
 
@@ -122,7 +122,7 @@ def test_blocks_hold_every_target_once_and_in_order(make_data, count, batch_size
     counted = targets != -100
     assert targets[counted].tolist() == list(range(1, count))
     assert inputs[counted].tolist() == list(range(count - 1))
-    assert counted[: count - 1].all()  # the padding stands at the end
+    assert counted[: count - 1].all()  # the padding is at the end
     assert len(targets) - (count - 1) < 8
     assert inputs.max() < count  # padded inputs too are valid ids
     for batch in batches:
@@ -198,7 +198,7 @@ def test_subset_goes_through_collate(split):
 
 
 class RecordingTrainer(Trainer):
-    """Keeps what reaches the model, and the number of targets the loss is divided by."""
+    """Records the model's inputs, and the number of targets that divides the loss."""
 
     def compute_loss(self, model, inputs, *args, num_items_in_batch=None, **kwargs):
         self.seen.append(({k: v.clone() for k, v in inputs.items()}, num_items_in_batch))
@@ -245,7 +245,7 @@ def test_trainer_trains_on_every_target_of_the_windows(split, tmp_path, workers)
     assert [int(count) for count in counts] == [2 * 4 * 16] * 6
     drawn = torch.cat([batch["input_ids"][:, 0] for batch in batches])
     assert sorted(drawn.tolist()) == sorted(starts(windows).tolist())
-    # the learning rate is 0, so each logged loss is that of its two batches
+    # the learning rate is 0, so each logged loss is the loss of its two batches
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     for step, loss in enumerate(logged):
         inputs, targets = (
@@ -255,7 +255,7 @@ def test_trainer_trains_on_every_target_of_the_windows(split, tmp_path, workers)
         with torch.no_grad():
             logits = trainer.model(input_ids=inputs).logits
         own = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        assert loss == pytest.approx(float(own), abs=2e-4)  # Trainer rounds what it logs
+        assert loss == pytest.approx(float(own), abs=2e-4)  # Trainer rounds logged figures
 
 
 def test_trainer_evaluates_every_target_once(make_data, tmp_path):

@@ -1,4 +1,4 @@
-"""Documents to tokens: against a plain loop, after kills, in flat memory, and what is refused."""
+"""Encoding documents: against a plain loop, after kills, in constant memory, and errors."""
 
 import json
 import multiprocessing
@@ -107,7 +107,7 @@ def work_apart(*arguments):
 
 
 def begin(folder, documents, num_proc=2):
-    """Starts a run in a process of its own; returns it once it has committed something."""
+    """Starts a run in a separate process; returns it after its first commit."""
     process = multiprocessing.get_context("fork").Process(
         target=work_apart, args=(folder, documents, num_proc)
     )
@@ -137,7 +137,7 @@ def test_killed_runs_go_on_where_they_were(novels, tmp_path):
         assert len(children) == 2
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        # what encoded for it ends too
+        # its encoding processes end too
         assert psutil.wait_procs(children, timeout=120)[1] == []
         assert committed(folder)["position"]["row"] > row
         row = committed(folder)["position"]["row"]

@@ -17,7 +17,7 @@ SOURCE = {"name": "abc", "url": None, "sha256": ""}
 CONTENT = b"Twice two makes four.\n" * 20_000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
-# what a tokenizer might normalize, merge, strip or take apart
+# characters that a tokenizer might normalize, merge, strip or split
 ODD_TEXT = (
     "a  b\n\n\tc \r\n  ' s n't , . \x00 <unk> </s> \ufeff "
     "\u00e9 e\u0301 \u4f60\u597d \U0001f600\U0001f468\u200d\U0001f469 "
@@ -81,7 +81,7 @@ def test_text_is_read_as_nanogpt_reads_it(tmp_path):
     content = "\ufeffa\r\nb\rc\n\u2028\x0c".encode()
     (tmp_path / "text").write_bytes(content)
     text, source = prepare.read_text(tmp_path / "text")
-    with (tmp_path / "text").open(encoding="utf-8") as file:  # what its prepare.py does
+    with (tmp_path / "text").open(encoding="utf-8") as file:  # as in its prepare.py
         assert text == file.read() == "\ufeffa\nb\nc\n\u2028\x0c"
     sha256 = hashlib.sha256(content).hexdigest()
     assert source == {"name": "text", "url": None, "sha256": sha256}

@@ -128,7 +128,7 @@ def test_piecewise_writer_goes_on_after_its_last_commit(tmp_path):
         assert (tmp_path / "train.bin").read_bytes() == before
         meta = second.finish(source=SOURCE, tokenizer_name="none")
     assert meta["tokens"] == {"train": 3, "val": 1}
-    assert meta["largest_id"] == {"train": 258, "val": 7}  # of what was written before the stop
+    assert meta["largest_id"] == {"train": 258, "val": 7}  # of the ids before the stop
     assert open_split(tmp_path, "train").tokens.tolist() == [1, 258, 6]
     assert open_split(tmp_path, "val").meta == meta
     assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
@@ -182,7 +182,7 @@ def test_what_another_job_differs_in_is_named(tmp_path):
     ],
 )
 def test_progress_file_is_not_believed(tmp_path, changes):
-    """What it names becomes a path, and that file is cut."""
+    """The names in it become paths, and the writer truncates these files."""
     folder = tmp_path / "data"
     with writer(folder) as first:
         first.commit(1)
@@ -347,7 +347,7 @@ def test_meta_that_is_no_json_object(make_data, content):
 
 
 def beyond_the_start(make_data):
-    """A data set whose only id that is not 0 stands behind what is read when it is opened."""
+    """A data set with a single nonzero id, beyond the tokens that opening checks."""
     tokens = np.zeros((1 << 22) + 5, dtype=np.uint16)
     tokens[-1] = 99
     return make_data(train=tokens, val=10)
@@ -364,7 +364,7 @@ def test_id_beyond_the_models_vocabulary_is_known_from_the_meta(make_data):
 
 
 def test_id_that_only_reading_finds_is_refused(make_data):
-    """Where the meta was made by hand, or the file changed since it was written."""
+    """For a meta.json made by hand, or a file that has changed since."""
     folder = beyond_the_start(make_data)
     edit_meta(folder, largest_id={})
     blocks = ContiguousBlocks(open_split(folder, "train", vocab_size=99), 1 << 21)

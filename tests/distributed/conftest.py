@@ -1,4 +1,4 @@
-"""What the tests of several processes share."""
+"""Shared by the tests of several processes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +24,7 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def launched() -> Iterator[list[Launch]]:
-    """A list for a test's launches; what is still running of them at the end is killed."""
+    """A list for a test's launches; those still running at the end are killed."""
     launches: list[Launch] = []
     yield launches
     for launch in launches:

@@ -1,4 +1,4 @@
-"""Imports what the recipes need once, then runs them in forks of itself: two processes a job.
+"""Imports the recipes' packages once, then runs recipes in its forks: two processes per job.
 
 A line of standard input is a job, ``{"script": ..., "arguments": [...], "port": ...}``. The answers
 are lines of JSON: null when all is imported, then for each job the two process ids and, once both

@@ -74,7 +74,7 @@ class Launch:
         self.process.wait()
 
     def wait(self, status: int | None = 0, timeout: float = 1200) -> tuple[str, str]:
-        """Waits for the end and returns what was printed to stdout and to stderr."""
+        """Waits for the end; returns the output on stdout and on stderr."""
         seen = tree(self.process)
         try:
             self.process.wait(timeout)

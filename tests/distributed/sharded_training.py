@@ -1,4 +1,4 @@
-"""What the processes of the sharded tests do: one function a case, each on a mesh of all of them.
+"""The processes of the sharded tests: one function per case, on a mesh of all processes.
 
 Every case trains a model that ``fully_shard`` or ``parallelize_module`` has sharded, and lets a
 StripedAdamW of whole parameters follow: the same gradients, gathered, on copies of the same
@@ -152,7 +152,7 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float, what: str) -
 
 
 class Follower:
-    """A StripedAdamW of whole parameters beside one of sharded ones."""
+    """One StripedAdamW of whole parameters, and one of sharded parameters."""
 
     def __init__(self, model: nn.Module, optimizer: StripedAdamW, **arguments: Any) -> None:
         self.optimizer = optimizer
@@ -183,7 +183,7 @@ class Follower:
                     assert torch.equal(actual, expected), f"{name}: {key}"
                 else:
                     torch.testing.assert_close(actual, expected, rtol=3e-6, atol=1e-30)
-            whole.data.copy_(stepped)  # what is compared is this step's rounding
+            whole.data.copy_(stepped)  # compare only this step's rounding
 
 
 def train(
@@ -226,7 +226,7 @@ def fsdp2(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def fifty_steps(mesh: DeviceMesh, folder: Path) -> None:
-    """The losses of one process on all of the data are those of many on their parts of it."""
+    """One process on all data has the same losses as many processes on their parts."""
     single = new_model()
     optimizer = new_optimizer(single, "int8")
     expected = []
@@ -270,7 +270,7 @@ def low_precision(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def cpu_offload(mesh: DeviceMesh, folder: Path) -> None:
-    """Parameters that are kept on the CPU, where the step is then taken."""
+    """Parameters on the CPU, which therefore computes the step."""
     model = shard(new_model(), mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
     train(model, Follower(model, new_optimizer(model, "int4")).step, range(4), mesh.get_rank())
 
@@ -360,7 +360,7 @@ def checkpoint_folder(folder: Path, momentum_dtype: str, flat: bool, processes: 
 
 
 def save_checkpoints(mesh: DeviceMesh, folder: Path) -> None:
-    """Trains, saves, and goes on: what ``load_checkpoints`` has to do too."""
+    """Trains, saves and continues; ``load_checkpoints`` must get the same result."""
     for momentum_dtype in MOMENTUM_DTYPES:
         for flat in (False, True):
             model = shard(new_model(), mesh) if mesh.size() > 1 else new_model()
@@ -376,7 +376,7 @@ def save_checkpoints(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def load_checkpoints(mesh: DeviceMesh, folder: Path) -> None:
-    """Goes on from the checkpoints of every number of processes, with another backend."""
+    """Continues from the checkpoints of every number of processes, with another backend."""
     for momentum_dtype in MOMENTUM_DTYPES:
         for flat in (False, True):
             for saved_by in (1, 2, 3):
@@ -491,7 +491,7 @@ def bad_checkpoints(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def run(case: Callable[[DeviceMesh, Path], None], processes: int, folder: Path) -> str | None:
-    """Runs a case in processes of their own; returns the first error's traceback."""
+    """Runs a case in separate processes; returns the first error's traceback."""
     shared = folder / f"processes-{time.monotonic_ns()}"
     shared.mkdir()
     start_fork_server()
@@ -549,5 +549,5 @@ def work(rank: int, case: Callable, processes: int, shared: Path, folder: Path) 
     except BaseException:
         (shared / f"error-{rank}").write_text(traceback.format_exc())
         raise
-    dist.barrier()  # gloo aborts where a process is gone while another still talks to it
+    dist.barrier()  # gloo aborts if a process ends while another still talks to it
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Runs a recipe, writing down when each process begins and ends to load what Trainer needs.
+"""Runs a recipe, and records when each process begins and ends loading Trainer's inputs.
 
 spy_on_loading.py RECIPE [its arguments]
 """

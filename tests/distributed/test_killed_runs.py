@@ -24,7 +24,7 @@ KILLS = 20
 FLAGS = ("--max_steps", 120, "--save_steps", 2, "--eval_steps", 2, "--warmup_steps", 2)
 FLAGS += ("--logging_steps", 1, "--per_device_train_batch_size", 6)
 # dropout, so that the state of the random numbers counts too; and the worst checkpoint as the best
-# one, so that what keeps the last one is not that it is the best
+# one, so that the last one is not kept for being the best
 FLAGS += ("--dropout", 0.1, "--greater_is_better", "true")
 
 
@@ -124,7 +124,7 @@ def test_twenty_kills_at_random_moments(server, flags, undisturbed, tmp_path):
             time.sleep(chance.uniform(0, 0.1 if further else startup))
         victims = chance.choice(list(whom))
         kill(processes if victims == "both" else [processes[int(victims[-1])]])
-        if victims != "both":  # its companion goes on for a moment, until a launcher ends it
+        if victims != "both":  # the other process runs until a launcher ends it
             time.sleep(chance.uniform(0, 0.2))
             kill(processes)
         assert -9 in server.statuses(), server.log.read_text()
@@ -132,7 +132,7 @@ def test_twenty_kills_at_random_moments(server, flags, undisturbed, tmp_path):
         whom[victims] += 1
         while_saving += bool(saving(folder).keys() - left)
         seen |= checkpoints(folder)
-        assert all(step > last for step in seen - at_start)  # it went on where it was
+        assert all(step > last for step in seen - at_start)  # it resumed after its last step
         assert max(checkpoints(folder), default=0) >= last
         last = max(checkpoints(folder), default=0)
     assert last < 120

@@ -37,7 +37,7 @@ def launches():
 
 @pytest.fixture(scope="module")
 def single(launches, small_data, tmp_path_factory):
-    """A run of one process on 12 windows a step: its folder, and what it printed."""
+    """A run of one process on 12 windows per step: its folder, and its output."""
     folder = tmp_path_factory.mktemp("single")
     flags = (*FLAGS, "--data_dir", small_data, "--output_dir", folder / "run")
     printed = run(launches, "single.yaml", RECIPE, *flags, cwd=folder, log="single")
@@ -83,7 +83,7 @@ def test_ddp_has_the_losses_of_one_process(ddp, single):
 
 
 def test_ddp_prints_once(ddp, single):
-    """Line for line what one process prints, the figures aside; and one bar on stderr."""
+    """The same lines as one process prints, except for the figures; and one bar on stderr."""
     (_, out, err), (_, expected, _) = ddp, single
 
     def keys(text: str) -> list[object]:
@@ -176,7 +176,7 @@ def test_comparison_launches_its_runs(run_script, small_data, tmp_path):
 
 
 def test_fsdp2_is_what_is_meant(launched, tmp_path):
-    """What accelerate makes of the file; that anything runs with it takes GPUs."""
+    """accelerate's settings from the file; a run with them needs GPUs."""
     (tmp_path / "show.py").write_text(
         "from accelerate.utils import FullyShardedDataParallelPlugin\n"
         "from transformers import AutoModelForCausalLM, GPT2Config\n"
@@ -203,7 +203,7 @@ def test_fsdp2_is_what_is_meant(launched, tmp_path):
 def test_fsdp2_is_refused_without_a_gpu(run_script, tmp_path):
     """Else it would be DDP, which accelerate runs on CPUs in its place without a word."""
     recipe = "recipes/train_shakespeare_char.py"
-    environment = ENVIRONMENT | {"ACCELERATE_USE_FSDP": "true"}  # what the launcher sets
+    environment = ENVIRONMENT | {"ACCELERATE_USE_FSDP": "true"}  # as the launcher sets it
     error = run_script(recipe, cwd=tmp_path, status=2, **environment).stderr
     assert "FSDP needs GPUs" in error
     assert "ddp.yaml" in error
@@ -233,7 +233,7 @@ def test_fsdp2_trains_and_resumes_on_gpus(small_data, tmp_path):
 
 
 def test_every_configuration_is_tested():
-    """A new file needs a test here; and none fixes what belongs to a machine."""
+    """Every file has a test here, and none sets a value that depends on the machine."""
     tested = {"single.yaml", "ddp.yaml", "fsdp2.yaml", "multi_node.yaml"}
     folder = RECIPES / "accelerate"
     assert {path.name for path in folder.iterdir()} == tested

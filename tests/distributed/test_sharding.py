@@ -43,7 +43,7 @@ def test_sharded(case: Any, processes: int, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def comparisons(tmp_path_factory: pytest.TempPathFactory, run_script: Any) -> list[dict]:
-    """What the table in docs/ is made of: every format, backend and way of sharding."""
+    """The benchmark of the table in docs/: every format, backend and way of sharding."""
     output = tmp_path_factory.mktemp("comparisons") / "comparisons.json"
     run_script("benchmarks.sharding", "--output", output, cwd=REPOSITORY)
     return json.loads(output.read_text())["comparisons"]

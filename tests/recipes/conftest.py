@@ -1,4 +1,4 @@
-"""What the tests of the recipes share."""
+"""Shared by the tests of the recipes."""
 
 from pathlib import Path
 

@@ -22,7 +22,7 @@ def read(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory, run_script, docs_data):
-    """A comparison's folder and what it printed."""
+    """A comparison's folder and its output."""
     folder = tmp_path_factory.mktemp("comparison")
     optims = ("adamw_torch_fused@2e-3", "striped_adamw_8bit", "striped_adamw:nesterov=true")
     flags = (*TINY, *QUIET, *FEW, "--data_dir", docs_data)

@@ -1,4 +1,4 @@
-"""The baselines' losses against a computation of their own, token by token."""
+"""The baselines' losses against an independent computation, token by token."""
 
 import json
 import math

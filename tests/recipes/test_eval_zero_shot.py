@@ -1,4 +1,4 @@
-"""WikiText and LAMBADA against computations of their own, token by token."""
+"""WikiText and LAMBADA against independent computations, token by token."""
 
 import importlib.util
 import json

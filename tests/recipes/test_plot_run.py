@@ -69,7 +69,7 @@ def test_runs_are_drawn_together(monkeypatch, tmp_path, drawn, capsys):
     assert [1.0] in curves(loss)  # validation
     assert len(curves(rate)) == 3
     assert [2.0] * 5 in curves(norm)  # b's mean, and a's largest
-    assert curves(norm)[-1] == [1.0] * 5  # c's own, for want of a mean
+    assert curves(norm)[-1] == [1.0] * 5  # c has no mean
     assert curves(memory)[0] == [110, 120, 130, 140, 150]
     assert [4.5, 4.5] in curves(memory)  # the state, of both kinds
     assert len(curves(memory)) == 4

@@ -1,4 +1,4 @@
-"""Pretraining: the run that it leaves, on one process and on two, and what it is told wrongly."""
+"""The pretraining recipe: its run on one process and on two, and its errors."""
 
 import itertools
 import json
@@ -111,7 +111,7 @@ def test_resumed_run_equals_the_uninterrupted_one(one_process, flags, tmp_path, 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_other_architectures(letters, tmp_path, run_here, name):
-    """The configurations beside the recipe have GPT-2's size, and, made small, they train."""
+    """The recipe's configurations have GPT-2's size, and smaller versions of them train."""
     path = REPOSITORY / "recipes" / "configs" / f"{name}_124m.json"
     config = AutoConfig.from_pretrained(path, vocab_size=50304)
     with torch.device("meta"):
@@ -133,7 +133,7 @@ def test_other_architectures(letters, tmp_path, run_here, name):
 
 
 def test_defaults_are_nanogpts(monkeypatch):
-    """Without a flag, on one process and on 8: what nanoGPT's arithmetic says."""
+    """The defaults on one process and on 8 are nanoGPT's."""
     for processes in (1, 8):
         monkeypatch.setenv("WORLD_SIZE", str(processes))
         defaults = runpy.run_path(str(REPOSITORY / RECIPE))["DEFAULTS"]

@@ -37,7 +37,7 @@ def test_seed_and_prompt_file(tiny_run, run_here, tmp_path):
 
 @pytest.fixture
 def alphabet(tmp_path) -> Path:
-    """A model that says the alphabet, to "f", where its text ends, with a context of 8."""
+    """A model that generates the alphabet up to "f", the end of its text; its context is 8."""
     letters = "abcdef."
     config = GPT2Config(
         vocab_size=7, n_positions=8, n_layer=1, n_head=1, n_embd=8, bos_token_id=None,

@@ -1,4 +1,4 @@
-"""The character recipe: what it trains, what it leaves behind, how it goes on and how it fails."""
+"""The character recipe: its training, its folder, resuming and its errors."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The recipes' command line: what it sets for Trainer, and a device's peak."""
+"""The recipes' command line: Trainer's settings, and a device's peak."""
 
 import sys
 from dataclasses import dataclass

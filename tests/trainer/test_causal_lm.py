@@ -98,7 +98,7 @@ def test_compiled_it_is_the_same(tmp_path, monkeypatch):
 
 
 class Waiting(TorchDispatchMode):
-    """Counts what would wait for a GPU: every reading of a tensor's value by Python."""
+    """Counts the operations that wait for a GPU: each time Python reads a tensor's value."""
 
     def __init__(self) -> None:
         super().__init__()

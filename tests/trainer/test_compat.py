@@ -13,7 +13,7 @@ import pytest
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
-# each version with what it needs older, too; torch and all else are this environment's
+# each version with the older packages that it needs; the rest is this environment's
 VERSIONS = {
     "4.57.6": ("huggingface_hub>=0.34,<1", "tokenizers>=0.22,<0.23", "datasets>=4,<4.5"),
     "5.0.0": ("huggingface_hub>=1.3,<2", "tokenizers>=0.22,<0.23"),
@@ -28,7 +28,7 @@ def test_this_room_under(version: str, tmp_path: Path) -> None:
     python = str(tmp_path / "bin" / "python")
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps"]
     subprocess.run([*pip, f"transformers=={version}", *VERSIONS[version]], check=True)
-    # what was just installed goes first, then this environment
+    # the packages just installed come first, then this environment's
     (packages,) = tmp_path.glob("lib/python*/site-packages")
     paths = [*site.getsitepackages(), str(REPOSITORY)]
     (packages / "this_environment.pth").write_text("\n".join(paths))

@@ -133,7 +133,7 @@ def test_equals_a_plain_loop(windows, tmp_path):
     entries = logged(trainer)
     assert [entry["num_input_tokens_seen"] for entry in entries] == tokens
     assert [entry["learning_rate"] for entry in entries] == pytest.approx(rates, rel=1e-12)
-    # transformers 4.57 rounds what it logs to 4 digits
+    # transformers 4.57 rounds logged figures to 4 digits
     assert [entry["loss"] for entry in entries] == pytest.approx(losses, rel=2e-5)
     for ours, theirs in zip(trainer.model.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)

@@ -1,4 +1,4 @@
-"""What goes on from a checkpoint, and what is refused: other runs, parts of checkpoints, damage."""
+"""Resuming a checkpoint, and refusing other runs and incomplete or damaged checkpoints."""
 
 import json
 import multiprocessing
@@ -56,7 +56,7 @@ def test_other_data_under_the_same_name_is_refused(folder, docs_data, run_here, 
     data = shutil.copytree(docs_data, tmp_path / "data")
     flags = (*TINY, *STEPS, *QUIET, "--data_dir", data, "--output_dir", "run")
     flags += ("--resume_from_checkpoint", folder / "checkpoint-10")
-    # the ids are the same, and stand for other characters
+    # the same ids are other characters
     symbols = sorted(AutoTokenizer.from_pretrained(data).get_vocab())
     other = [*symbols[:-1], "\N{SNOWMAN}"]
     character_tokenizer("".join(other)).save_pretrained(data)
@@ -217,7 +217,7 @@ def test_differences_are_named(before, now, named):
 
 
 def test_memory_is_measured_where_python_has_no_resource(monkeypatch):
-    """As on Windows, where psutil knows the peak."""
+    """On Windows psutil gives the peak."""
     from striped_hf.trainer import memory
 
     class Info:

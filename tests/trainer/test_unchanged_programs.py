@@ -14,7 +14,7 @@ from trainer_runs import tiny_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-# what the console command of an install calls
+# the entry point of the console command
 STRIPED_HF_RUN = (sys.executable, "-c", "from striped_hf.runner import main; main()")
 DDP = ("launch", "--config_file", REPOSITORY / "recipes" / "accelerate" / "ddp.yaml")
 pytestmark = pytest.mark.slow

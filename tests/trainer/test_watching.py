@@ -1,4 +1,4 @@
-"""Watching: figures that are right, in every place where a run's loss is, at next to no cost."""
+"""Watching a run: its figures are right, appear with every loss, and cost almost nothing."""
 
 import ast
 import json
@@ -50,7 +50,7 @@ def logged(trainer: Trainer) -> list[dict[str, Any]]:
 
 
 def wandb_rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """Reads what an offline run logged: a LevelDB log of messages, in blocks of 32 KiB."""
+    """Reads the logs of an offline run: a LevelDB log of messages, in blocks of 32 KiB."""
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     data, at, message = path.read_bytes(), 7, b""
     while at < len(data):
@@ -89,11 +89,11 @@ def test_figures_are_alike_in_every_place(tmp_path, monkeypatch, capsys):
 
     printed = [ast.literal_eval(x) for x in capsys.readouterr().out.splitlines() if x[:1] == "{"]
     printed = [entry for entry in printed if "loss" in entry]
-    deadline = time.monotonic() + 60  # wandb writes in a process of its own
+    deadline = time.monotonic() + 60  # wandb writes in a separate process
     while len(rows := [row for row in wandb_rows(tmp_path) if "train/loss" in row]) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    # transformers 4 has a folder of its own for them
+    # transformers 4 has a separate folder for them
     (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}
     events = EventAccumulator(str(folder)).Reload()
     for i, entry in enumerate(history):

@@ -115,7 +115,7 @@ def test_replicas_log_the_same_and_count_all_tokens(results):
         for key in set(mine) - {"tokens_per_second", "mfu", "peak_memory_mib"}:
             assert mine[key] == other[key]
         operations = mine["mfu"] * 0.5e12 / (mine["tokens_per_second"] / WORLD)
-        assert 1e4 < operations < 1e6  # MFU is of one process's tokens and of its own peak
+        assert 1e4 < operations < 1e6  # MFU uses one process's tokens and peak
         assert mine["nonfinite_values"] == 0
 
 
@@ -142,6 +142,6 @@ def test_a_process_has_the_bytes_of_its_own_shards(results):
 
 @pytest.mark.slow
 def test_a_runs_state_is_that_of_all_shards(results):
-    """What bytes per parameter are made of: the parameters are counted over all processes, too."""
+    """Bytes per parameter: the parameters are counted over all processes, too."""
     whole = results[0]["whole"]["state_bytes"]
     assert [result["sharded"]["state_bytes"] for result in results] == [whole, whole]

@@ -1,4 +1,4 @@
-"""Token files: the format, writing one, reading one, and what nanoGPT leaves beside them."""
+"""Token files: the format, the writers, the reader, and nanoGPT's ``meta.pkl``."""
 
 from striped_hf.data.tokens.format import DataSetError
 from striped_hf.data.tokens.split import TokenSplit, open_split

@@ -1,7 +1,7 @@
-"""The token-file format: a folder with one flat array of token ids a split, and ``meta.json``.
+"""The token-file format: a folder with one flat array of token ids per split, and ``meta.json``.
 
-``train.bin`` and ``val.bin`` are raw little-endian uint16 (uint32 where the vocabulary needs it)
-with no header, as nanoGPT writes and reads them. ``meta.json`` says what they hold::
+``train.bin`` and ``val.bin`` are raw little-endian uint16 (uint32 for a vocabulary over 65,536)
+without a header, as in nanoGPT. ``meta.json`` describes them::
 
     {"dtype": "uint16", "vocab_size": 65, "tokens": {"train": 1003854, "val": 111540},
      "largest_id": {"train": 64, "val": 63},
@@ -23,18 +23,18 @@ PREPARE_AGAIN = "prepare the folder again with its script in data_scripts/"
 
 
 class DataSetError(UserError, ValueError):
-    """A data set's folder is not what it should be; the message is one line that says the fix."""
+    """A data set's folder is not valid; the message is one line and names the fix."""
 
 
 def dtype_for(vocab_size: int) -> str:
-    """Return the narrowest of ``DTYPES`` that holds every id; ValueError where none does."""
+    """Returns the narrowest of ``DTYPES`` that holds every id; ValueError if none does."""
     if not 1 <= vocab_size <= 1 << 32:
         raise ValueError(f"vocab_size={vocab_size}: must be between 1 and 2**32")
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """Read ``meta.json`` and check what the reader relies on."""
+    """Reads ``meta.json`` and checks its entries; DataSetError if one is wrong."""
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -56,7 +56,7 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise DataSetError(
             f"{path}: tokens {counts!r:.80} is not a count for each split; {PREPARE_AGAIN}"
         )
-    largest = meta.get("largest_id", {})  # which a file made by hand need not have
+    largest = meta.get("largest_id", {})  # optional, for a file made by hand
     if not isinstance(largest, dict) or not all(
         type(i) is int and i >= 0 for i in largest.values()
     ):
@@ -71,7 +71,7 @@ def _is_count(value: object) -> bool:
 
 
 def count_tokens(path: Path, dtype: str) -> int:
-    """Return how many tokens a ``.bin`` file holds; DataSetError for an empty or odd-sized one."""
+    """Returns the number of tokens in a ``.bin`` file; DataSetError if empty or odd-sized."""
     size, width = path.stat().st_size, DTYPES[dtype].itemsize
     if size == 0 or size % width:
         raise DataSetError(

@@ -1,4 +1,4 @@
-"""What nanoGPT writes beside its tokens: ``meta.pkl``, the characters of a small data set."""
+"""Reads nanoGPT's ``meta.pkl``, the characters of a small data set."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _LARGEST_META = 64 << 20  # bytes; all of Unicode's characters take 20
 
 
 def nanogpt_symbols(data_dir: Path) -> str | None:
-    """Read the characters of a data set that nanoGPT prepared, in the order of their ids.
+    """Reads the characters of a data set prepared by nanoGPT, in the order of their ids.
 
-    They are in ``meta.pkl``, a pickle. Only dicts, lists, strings and numbers are read from it:
-    whatever else it names makes it unusable, and nothing of it is called.
+    They are in ``meta.pkl``, a pickle. The reader accepts only dicts, lists, strings and numbers.
+    It rejects a pickle that names a class or function, and calls nothing from it.
 
     Returns:
-        None where there is no such file, or none of characters.
+        None if the file does not exist, is rejected, or has no characters.
     """
     path = data_dir / "meta.pkl"
     if not path.is_file() or path.stat().st_size > _LARGEST_META:
@@ -33,7 +33,7 @@ def nanogpt_symbols(data_dir: Path) -> str | None:
 
 
 class _Plain(pickle.Unpickler):
-    """Reads a pickle of plain values: a class or function, which could do anything, is an error."""
+    """Reads a pickle of plain values; a class or function in it is an error."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"{module}.{name} is no plain value")

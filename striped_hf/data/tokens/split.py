@@ -23,7 +23,7 @@ from striped_hf.fingerprint import file_fingerprint
 
 logger = logging.getLogger(__name__)
 
-_PROBED_TOKENS = 1 << 22  # read when a file is opened: 8 or 16 MiB, all of a small one
+_PROBED_TOKENS = 1 << 22  # tokens to check when a file is opened: 8 or 16 MiB
 _GPT2_VOCAB_SIZE = 50_257
 
 
@@ -31,15 +31,16 @@ _GPT2_VOCAB_SIZE = 50_257
 class TokenSplit:
     """One split of a data set, mapped into memory; made by :func:`open_split`.
 
-    It pickles as its path, not as its tokens, so that spawned data-loader workers map the file
-    again instead of copying it.
+    A pickled split has its path, not its tokens: spawned data-loader workers map the file again
+    instead of copying it.
 
     Attributes:
         path: The ``.bin`` file.
         dtype: "uint16" or "uint32".
-        vocab_size: The vocabulary of the tokenizer that made the ids.
-        meta: What ``meta.json`` holds; empty for a folder prepared by nanoGPT.
-        model_vocab_size: The vocabulary of the model that is to read them, None if not known.
+        vocab_size: The vocabulary size of the tokenizer that made the ids.
+        meta: The content of ``meta.json``; empty for a folder prepared by nanoGPT.
+        model_vocab_size: The vocabulary size of the model that will read the tokens; None if not
+            known.
     """
 
     path: Path
@@ -50,29 +51,29 @@ class TokenSplit:
 
     @cached_property
     def tokens(self) -> np.ndarray:
-        """The token ids: a read-only 1-D array of ``dtype`` backed by the file, unchecked."""
-        # asarray: a plain view, since every operation on a np.memmap pays for its subclass
+        """The unchecked token ids: a read-only 1-D array of ``dtype``, mapped from the file."""
+        # asarray makes a plain view: operations on a subclass such as np.memmap are slower
         return np.asarray(np.memmap(self.path, dtype=DTYPES[self.dtype], mode="r"))
 
     def read(self, positions: np.ndarray) -> np.ndarray:
-        """Return the token ids at some positions.
+        """Returns the token ids at some positions.
 
         Args:
-            positions: Integers of any shape; beyond its end the split repeats its last token.
+            positions: Integers of any shape. Positions beyond the end give the last token.
 
         Returns:
-            ``dtype``, of the shape of ``positions``.
+            The ids, of type ``dtype`` and the shape of ``positions``.
 
         Raises:
-            DataSetError: If one of them lies outside the data's or the model's vocabulary: a gather
-                from an embedding would be wrong or, on a GPU, end the process.
+            DataSetError: If an id is outside the data's or the model's vocabulary. (An embedding
+                lookup would be wrong or, on a GPU, end the process.)
         """
         ids = self.tokens.take(positions, mode="clip")
         self.check_id(int(ids.max()))
         return ids
 
     def check_id(self, largest: int) -> None:
-        """Raise DataSetError where a token id of this split is outside a vocabulary."""
+        """Raises DataSetError if a token id is outside the data's or the model's vocabulary."""
         if largest >= self.vocab_size:
             owner, limit = "meta.json's", self.vocab_size
             fix = f"the file is damaged or not of this data set; {PREPARE_AGAIN}"
@@ -96,7 +97,7 @@ class TokenSplit:
         )
 
     def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits of what the split holds, whatever its folder is."""
+        """Returns a hash of the split's content, 16 hexadecimal digits."""
         return file_fingerprint(self.path, self.dtype)
 
     def __len__(self) -> int:
@@ -109,29 +110,29 @@ class TokenSplit:
 def open_split(
     data_dir: str | os.PathLike[str], split: str, *, vocab_size: int | None = None
 ) -> TokenSplit:
-    """Open one split of a data set, in a time and memory that do not depend on its size.
+    """Opens one split of a data set; time and memory do not depend on its size.
 
-    Checked at once are the file's length and, against the vocabularies, the largest id that
-    ``meta.json`` records and the file's first 4 million tokens. All others are checked as they are
-    read, by :meth:`TokenSplit.read`, as the data sets of this package do.
+    This function checks the file's length, and compares the largest id in ``meta.json`` and the
+    first 4 million tokens with the vocabularies. :meth:`TokenSplit.read`, which the data sets of
+    this package use, checks all other tokens when it reads them.
 
-    A folder prepared by nanoGPT has no ``meta.json``: it is read as uint16, with GPT-2's
-    vocabulary. A folder with a ``meta.pkl``, as for small character data, has its own: the
-    vocabulary is its characters, or, where they cannot be read, all ids up to the largest one.
+    A folder prepared by nanoGPT has no ``meta.json``; its tokens are read as uint16. Its vocabulary
+    is the characters in ``meta.pkl``, or all ids up to the largest one if ``meta.pkl`` cannot be
+    read. Without ``meta.pkl`` it is GPT-2's vocabulary.
 
     Args:
         data_dir: A folder written by :func:`write_data_set` or by nanoGPT.
         split: "train" or "val".
-        vocab_size: The model's vocabulary size: no id may reach it.
+        vocab_size: The model's vocabulary size; every id must be below it.
 
     Returns:
-        The split, its tokens mapped read-only.
+        The split; its tokens are mapped read-only.
 
     Raises:
         FileNotFoundError: If the folder or the split's file is missing.
-        DataSetError: If ``meta.json`` is malformed or names an unknown dtype, the file is empty,
-            odd-sized or of another length than ``meta.json`` says, or is found to hold an id
-            outside a vocabulary.
+        DataSetError: If ``meta.json`` is malformed or names an unknown dtype; if the file is empty,
+            odd-sized or not of the length in ``meta.json``; or if a checked id is outside a
+            vocabulary.
     """
     folder = Path(data_dir)
     path = folder / f"{split}.bin"
@@ -165,7 +166,7 @@ def open_split(
             path.name,
             opened.vocab_size,
         )
-    # read, not mapped: what is mapped would count as this process's peak memory
+    # read, not mapped: mapped pages would count in this process's peak memory
     opened.check_id(int(np.fromfile(path, DTYPES[opened.dtype], _PROBED_TOKENS).max()))
     return opened
 

@@ -1,4 +1,4 @@
-"""Writing a data set: at once, or piece by piece so that a stopped run goes on."""
+"""Writing a data set: at once, or piece by piece so that a stopped run can continue."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ def write_data_set(
     tokenizer_name: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> dict[str, Any]:
-    """Write the splits, the tokenizer and, last, ``meta.json`` into a folder.
+    """Writes the splits, the tokenizer and, last, ``meta.json`` into a folder.
 
-    Everything is written under temporary names and moved into place at the end, so a run that
-    fails leaves the folder as it was. Memory stays flat when the arrays come from a generator.
+    All files get temporary names and are moved into place at the end, so a failure leaves the
+    folder unchanged. If the arrays come from a generator, only one is in memory at a time.
 
     Args:
-        output_dir: The folder; made where it does not exist, its older files are replaced.
-        splits: For each split ("train", "val") its token ids: one 1-D integer array, or an
-            iterable of such arrays, which are written one after another.
-        vocab_size: Every id is below it. It decides the dtype: uint16 up to 65,536.
-        source: Where the text comes from: "name", "url" (None for a local file) and "sha256".
-        tokenizer_name: What made the ids, for the record ("characters", "gpt2", ...).
-        tokenizer: The tokenizer itself, saved into the folder so that ``AutoTokenizer`` and a
-            trained model's folder find it.
+        output_dir: The folder; created if it does not exist. Older files are replaced.
+        splits: The token ids of each split ("train", "val"): a 1-D integer array, or an iterable of
+            such arrays, which are written one after another.
+        vocab_size: The vocabulary size, larger than every id. It decides the dtype: uint16 up to
+            65,536, uint32 above.
+        source: The origin of the text: "name", "url" (None for a local file) and "sha256".
+        tokenizer_name: The tokenizer's name for ``meta.json`` ("characters", "gpt2", ...).
+        tokenizer: The tokenizer to save into the folder, for ``AutoTokenizer``.
 
     Returns:
-        What ``meta.json`` holds.
+        The content of ``meta.json``.
 
     Raises:
         ValueError: If an array is not 1-D or not of integers, an id lies outside
             [0, vocab_size), a split is empty, or ``vocab_size`` does not fit uint32.
         UserError: If another process writes into the folder.
-        OSError: If the folder cannot be written to; the error names it.
+        OSError: If the folder is not writable; the error names it.
     """
     dtype = dtype_for(vocab_size)
     output_dir = Path(output_dir)
@@ -80,21 +80,22 @@ def write_data_set(
 
 
 class DataSetWriter:
-    """Writes a data set piece by piece; one that was stopped goes on after its last commit.
+    """Writes a data set piece by piece; a stopped writer continues after its last commit.
 
-    Until :meth:`finish` everything is in ``DIR/.unfinished`` and older files stay as they were.
-    Use it as a context manager. It holds nothing in memory but the piece at hand. The folder is
-    locked until the context ends.
+    Until :meth:`finish`, the new files are in ``DIR/.unfinished``, and older files do not change.
+    Use it as a context manager. It keeps no pieces in memory. The folder is locked until the
+    context ends.
 
     Args:
         output_dir: The folder, as in :func:`write_data_set`.
         splits: The names of the splits.
         vocab_size: As in :func:`write_data_set`.
-        job: What is being written, of JSON's types: a writer of another job does not go on here.
+        job: A JSON-serializable description of the data set. Only a writer of the same job
+            continues it.
 
     Attributes:
-        position: What the last :meth:`commit` said, None where nothing was committed yet.
-        counts: How many tokens each split has so far.
+        position: The position of the last :meth:`commit`; None before the first.
+        counts: The number of tokens of each split so far.
 
     Raises:
         DataSetError: If the folder holds the beginning of another job, or one that is damaged.
@@ -126,18 +127,18 @@ class DataSetWriter:
             self._folder.mkdir(parents=True, exist_ok=True)
             for split, count in self.counts.items():
                 file = stack.enter_context((self._folder / f"{split}.bin").open("ab"))
-                file.truncate(count * DTYPES[self._dtype].itemsize)  # what came after the commit
+                file.truncate(count * DTYPES[self._dtype].itemsize)  # drop uncommitted tokens
                 self._files[split] = file
             self._open = stack.pop_all()
 
     def _continue(self) -> None:
-        """Goes on from ``progress.json``, whose every value is checked first."""
+        """Checks ``progress.json`` and continues from it."""
         fix = f"delete {self._folder} to begin anew, or pass another output_dir"
         try:
             progress = json.loads(self._progress.read_text(encoding="utf-8"))
             job, position = progress["job"], progress["position"]
             counts, largest = progress["tokens"], progress["largest_id"]
-            # the names become paths: no others than this writer's own
+            # the names become paths: accept only this writer's own
             whole = all(
                 found.keys() == self.counts.keys()
                 and all(type(value) is int and value >= 0 for value in found.values())
@@ -168,11 +169,11 @@ class DataSetWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        with _naming(self._output_dir):  # closing a file writes what is left
+        with _naming(self._output_dir):  # closing a file writes its buffer
             self._open.close()
 
     def append(self, split: str, ids: np.ndarray) -> None:
-        """Write a split's next tokens, a 1-D integer array; ValueError for any other."""
+        """Writes a split's next tokens: a 1-D integer array, or ValueError."""
         with _naming(self._output_dir):
             count, largest = _write_ids(
                 self._files[split], ids, self._dtype, self._vocab_size, f"{split}.bin"
@@ -181,10 +182,10 @@ class DataSetWriter:
         self._largest_ids[split] = max(self._largest_ids[split], largest)
 
     def commit(self, position: Any) -> None:
-        """Make what was written so far survive a kill or a loss of power.
+        """Flushes the tokens so far to the disk, so that they survive a kill or a loss of power.
 
         Args:
-            position: Where to go on in the source, of JSON's types.
+            position: Where to continue in the source; JSON-serializable.
         """
         with _naming(self._output_dir):
             self._write_progress(position)
@@ -214,7 +215,7 @@ class DataSetWriter:
         tokenizer_name: str,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> dict[str, Any]:
-        """Move the data set into place; arguments and what is returned as :func:`write_data_set`.
+        """Moves the data set into place. Arguments and result as for :func:`write_data_set`.
 
         Raises:
             ValueError: If a split is empty.
@@ -252,7 +253,7 @@ def _naming(folder: Path) -> Iterator[None]:
 def _write_bin(
     path: Path, arrays: np.ndarray | Iterable[np.ndarray], dtype: str, vocab_size: int
 ) -> tuple[int, int]:
-    """Write token arrays one after another; return how many tokens, and the largest of them."""
+    """Writes token arrays one after another; returns the number of tokens, and the largest id."""
     count = largest = 0
     with path.open("wb") as file:
         for ids in [arrays] if isinstance(arrays, np.ndarray) else arrays:
@@ -265,7 +266,7 @@ def _write_bin(
 def _write_ids(
     file: IO[bytes], array: np.ndarray, dtype: str, vocab_size: int, name: str
 ) -> tuple[int, int]:
-    """Check and write one array of tokens; return how many, and the largest of them (0 of none)."""
+    """Checks and writes one array; returns the number of tokens and the largest id, 0 if empty."""
     ids = np.asarray(array)
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise ValueError(
@@ -278,7 +279,7 @@ def _write_ids(
             f"{name}: token ids run from {smallest} to {largest}, outside "
             f"[0, vocab_size={vocab_size}); pass the tokenizer's whole vocabulary size"
         )
-    # not tofile, which does not say why it failed
+    # not tofile, whose errors do not give the cause
     file.write(np.ascontiguousarray(ids, dtype=DTYPES[dtype]).data)
     return ids.size, largest
 
@@ -294,7 +295,7 @@ def _move_into_place(
     meta: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """Move all files from one folder to another, with the tokenizer's and, last, ``meta.json``."""
+    """Moves all files into a folder, with the tokenizer's files, and ``meta.json`` last."""
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
     for path in filter(Path.is_file, sorted(partial.rglob("*"))):
