@@ -11,7 +11,7 @@ from striped_hf.optim.export import SHARED_WITH_ADAMW
 from striped_hf.optim.interface import Group, State
 from striped_hf.optim.options import check_options, is_list_of_blocks
 from striped_hf.optim.plain import has_values
-from striped_hf.optim.sharded.layout import is_sharded, wrap
+from striped_hf.optim.sharded.layout import is_sharded, sharded_dim, wrap
 from striped_hf.optim.state import Description, blocks_of, description_of, name_of, zero_state
 
 # the keys of a group that are not taken from a state dict: its blocks are the same, perhaps as one
@@ -221,18 +221,37 @@ def _state_from_adamw(loaded: dict[str, Any], description: Description, name: st
                 f"{name}: {key!r} in the AdamW state dict is {loaded[key].dtype}, which are codes "
                 "of another optimizer: convert it to float32 first"
             )
-    exp_avg, scale = momentum.encode(loaded["exp_avg"].float(), description.momentum_dtype)
-    state = {"step": torch.as_tensor(loaded["step"], dtype=torch.float32), "exp_avg": exp_avg}
-    if scale is not None:
-        state["exp_avg_scale"] = scale
+    state = {
+        "step": torch.as_tensor(loaded["step"], dtype=torch.float32),
+        **_coded(loaded["exp_avg"], description.momentum_dtype),
+    }
     exp_avg_sq = loaded["exp_avg_sq"].float()
     if len(description.shape) < 2:
         state["exp_avg_sq"] = exp_avg_sq
     else:
+        if is_sharded(exp_avg_sq):  # the means of its parts, which need not hold whole blocks
+            exp_avg_sq = exp_avg_sq.full_tensor()
         row_blocks, column_blocks = description.blocks
         state["exp_avg_sq_row"] = exp_avg_sq.unflatten(-1, (column_blocks, -1)).mean(-1)
         state["exp_avg_sq_col"] = exp_avg_sq.unflatten(-2, (row_blocks, -1)).mean(-2)
     return state
+
+
+def _coded(exp_avg: Tensor, momentum_dtype: str) -> State:
+    """Encodes a momentum: each process its own rows, or the whole where codes would be cut."""
+    if is_sharded(exp_avg):
+        dims, placements = exp_avg.dim(), tuple(exp_avg.placements)
+        is_coded = momentum_dtype in momentum.QMAX
+        if not any(is_coded and sharded_dim(p, dims) == dims - 1 for p in placements):
+            whole = momentum.init(exp_avg.shape, momentum_dtype, torch.device("meta"))
+            local = _coded(exp_avg.to_local(), momentum_dtype)
+            return {
+                key: wrap(value, whole[key].shape, exp_avg.device_mesh, placements)
+                for key, value in local.items()
+            }
+        exp_avg = exp_avg.full_tensor()
+    codes, scale = momentum.encode(exp_avg.float(), momentum_dtype)
+    return {"exp_avg": codes} if scale is None else {"exp_avg": codes, "exp_avg_scale": scale}
 
 
 def _decoded(value: Any) -> Any:

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
+from itertools import product
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from striped_hf.optim import StripedAdamW
+from striped_hf.optim import StripedAdamW, adamw_state_dict
 from striped_hf.optim.momentum import MOMENTUM_DTYPES
 
 # of a parameter, relative to its largest element: sums in another order, a few roundings of 6e-8
@@ -286,6 +287,40 @@ def by_columns(mesh: DeviceMesh, folder: Path) -> None:
         model = shard(new_model(), mesh, shard_placement_fn=place)
         follower = Follower(model, new_optimizer(model, momentum_dtype))
         train(model, follower.step, range(4), mesh.get_rank())
+
+
+def export_to_adamw(mesh: DeviceMesh, folder: Path) -> None:
+    """What ``adamw_state_dict`` returns is sharded as the parameters, and whole it is the same."""
+
+    def by_columns(parameter: nn.Parameter) -> Shard | None:
+        is_even = parameter.dim() == 2 and parameter.shape[1] % mesh.size() == 0
+        return Shard(1) if is_even else None
+
+    for momentum_dtype, place in product(("float32", "int4"), (None, by_columns)):
+        model = shard(new_model(), mesh, shard_placement_fn=place)
+        optimizer = new_optimizer(model, momentum_dtype)
+        train(model, optimizer.step, range(3))
+        exported = adamw_state_dict(optimizer)
+
+        everything = copy.deepcopy(optimizer.state_dict())
+        for values in everything["state"].values():
+            values.update({key: gathered(value) for key, value in values.items()})
+        whole = new_optimizer(new_model(), momentum_dtype)
+        whole.load_state_dict(everything)
+        expected = adamw_state_dict(whole)
+        assert exported["state"].keys() == expected["state"].keys()
+        assert exported["param_groups"] == expected["param_groups"]
+        for position, param in enumerate(model.parameters()):
+            for key, value in exported["state"].get(position, {}).items():
+                assert torch.equal(gathered(value), expected["state"][position][key]), key
+                assert key == "step" or value.placements == param.placements, key
+
+        adamw = torch.optim.AdamW(model.parameters())
+        adamw.load_state_dict(exported)
+        train(model, adamw.step, range(3, 6))
+        again = new_optimizer(model, "int8")  # and as AdamW's into another format
+        again.load_state_dict(exported)
+        train(model, again.step, range(6, 8))
 
 
 def lagged(mesh: DeviceMesh, folder: Path) -> None:

@@ -27,6 +27,7 @@ STRIPES = 2e-6  # 8e-7 measured: as above, but of averages relative to themselve
         (cases.low_precision, 3),
         (cases.cpu_offload, 2),
         (cases.by_columns, 2),
+        *((cases.export_to_adamw, n) for n in (2, 3)),
         (cases.lagged, 3),
         (cases.hybrid, 4),
         (cases.tensor_parallel, 4),
