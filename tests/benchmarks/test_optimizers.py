@@ -244,7 +244,9 @@ def test_shapes_that_do_not_fit_are_one_line(monkeypatch):
 
 
 @pytest.mark.slow
-def test_optimizers_wait_for_room_with_a_baseline_in_every_group(monkeypatch, tiny_config):
+def test_optimizers_wait_for_room_with_a_baseline_in_every_group(
+    monkeypatch, tiny_config, tmp_path
+):
     """Room for one beside the baseline: three groups, and one optimizer that never fits."""
     groups = []
     real = optimizers.time_in_turns
@@ -269,7 +271,10 @@ def test_optimizers_wait_for_room_with_a_baseline_in_every_group(monkeypatch, ti
     monkeypatch.setattr(optimizers, "free_memory", lambda device: events.clear())
     monkeypatch.setattr(optimizers, "available_bytes", available)
     names = ["muon", "striped_int8", "adamw_foreach"]
-    results = optimizers.benchmark(arguments(shapes=str(tiny_config), optimizers=names))
+    path = str(tmp_path / "results.json")
+    results = optimizers.benchmark(
+        arguments(shapes=str(tiny_config), optimizers=names, results=path)
+    )
     assert groups == [["adamw_fused", "muon"], ["adamw_fused", "striped_int8"]] or groups == [
         ["adamw_fused", "muon"],
         ["adamw_fused", "striped_int8"],
