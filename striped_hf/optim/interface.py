@@ -39,7 +39,8 @@ class Entry(NamedTuple):
 
     Attributes:
         param: float32, bfloat16 or float16, not empty.
-        grad: The gradient, of ``param``'s shape and any of these dtypes.
+        grad: The gradient, of ``param``'s shape and any of these dtypes; None where ``fold`` has
+            added it to the momentum.
         state: As ``state.init_state`` describes it. A part of a sharded matrix has no stripes.
         momentum_dtype: The format in which ``state`` holds the momentum.
         blocks: (br, bc).
@@ -52,7 +53,7 @@ class Entry(NamedTuple):
     """
 
     param: Tensor
-    grad: Tensor
+    grad: Tensor | None
     state: State
     momentum_dtype: str
     blocks: Blocks
@@ -60,12 +61,34 @@ class Entry(NamedTuple):
     whole_start: int = 0
     whole_stride: int = 0
 
+    @property
+    def gradient(self) -> Tensor:
+        """The gradient of an entry that has one."""
+        assert self.grad is not None
+        return self.grad
+
+
+class Folded(NamedTuple):
+    """What the gradients of one matrix leave beside its momentum, from ``fold`` to the step.
+
+    Attributes:
+        row_sums: [..., R, bc] float32, the sums by row of the gradients' squares.
+        col_sums: [..., br, C] float32, the sums by column.
+        sketch: [..., R, ceil(C / 128)] float32, the sums of the gradients' elements, each under a
+            random sign, over blocks of 128 columns; None where a step has one gradient.
+    """
+
+    row_sums: Tensor
+    col_sums: Tensor
+    sketch: Tensor | None
+
 
 class Backend(Protocol):
     """A module that computes the step of the parameters of one param group on one device.
 
     ``step`` is for whole parameters. For parts of sharded matrices ``statistics`` and ``update``
-    are called, and what is between them adds up the sums of all processes.
+    are called, and what is between them adds up the sums of all processes. For matrices whose
+    gradients are freed during backward, ``fold`` is called for each gradient and ``update`` once.
     """
 
     @property
@@ -84,7 +107,27 @@ class Backend(Protocol):
     ) -> None:
         """Updates parameters and momentum by the roots, and the second moments of vectors.
 
-        The entries are those of the last call of ``statistics``.
+        The entries are those of the last call of ``statistics``. An entry without a gradient gets
+        the update by its stored momentum, which stays as it is.
+        """
+
+    def fold(
+        self,
+        entry: Entry,
+        folded: Folded,
+        settings: Settings,
+        is_first: bool,
+        coefficient: Tensor | None,
+        /,
+    ) -> None:
+        """Adds the gradient of a matrix to its momentum, sums and sketch, and does not keep it.
+
+        Args:
+            entry: A matrix; ``step`` is the number of the step to come.
+            folded: What the earlier gradients of this step left; changed in place.
+            settings: Of the param group.
+            is_first: Whether the gradient is the first of this step: the momentum decays.
+            coefficient: [] float32, what the gradient is multiplied by; None: by nothing.
         """
 
     def step(self, entries: list[Entry], settings: Settings, /) -> None:

@@ -96,7 +96,7 @@ def encode(values: Tensor, momentum_dtype: str) -> tuple[Tensor, Tensor | None]:
     if momentum_dtype not in QMAX:
         return values.to(getattr(torch, momentum_dtype)), None
     columns = values.shape[-1]
-    blocks = _blocks(values)
+    blocks = in_blocks(values)
     scale = blocks.abs().amax(-1)
     magnitude = blocks.abs().div_(scale.unsqueeze(-1)).sqrt_().mul_(QMAX[momentum_dtype])
     # a block of zeros gave 0/0, and a block with an Inf gave Inf/Inf; neither has a code
@@ -120,13 +120,13 @@ def decode(codes: Tensor, scale: Tensor | None, momentum_dtype: str, columns: in
     if scale is None:
         return codes.float()
     values = (_unpack(codes, columns) if momentum_dtype == "int4" else codes).float()
-    values = _blocks(values).div_(QMAX[momentum_dtype])
+    values = in_blocks(values).div_(QMAX[momentum_dtype])
     values = values.mul_(values.abs()).mul_(scale.unsqueeze(-1))
     return values.flatten(-2)[..., :columns]
 
 
-def _blocks(values: Tensor) -> Tensor:
-    """[..., C] to [..., ceil(C / 128), 128], padded with zeros; a view where nothing is padded.
+def in_blocks(values: Tensor) -> Tensor:
+    """Views [..., C] as [..., ceil(C / 128), 128]; pads a last, shorter block with zeros.
 
     A row shorter than a block is not padded, [..., 1, C]: rows of 2 would need 64 times the memory.
     """

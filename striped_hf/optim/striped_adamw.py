@@ -36,7 +36,7 @@ from striped_hf.optim.state import Description, description_of, name_of, zero_st
 _ONE = torch.tensor(1.0, dtype=torch.float32, device="cpu")
 
 
-class _Checked(NamedTuple):
+class Checked(NamedTuple):
     """A parameter that can be stepped by its gradient.
 
     Attributes:
@@ -191,7 +191,7 @@ class StripedAdamW(Optimizer):
         parts = [matrix.local for batch in matrix_batches for matrix in batch.matrices]
         torch.autograd.graph.increment_version(whole + parts)
 
-    def _check(self) -> list[list[_Checked]]:
+    def _check(self) -> list[list[Checked]]:
         """Checks everything that the step will read or write, and changes none of it.
 
         Returns:
@@ -199,7 +199,7 @@ class StripedAdamW(Optimizer):
         """
         self._check_capture()
         self._refresh_groups()
-        found: list[list[_Checked]] = []
+        found: list[list[Checked]] = []
         for group_index, group in enumerate(self.param_groups):
             found.append([])
             for i, param in enumerate(group["params"]):
@@ -208,7 +208,7 @@ class StripedAdamW(Optimizer):
                     continue
                 description, state = description_of(group, i), self.state.get(param, {})
                 ordinary = is_ordinary(param, grad, state, description)
-                found[-1].append(_Checked(param, grad, description, ordinary))
+                found[-1].append(Checked(param, grad, description, ordinary))
                 if ordinary:
                     continue
                 problem = (
@@ -274,7 +274,7 @@ class StripedAdamW(Optimizer):
             ]
         return batches, matrix_batches, copies
 
-    def _state_of(self, checked: _Checked) -> State:
+    def _state_of(self, checked: Checked) -> State:
         """Returns the state of a parameter, created where there is none."""
         param, _, description, ordinary = checked
         state = self.state[param]

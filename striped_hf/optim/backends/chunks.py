@@ -22,7 +22,8 @@ def batches(entries: list[Entry]) -> Iterator[list[int]]:
     alike = defaultdict(list)
     for i, entry in enumerate(entries):
         p = entry.param
-        kind = (p.dtype, entry.grad.dtype, *entry[3:])
+        grad_dtype = None if entry.grad is None else entry.grad.dtype
+        kind = (p.dtype, grad_dtype, *entry[3:])
         alike[p.shape, p.device, kind].append(i)
     for (shape, device, _), positions in alike.items():
         size = max(1, _chunk_size(device) // shape.numel())

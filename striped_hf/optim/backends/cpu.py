@@ -90,6 +90,9 @@ def step(entries: list[Entry], settings: Settings) -> None:
     reference.step([entries[i] for i in fallback], settings)
 
 
+fold = reference.fold
+
+
 def _split(entries: list[Entry]) -> tuple[list[int], list[int]]:
     """Returns the positions of the entries that the C code steps, and of those that it does not.
 
@@ -100,7 +103,8 @@ def _split(entries: list[Entry]) -> tuple[list[int], list[int]]:
     fallback: list[int] = []
     for i, entry in enumerate(entries):
         tensors = (entry.param, *entry.state.values())
-        (supported if all(map(Tensor.is_contiguous, tensors)) else fallback).append(i)
+        is_supported = entry.grad is not None and all(map(Tensor.is_contiguous, tensors))
+        (supported if is_supported else fallback).append(i)
     return supported, fallback
 
 
@@ -117,7 +121,9 @@ def _call(
     """
     if not entries:
         return
-    grads = [entry.grad.contiguous() for entry, *_ in entries]  # copies must live through the call
+    grads = [
+        entry.gradient.contiguous() for entry, *_ in entries
+    ]  # copies must live through the call
     values: list[int] = []
     for (entry, sums, roots), grad in zip(entries, grads, strict=True):
         values += _c_entry(entry, grad, sums, roots)

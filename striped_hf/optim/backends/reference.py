@@ -37,12 +37,14 @@ them are ``stripes`` and the only communication that sharded parameters need (``
 For whole parameters ``step`` does all three, and a faster backend may fuse them.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from striped_hf.optim import momentum, rounding
 from striped_hf.optim.backends.chunks import batches, chunks, stack, unstack
-from striped_hf.optim.interface import Blocks, Entry, Roots, Settings, State, Sums
+from striped_hf.optim.interface import Blocks, Entry, Folded, Roots, Settings, State, Sums
 
 DEVICE_TYPES: tuple[str, ...] = ()  # any
 CAPTURABLE = False
@@ -78,7 +80,7 @@ def statistics(entries: list[Entry]) -> list[Sums | None]:
         first = entries[batch[0]]
         if first.param.dim() < 2:
             continue
-        grad = _grid(stack([entries[i].grad for i in batch]), first.blocks)
+        grad = _grid(stack([entries[i].gradient for i in batch]), first.blocks)
         *matrices, rows, column_blocks, columns = grad.shape
         row_sums = grad.new_empty(*matrices, rows, column_blocks, 1, dtype=torch.float32)
         col_sums = grad.new_zeros(*matrices, 1, column_blocks, columns, dtype=torch.float32)
@@ -98,7 +100,7 @@ def statistics(entries: list[Entry]) -> list[Sums | None]:
 
 
 def stripes(
-    entries: list[Entry], sums: list[Sums | None], settings: Settings
+    entries: list[Entry], sums: Sequence[Sums | None], settings: Settings
 ) -> list[Roots | None]:
     """Averages sums into the stripes of every entry, in place, and computes their roots.
 
@@ -209,9 +211,11 @@ def update(entries: list[Entry], roots: list[Roots | None], settings: Settings) 
         keys = [key for key in _UPDATED if key in first.state]
         params = [entries[i].param for i in batch]
         states = {key: [entries[i].state[key] for i in batch] for key in keys}
-        param, grad = stack(params), stack([entries[i].grad for i in batch])
+        param = stack(params)
+        grad = None if first.grad is None else stack([entries[i].gradient for i in batch])
         state = {key: stack(tensors) for key, tensors in states.items()}
         if first.param.dim() < 2:
+            assert grad is not None  # the gradients of vectors are not folded
             _update_vectors(param, grad, state, first, settings)
         else:
             a, c = map(stack, zip(*(roots[i] for i in batch), strict=True))  # type: ignore[misc]
@@ -236,12 +240,21 @@ def _update_vectors(
 
 
 def _update_matrices(
-    param: Tensor, grad: Tensor, state: State, roots: Roots, entry: Entry, settings: Settings
+    param: Tensor,
+    grad: Tensor | None,
+    state: State,
+    roots: Roots,
+    entry: Entry,
+    settings: Settings,
 ) -> None:
-    """The striped step. The tensors are n stacked ones, and each is as ``entry`` describes it."""
+    """The striped step. The tensors are n stacked ones, and each is as ``entry`` describes it.
+
+    Without ``grad`` the momentum has this step's gradients already, and stays as it is.
+    """
     row_blocks, column_blocks = entry.blocks
     columns = param.shape[-1]
-    param, grad = _grid(param, entry.blocks), _grid(grad, entry.blocks)
+    param = _grid(param, entry.blocks)
+    grad = None if grad is None else _grid(grad, entry.blocks)
     # [n, ..., br, R / br, bc, 1] and [n, ..., br, 1, bc, C / bc]
     a = roots[0].unflatten(-2, (row_blocks, -1)).unsqueeze(-1)
     c = roots[1].unflatten(-1, (column_blocks, -1)).unsqueeze(-3)
@@ -253,25 +266,35 @@ def _update_matrices(
     floor = ((1 - settings.beta2) / (1 - settings.beta2**entry.step)) ** 0.5
 
     for index, start in chunks(param.shape[1:-2], columns, param.device):
-        g = _gradient(grad[index], settings)
         stored, stored_scale = codes[index], scale[index] if scale is not None else None
         m = momentum.decode(stored, stored_scale, entry.momentum_dtype, columns)
-        m_grid = m.unflatten(-1, (column_blocks, -1)).lerp_(g, 1 - settings.beta1)
+        m_grid = m.unflatten(-1, (column_blocks, -1))
         root = a[index] * c[index[: c.dim() - 3]]
+        if grad is None:
+            _update_parameter(param[index], m_grid, None, root, start, entry, settings)
+            continue
+        g = _gradient(grad[index], settings)
+        m_grid.lerp_(g, 1 - settings.beta1)
         if is_lagged:
             root = torch.maximum(root, g.abs() * floor)
         _update_parameter(param[index], m_grid, g, root, start, entry, settings)
-        if m is not stored:
-            new_codes, new_scale = momentum.encode(m, entry.momentum_dtype)
-            stored.copy_(new_codes)
-            if stored_scale is not None:
-                stored_scale.copy_(new_scale)
+        _store_momentum(m, stored, stored_scale, entry)
+
+
+def _store_momentum(m: Tensor, stored: Tensor, stored_scale: Tensor | None, entry: Entry) -> None:
+    """Encodes a momentum [..., C] into its place in the state, unless it is that place."""
+    if m is stored:
+        return
+    codes, scale = momentum.encode(m, entry.momentum_dtype)
+    stored.copy_(codes)
+    if stored_scale is not None and scale is not None:
+        stored_scale.copy_(scale)
 
 
 def _update_parameter(
     param: Tensor,
     m: Tensor,
-    g: Tensor,
+    g: Tensor | None,
     root: Tensor,
     start: int,
     entry: Entry,
@@ -282,13 +305,14 @@ def _update_parameter(
     Args:
         param: [n, ...], the same chunk of n parameters; changed in place.
         m: The momentum of this step, float32.
-        g: The gradient of this step, float32.
+        g: The gradient of this step, float32; None where only ``m`` has it.
         root: The root of the second moment, without eps; overwritten.
         start: Row-major index in ``entry``'s parameter of the chunk's first element.
         entry: What each of the n parameters is.
         settings: Of the param group.
     """
     if settings.nesterov:
+        assert g is not None  # a step that frees gradients refuses nesterov
         m = torch.lerp(m, g, 1 - settings.beta1)
     denominator = root.add_(settings.eps)
     value, lr = param.float(), float(settings.lr)
@@ -317,6 +341,103 @@ def _random_bits(start: int, shape: torch.Size, entry: Entry) -> Tensor:
         for i in range(count // columns)
     ]
     return torch.stack(rows).view(shape)
+
+
+# -------------------------------------------------------------------------------------------------
+# folding
+# -------------------------------------------------------------------------------------------------
+
+
+def fold(
+    entry: Entry, folded: Folded, settings: Settings, is_first: bool, coefficient: Tensor | None
+) -> None:
+    """Adds a gradient to the momentum, sums and sketch; as ``interface.Backend.fold``.
+
+    With the coefficient k and random signs s_ij, each 1 or -1, that are the same for all gradients
+    of a step:
+
+        m        <- b1 m + (1 - b1) k g         the first gradient of a step
+        m        <- m + (1 - b1) k g            the others
+        row_sum  <- row_sum + sum_j (k g_ij)^2
+        col_sum  <- col_sum + sum_i (k g_ij)^2
+        y_iq     <- y_iq + sum_j s_ij k g_ij    over the columns j of block q of 128 columns
+
+    Squares of gradients do not add up to the square of their sum S, but y is linear in them, and
+    the expectation of y_iq^2 is the sum of S_ij^2 over block q (Alon, Matias and Szegedy 1996,
+    "The space complexity of approximating the frequency moments"). ``squares_of_sum`` uses it.
+    """
+    (sums,) = statistics([entry])
+    assert sums is not None
+    square = 1 if coefficient is None else coefficient.square()
+    folded.row_sums.add_(sums[0] * square)
+    folded.col_sums.add_(sums[1] * square)
+    row_blocks, column_blocks = entry.blocks
+    columns = entry.param.shape[-1]
+    grad = _grid(entry.gradient.unsqueeze(0), entry.blocks)
+    codes = entry.state["exp_avg"].unsqueeze(0).unflatten(-2, (row_blocks, -1))
+    scale = entry.state.get("exp_avg_scale")
+    if scale is not None:
+        scale = scale.unsqueeze(0).unflatten(-2, (row_blocks, -1))
+    sketch = folded.sketch
+    if sketch is not None:
+        sketch = sketch.unsqueeze(0).unflatten(-2, (row_blocks, -1))
+    for index, start in chunks(grad.shape[1:-2], columns, grad.device):
+        g = _gradient(grad[index], settings)
+        if coefficient is not None:
+            g = g * coefficient
+        stored, stored_scale = codes[index], scale[index] if scale is not None else None
+        m = momentum.decode(stored, stored_scale, entry.momentum_dtype, columns)
+        m_grid = m.unflatten(-1, (column_blocks, -1))
+        if is_first:
+            m_grid.lerp_(g, 1 - settings.beta1)
+        else:
+            m_grid.add_(g, alpha=1 - settings.beta1)
+        _store_momentum(m, stored, stored_scale, entry)
+        if sketch is not None:
+            bits = _random_bits(start, g.shape[1:], entry)
+            signed = torch.where(bits < 0, -g, g).flatten(-2)
+            sketch[index] += momentum.in_blocks(signed).sum(-1)
+
+
+def squares_of_sum(folded: Folded, blocks: Blocks) -> Tensor:
+    """Estimates the sum of squares of the sum of folded gradients, in each block of a matrix.
+
+    A block of 128 columns counts for the block of the matrix in which it begins.
+
+    Returns:
+        [..., br, bc] float32.
+    """
+    assert folded.sketch is not None
+    squares = folded.sketch.square().unflatten(-2, (blocks[0], -1)).sum(-2)
+    columns, widths = folded.col_sums.shape[-1], squares.shape[-1]
+    begins = torch.arange(widths, device=squares.device) * momentum.BLOCK_SIZE
+    of_block = begins * blocks[1] // columns
+    result = squares.new_zeros(*squares.shape[:-1], blocks[1])
+    return result.index_add_(-1, of_block, squares)
+
+
+def whole_sums(folded: Folded, blocks: Blocks, count: int) -> Sums:
+    """Returns the sums of squares that the sum of the folded gradients has, by row and by column.
+
+    Of more than one gradient they are an estimate: the sums of the gradients' squares, multiplied
+    in each block of the matrix by what the sketch says about the block as a whole.
+
+    Args:
+        folded: What the gradients of a step left.
+        blocks: (br, bc).
+        count: How many gradients there were.
+    """
+    row_sums, col_sums = folded.row_sums, folded.col_sums
+    if count == 1:
+        return row_sums, col_sums
+    row_grid = row_sums.unflatten(-2, (blocks[0], -1))
+    ratio = squares_of_sum(folded, blocks) / row_grid.sum(-2)
+    # 0/0 is a block of zeros; by Cauchy and Schwarz no ratio is above the number of gradients
+    ratio = torch.where(ratio > count, count, ratio).nan_to_num(nan=1.0, posinf=torch.inf)
+    return (
+        (row_grid * ratio.unsqueeze(-2)).flatten(-3, -2),
+        (col_sums.unflatten(-1, (blocks[1], -1)) * ratio.unsqueeze(-1)).flatten(-2),
+    )
 
 
 def _gradient(grad: Tensor, settings: Settings) -> Tensor:

@@ -104,6 +104,9 @@ def update(entries: list[Entry], roots: list[Roots | None], settings: Settings) 
     """
     if not entries:
         return
+    if entries[0].grad is None:  # folded
+        reference.update(entries, roots, settings)
+        return
     plan = _plan(entries, lagged=False)
     if plan.pending is not entries:
         plan.refresh(entries)
@@ -114,6 +117,9 @@ def update(entries: list[Entry], roots: list[Roots | None], settings: Settings) 
     if plan.fallback:
         fallback_roots = [roots[i] for i in plan.fallback]
         reference.update([entries[i] for i in plan.fallback], fallback_roots, settings)
+
+
+fold = reference.fold
 
 
 def _copy_roots(plan: Plan, roots: list[Roots | None]) -> None:
@@ -154,7 +160,7 @@ def _plan(entries: list[Entry], lagged: bool) -> Plan:
         (
             e.param.shape,
             e.param.dtype,
-            e.grad.dtype,
+            e.gradient.dtype,
             e.momentum_dtype,
             e.blocks,
             e.whole_start,

@@ -58,7 +58,7 @@ class Strides(Enum):
 
 def strides_of(entry: Entry) -> Strides:
     """Returns the strides that parameter and gradient have in common."""
-    param, grad = entry.param, entry.grad
+    param, grad = entry.param, entry.gradient
     if param.is_contiguous() and grad.is_contiguous():
         return Strides.CONTIGUOUS
     if param.dim() >= 2 and param.mT.is_contiguous() and grad.mT.is_contiguous():
@@ -108,7 +108,7 @@ def _list_tiles(
     for number, entry in enumerate(entries):
         param_dtype, grad_dtype = (
             _TRITON_DTYPES[entry.param.dtype],
-            _TRITON_DTYPES[entry.grad.dtype],
+            _TRITON_DTYPES[entry.gradient.dtype],
         )
         if entry.param.dim() < 2:
             indices = np.arange(ceil_div(entry.param.numel(), tile_sizes.VECTOR_BLOCK))
@@ -230,7 +230,7 @@ class Plan:
             state = entry.state
             # a step of 0 means that only the device knows it
             step = entry.step - first_step if entry.step else state["step"].data_ptr()
-            addresses += (entry.param.data_ptr(), entry.grad.data_ptr())
+            addresses += (entry.param.data_ptr(), entry.gradient.data_ptr())
             # the state of a part of a sharded matrix has no stripes, and that of a vector no scales
             addresses += [state[key].data_ptr() if key in state else 0 for key in _STATE_KEYS]
             addresses.append(step)

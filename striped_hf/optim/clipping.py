@@ -1,0 +1,68 @@
+"""Clipping of gradients that are gone before their norm is known."""
+
+import torch
+from torch import Tensor
+
+_LARGEST_RATIO = 2.0  # of a norm to the one that was assumed
+
+
+class ForwardClipping:
+    """Clips the gradients of a step to a norm, by the norm of the step before.
+
+    ``torch.nn.utils.clip_grad_norm_`` multiplies gradients by min(1, max_norm / norm). Gradients
+    that are folded into the momentum one by one are multiplied by min(1, max_norm / assumed). After
+    the last one the norm is known. If it is at most twice the assumed one, the difference stays:
+    the scale of a gradient changes AdamW's update only by the gradient's share in the averages. If
+    it is larger, as in a spike, ``correction`` reduces that share to what clipping would have
+    given.
+
+    The next step assumes this step's norm, but at most twice what this step assumed, or twice
+    max_norm where that is larger: a spike does not shrink the step after it, and norms that grow
+    for good are followed in a few steps.
+
+    No number is read from the device.
+    """
+
+    def __init__(self, max_norm: float | None) -> None:
+        self.max_norm = max_norm
+        self.assumed: Tensor | None = None  # [] float32
+        self._used: Tensor | None = None  # [] float32, this step's coefficient
+
+    def coefficient(self, device: torch.device) -> Tensor | None:
+        """Returns what this step's folded gradients are multiplied by; None: by nothing."""
+        if self._used is None and self.max_norm is not None and self.assumed is not None:
+            self._used = self.clip(self.assumed)
+        return None if self._used is None else self._used.to(device)
+
+    def clip(self, norm: Tensor) -> Tensor:
+        """Returns min(1, max_norm / norm), as ``torch.nn.utils.clip_grad_norm_`` computes it."""
+        assert self.max_norm is not None
+        return (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+    def assume(self, norm: Tensor) -> None:
+        """Sets the norm that this step's gradients are clipped by; before the first ``fold``."""
+        self.assumed = norm
+
+    def correction(self, norm: Tensor) -> Tensor | None:
+        """Returns what the folded gradients are to be multiplied by again; None: by nothing.
+
+        Args:
+            norm: [] float32, of all gradients of the step, before clipping.
+        """
+        if self.max_norm is None:
+            return None
+        used = torch.ones_like(norm) if self._used is None else self._used.to(norm.device)
+        ratio = self.clip(norm) / used
+        return torch.where(ratio * _LARGEST_RATIO < 1, ratio, torch.ones_like(ratio))
+
+    def end_step(self, norm: Tensor) -> None:
+        """Sets what the next step assumes."""
+        if self.max_norm is None:
+            return
+        if self.assumed is None:
+            self.assumed = norm
+        else:
+            before = self.assumed.to(norm.device)
+            following = torch.minimum(norm, _LARGEST_RATIO * before.clamp(min=self.max_norm))
+            self.assumed = torch.where(norm.isfinite(), following, before)
+        self._used = None
