@@ -16,13 +16,14 @@ from striped_hf.import_hook import after_import
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from striped_hf.optim import StripedAdamW
+    from striped_hf.optim import LayerwiseStripedAdamW, StripedAdamW
     from striped_hf.trainer import optimizer_cls_and_kwargs
 
-__all__ = ["StripedAdamW", "__version__", "optimizer_cls_and_kwargs"]
+__all__ = ["LayerwiseStripedAdamW", "StripedAdamW", "__version__", "optimizer_cls_and_kwargs"]
 __version__ = "0.1.0"
 
 _MODULES = {
+    "LayerwiseStripedAdamW": "striped_hf.optim",
     "StripedAdamW": "striped_hf.optim",
     "optimizer_cls_and_kwargs": "striped_hf.trainer",
 }

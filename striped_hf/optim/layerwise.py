@@ -120,6 +120,7 @@ class LayerwiseStripedAdamW(StripedAdamW):
         self._places: dict[int, _Place] | None = None
         self._norm: Tensor | None = None
         self._handles: dict[int, RemovableHandle] = {}
+        weakref.finalize(self, _remove, self._handles)
         super().__init__(params, *args, **options)
 
     @property
@@ -166,9 +167,7 @@ class LayerwiseStripedAdamW(StripedAdamW):
 
     def remove_hooks(self) -> None:
         """Leaves ordinary parameters, whose gradients stay until the step."""
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles.clear()
+        _remove(self._handles)
 
     def _is_hooked(self, param: Tensor) -> bool:
         handle = self._handles.get(id(param))
@@ -459,6 +458,12 @@ def _hook(optimizer: LayerwiseStripedAdamW, param: Tensor) -> RemovableHandle:
             optimizer._on_gradient(param)
 
     return param.register_post_accumulate_grad_hook(on_gradient)
+
+
+def _remove(handles: dict[int, RemovableHandle]) -> None:
+    for handle in handles.values():
+        handle.remove()
+    handles.clear()
 
 
 def _name(place: _Place) -> str:

@@ -1,0 +1,535 @@
+"""LayerwiseStripedAdamW: beside the ordinary optimizer, and what is its own."""
+
+from __future__ import annotations
+
+import gc
+import io
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from optim_checks import FORMATS, assert_same_bits, snapshot, stored_momentum
+from torch import Tensor, nn
+
+from striped_hf import LayerwiseStripedAdamW, StripedAdamW
+
+pytestmark = pytest.mark.usefixtures("every_backend")
+
+WIDTH = 256  # a square matrix has 65,536 elements: the smallest whose gradient is freed
+
+
+class Model(nn.Module):
+    """An embedding that is tied to the head, two matrices, a packed one, and vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(300, WIDTH)
+        self.packed = nn.Linear(WIDTH, 3 * WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.small = nn.Linear(WIDTH, 16)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        q, k, v = self.packed(self.norm(x)).chunk(3, -1)
+        x = x + self.out(q * k.tanh() + v)
+        logits = x @ self.embedding.weight.T
+        return logits.logsumexp(-1).mean() - logits[..., 0].mean() + self.small(x).square().mean()
+
+
+def make_model(dtype: torch.dtype = torch.float32) -> Model:
+    torch.manual_seed(0)
+    return Model().to(dtype)
+
+
+def make_groups(model: Model) -> list[dict[str, Any]]:
+    packed = [model.packed.weight]
+    others = [p for p in model.parameters() if p is not model.packed.weight]
+    return [{"params": packed, "blocks": (3, 1)}, {"params": others, "weight_decay": 0.0}]
+
+
+def train(
+    cls: type[StripedAdamW],
+    steps: int = 4,
+    passes: int = 1,
+    dtype: torch.dtype = torch.float32,
+    after_backward: Callable[[Any, Model], None] = lambda optimizer, model: None,
+    **options: Any,
+) -> tuple[Model, StripedAdamW]:
+    model = make_model(dtype)
+    optimizer = cls(make_groups(model), lr=1e-2, **options)
+    run(model, optimizer, range(steps), passes, after_backward)
+    return model, optimizer
+
+
+def run(
+    model: Model,
+    optimizer: StripedAdamW,
+    steps: range,
+    passes: int = 1,
+    after_backward: Callable[[Any, Model], None] = lambda optimizer, model: None,
+) -> None:
+    for step in steps:
+        for i in range(passes):
+            torch.manual_seed(100 * step + i)
+            (model(torch.randint(0, 300, (2, 8))) / passes).backward()
+        after_backward(optimizer, model)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def give_gradient(param: Tensor, grad: Tensor) -> None:
+    """Runs a backward pass in which ``param`` gets ``grad``."""
+    (param * grad).sum().backward()
+
+
+# -------------------------------------------------------------------------------------------------
+# beside the ordinary optimizer
+# -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_float32_momentum_gives_the_ordinary_step_to_the_bit(dtype: torch.dtype) -> None:
+    _, ordinary = train(StripedAdamW, dtype=dtype)
+    _, layerwise = train(LayerwiseStripedAdamW, dtype=dtype)
+    for a, b in zip(snapshot(ordinary), snapshot(layerwise), strict=True):
+        for x, y in zip(_tensors(a), _tensors(b), strict=True):
+            assert_same_bits(y, x)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    values = value.values() if isinstance(value, dict) else [value]
+    return [each for each in values if isinstance(each, Tensor)]
+
+
+@pytest.mark.parametrize("momentum_dtype", FORMATS)
+def test_gradients_of_matrices_are_gone_after_backward(momentum_dtype: str) -> None:
+    kept = []
+
+    def count(_: Any, model: Model) -> None:
+        kept.append({n for n, p in model.named_parameters() if p.grad is not None})
+
+    model, _ = train(LayerwiseStripedAdamW, after_backward=count, momentum_dtype=momentum_dtype)
+    small = {n for n, p in model.named_parameters() if p.dim() < 2 or p.numel() < WIDTH**2}
+    assert "small.weight" in small
+    assert kept == 4 * [small]
+
+
+@pytest.mark.parametrize("momentum_dtype", ["bfloat16", "int8", "int4"])
+def test_coded_momentum_is_the_ordinary_one_after_one_step(momentum_dtype: str) -> None:
+    model, ordinary = train(StripedAdamW, steps=1, momentum_dtype=momentum_dtype)
+    other, layerwise = train(LayerwiseStripedAdamW, steps=1, momentum_dtype=momentum_dtype)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        expected, actual = ordinary.state[p], layerwise.state[q]
+        assert actual.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_same_bits(actual[key], value, key)
+
+
+def test_every_option_of_a_group_counts() -> None:
+    options = {"betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.3, "maximize": True}
+    model, _ = train(StripedAdamW, **options)
+    other, _ = train(LayerwiseStripedAdamW, **options)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert_same_bits(b, a)
+
+
+def test_a_parameter_without_gradient_is_left_alone() -> None:
+    model = make_model()
+    model.out.requires_grad_(False)
+    optimizer = LayerwiseStripedAdamW(model.parameters())
+    before = model.out.weight.clone()
+    run(model, optimizer, range(2))
+    assert_same_bits(model.out.weight, before)
+    assert model.out.weight not in optimizer.state
+    # unfrozen later: the first gradient stays until the step, from then on it is freed
+    model.out.requires_grad_(True)
+    kept = []
+    run(model, optimizer, range(2, 5), after_backward=lambda o, m: kept.append(m.out.weight.grad))
+    assert kept[0] is not None
+    assert kept[1:] == [None, None]
+    assert optimizer.state[model.out.weight]["step"] == 3
+
+
+# -------------------------------------------------------------------------------------------------
+# several backward passes before a step
+# -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("passes", [4, 16, 32])
+@pytest.mark.parametrize("mean", [0.0, 0.3, 3.0])
+def test_the_denominator_is_that_of_the_summed_gradient(passes: int, mean: float) -> None:
+    # the noise of passes that agree, by `mean`, in nothing, a little, and nearly everything
+    shared = mean * torch.randn(1024, 512)
+    summed, folded = (nn.Parameter(torch.zeros(1024, 512)) for _ in range(2))
+    ordinary = StripedAdamW([summed], lr=0.0)
+    layerwise = LayerwiseStripedAdamW([folded], lr=0.0, gradient_accumulation=True)
+    for _ in range(passes):
+        grad = shared + torch.randn(1024, 512)
+        give_gradient(summed, grad)
+        give_gradient(folded, grad)
+        assert folded.grad is None
+    # 4,096 squares scatter by sqrt(2 / 4096) = 2.2%, their root by 1.1%: four times that
+    within = 0.045
+    assert layerwise.grad_norm().item() == pytest.approx(summed.grad.norm().item(), rel=within)
+    ordinary.step()
+    layerwise.step()
+    expected, actual = ordinary.state[summed], layerwise.state[folded]
+    torch.testing.assert_close(actual["exp_avg"], expected["exp_avg"], rtol=1e-4, atol=1e-5)
+    for key in ("exp_avg_sq_row", "exp_avg_sq_col"):
+        ratio = (actual[key].mean() / expected[key].mean()).sqrt().item()
+        assert ratio == pytest.approx(1, rel=within), key
+        # rows and columns share the error, and each has its own, of a mean of 512 squares or more
+        ratios = (actual[key] / expected[key]).sqrt() / ratio
+        assert (ratios - 1).abs().mean() < 0.05
+
+
+def test_the_estimate_has_no_bias() -> None:
+    param = nn.Parameter(torch.zeros(256, 256))
+    optimizer = LayerwiseStripedAdamW([param], lr=0.0, gradient_accumulation=True)
+    grads = [torch.randn(256, 256) + 0.2 for _ in range(4)]
+    true_norm = sum(grads).norm()
+    ratios = []
+    for _ in range(30):  # the signs differ from step to step
+        for grad in grads:
+            give_gradient(param, grad)
+        ratios.append((optimizer.grad_norm() / true_norm).square().item())
+        optimizer.step()
+    mean = sum(ratios) / len(ratios)
+    scatter = torch.tensor(ratios).std().item() / math.sqrt(len(ratios))
+    assert 0 < scatter < 0.01
+    assert abs(mean - 1) < 4 * scatter
+
+
+@pytest.mark.parametrize("momentum_dtype", FORMATS)
+def test_many_passes_do_not_wear_out_a_coded_momentum(momentum_dtype: str) -> None:
+    passes = 16
+    torch.manual_seed(1)
+    grads = [torch.randn(256, 512) + 0.2 * torch.randn(256, 1) for _ in range(passes)]
+    summed, folded = (nn.Parameter(torch.zeros(256, 512)) for _ in range(2))
+    ordinary = StripedAdamW([summed], lr=0.0, momentum_dtype=momentum_dtype)
+    options = {"momentum_dtype": momentum_dtype, "gradient_accumulation": True}
+    layerwise = LayerwiseStripedAdamW([folded], lr=0.0, **options)
+    for _ in range(2):
+        for grad in grads:
+            give_gradient(summed, grad)
+            give_gradient(folded, grad)
+        ordinary.step()
+        layerwise.step()
+        ordinary.zero_grad()
+    exact = sum(grads) * (0.1 + 0.9 * 0.1)
+    expected, name = stored_momentum(ordinary.state[summed], 512)
+    actual, same_name = stored_momentum(layerwise.state[folded], 512)
+    assert name == same_name == momentum_dtype
+
+    def error(values: Any) -> float:
+        return ((torch.from_numpy(values) - exact).norm() / exact.norm()).item()
+
+    # sixteen codings to 8 bits cost four times the error of one, and to 4 bits none but the last
+    at_most = {"float32": 1e-5, "bfloat16": 0.02, "int8": 0.05, "int4": 1.1 * error(expected)}
+    assert error(actual) <= at_most[momentum_dtype]
+
+
+def test_a_second_pass_is_refused_without_accumulation() -> None:
+    model = make_model()
+    optimizer = LayerwiseStripedAdamW(model.parameters())
+    model(torch.zeros(1, 4, dtype=torch.long)).backward()
+    with pytest.raises(RuntimeError, match="gradient_accumulation=True"):
+        model(torch.zeros(1, 4, dtype=torch.long)).backward()
+    optimizer.step()
+    run(model, optimizer, range(2))
+
+
+# -------------------------------------------------------------------------------------------------
+# clipping
+# -------------------------------------------------------------------------------------------------
+
+
+def _clip(max_norm: float) -> Callable[[Any, Model], None]:
+    def clip(optimizer: Any, model: Model) -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+
+    return clip
+
+
+def test_the_norm_is_that_of_all_gradients() -> None:
+    norms: list[float] = []
+
+    def of_all(_: Any, model: Model) -> None:
+        grads = [p.grad for p in model.parameters()]
+        norms.append(torch.nn.utils.get_total_norm(grads).item())
+
+    def of_folded(optimizer: Any, _: Model) -> None:
+        expected = norms.pop(0)
+        assert optimizer.grad_norm().item() == pytest.approx(expected, rel=1e-5)
+        assert optimizer.grad_norm().item() == pytest.approx(expected, rel=1e-5)  # asked again
+
+    train(StripedAdamW, after_backward=of_all)
+    train(LayerwiseStripedAdamW, after_backward=of_folded)
+    assert not norms
+
+
+def test_a_first_step_is_clipped_as_by_torch() -> None:
+    model, _ = train(StripedAdamW, 1, after_backward=_clip(1e-4), eps=1e-3)
+    other, optimizer = train(LayerwiseStripedAdamW, 1, max_grad_norm=1e-4, eps=1e-3)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-7)
+    assert isinstance(optimizer, LayerwiseStripedAdamW)
+
+
+@pytest.mark.parametrize("momentum_dtype", FORMATS)
+def test_gradients_of_one_norm_are_clipped_as_by_torch(momentum_dtype: str) -> None:
+    torch.manual_seed(2)
+    summed, folded = (nn.Parameter(torch.zeros(256, 256)) for _ in range(2))
+    ordinary = StripedAdamW([summed], lr=1.0, eps=1e-3)
+    options = {"max_grad_norm": 0.5, "momentum_dtype": momentum_dtype}
+    layerwise = LayerwiseStripedAdamW([folded], lr=1.0, eps=1e-3, **options)
+    for _ in range(4):
+        grad = torch.randn(256, 256)
+        grad *= 3 / grad.norm()
+        give_gradient(summed, grad)
+        torch.nn.utils.clip_grad_norm_([summed], 0.5)
+        give_gradient(folded, grad)
+        ordinary.step()
+        layerwise.step()
+        ordinary.zero_grad()
+    allowed = {"float32": 1e-4, "bfloat16": 0.01, "int8": 0.02, "int4": 0.5}[momentum_dtype]
+    assert (folded - summed).norm() / summed.norm() < allowed
+    row, expected = (
+        o.state[p]["exp_avg_sq_row"] for o, p in ((layerwise, folded), (ordinary, summed))
+    )
+    torch.testing.assert_close(row, expected, rtol=1e-4, atol=0)
+
+
+def test_a_spike_weighs_no_more_than_clipping_lets_it() -> None:
+    torch.manual_seed(3)
+    param = nn.Parameter(torch.zeros(256, 256))
+    optimizer = LayerwiseStripedAdamW([param], lr=0.0, max_grad_norm=1.0)
+    for scale in (1.0, 1.0, 1000.0, 1.0, 1.0):
+        grad = torch.randn(256, 256)
+        before = optimizer.state[param].get("exp_avg_sq_row", torch.zeros(1)).mean().item()
+        give_gradient(param, scale * grad / grad.norm())
+        assert optimizer.grad_norm().item() == pytest.approx(scale, rel=1e-4)
+        optimizer.step()
+        added = optimizer.state[param]["exp_avg_sq_row"].mean().item() - 0.999 * before
+        # of a gradient of norm 1, or of at least a quarter of it right after the spike
+        assert 0.001 * 0.2 < added * 256**2 <= 0.001 * 1.01, scale
+        assert optimizer.state[param]["exp_avg"].norm() < 0.3
+
+
+def test_norms_that_grow_for_good_are_followed() -> None:
+    torch.manual_seed(4)
+    param = nn.Parameter(torch.zeros(256, 256))
+    optimizer = LayerwiseStripedAdamW([param], lr=0.0, max_grad_norm=1.0)
+    for step in range(20):
+        grad = torch.randn(256, 256) + 1
+        scale = 1.0 if step < 3 else 50.0
+        give_gradient(param, scale * grad / grad.norm())
+        optimizer.step()
+    # 16 clipped gradients of norm 1 are most of the momentum, and point the same way
+    assert optimizer.state[param]["exp_avg"].norm() > 0.5
+
+
+def test_gradients_that_stayed_are_clipped_by_their_own_norm() -> None:
+    model, _ = train(StripedAdamW, after_backward=_clip(0.1), eps=1e-3)
+    other = make_model()
+    optimizer = LayerwiseStripedAdamW(make_groups(other), lr=1e-2, eps=1e-3, max_grad_norm=0.1)
+    optimizer.remove_hooks()
+    for step in range(4):
+        torch.manual_seed(100 * step)
+        other(torch.randint(0, 300, (2, 8))).backward()
+        assert other.out.weight.grad is not None
+        optimizer.step()
+        optimizer.remove_hooks()
+        optimizer.zero_grad()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_is_as_loud_as_without_folding(value: float) -> None:
+    results = []
+    for cls in (StripedAdamW, LayerwiseStripedAdamW):
+        param = nn.Parameter(torch.ones(256, 256))
+        optimizer = cls([param], momentum_dtype="int8")
+        grad = torch.randn(256, 256)
+        for bad in (False, True, False):
+            grad[3, 5] = value if bad else 0.5
+            give_gradient(param, grad)
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(param.isfinite())
+    assert torch.equal(*results)
+    assert not results[0].all()
+
+
+# -------------------------------------------------------------------------------------------------
+# hooks
+# -------------------------------------------------------------------------------------------------
+
+
+def test_removed_hooks_leave_an_ordinary_model() -> None:
+    model = make_model()
+    optimizer = LayerwiseStripedAdamW(model.parameters())
+    run(model, optimizer, range(1))
+    optimizer.remove_hooks()
+    model(torch.zeros(1, 4, dtype=torch.long)).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_deleted_optimizer_leaves_an_ordinary_model() -> None:
+    model = make_model()
+    optimizer = LayerwiseStripedAdamW(model.parameters())
+    run(model, optimizer, range(1))
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert gone() is None
+    model(torch.zeros(1, 4, dtype=torch.long)).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_replaced_parameters_are_hooked_from_the_next_step_on() -> None:
+    model = make_model()
+    optimizer = LayerwiseStripedAdamW(model.parameters())
+    model.out.weight = nn.Parameter(model.out.weight.detach().clone())
+    params = optimizer.param_groups[0]["params"]
+    names = [name for name, _ in model.named_parameters()]
+    params[names.index("out.weight")] = model.out.weight
+    kept = []
+    run(model, optimizer, range(3), after_backward=lambda o, m: kept.append(m.out.weight.grad))
+    assert kept[0] is not None
+    assert kept[1:] == [None, None]
+    assert optimizer.state[model.out.weight]["step"] == 3
+
+
+def test_added_groups_are_hooked() -> None:
+    model = make_model()
+    optimizer = LayerwiseStripedAdamW(model.embedding.parameters())
+    optimizer.add_param_group({"params": model.packed.parameters(), "blocks": (3, 1)})
+    model(torch.zeros(1, 4, dtype=torch.long)).backward()
+    assert model.packed.weight.grad is None
+    assert model.out.weight.grad is not None
+
+
+# -------------------------------------------------------------------------------------------------
+# state dicts
+# -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("momentum_dtype", FORMATS)
+@pytest.mark.parametrize("passes", [1, 3])
+def test_a_run_resumes_to_the_bit(momentum_dtype: str, passes: int) -> None:
+    options = {
+        "momentum_dtype": momentum_dtype,
+        "max_grad_norm": 0.05,
+        "gradient_accumulation": passes > 1,
+    }
+    whole, _ = train(LayerwiseStripedAdamW, 4, passes, **options)
+    model, optimizer = train(LayerwiseStripedAdamW, 2, passes, **options)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed = make_model()
+    resumed.load_state_dict(saved["model"])
+    optimizer = LayerwiseStripedAdamW(make_groups(resumed), lr=1e-2, **options)
+    optimizer.load_state_dict(saved["optimizer"])
+    run(resumed, optimizer, range(2, 4), passes)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert_same_bits(b, a)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(StripedAdamW, LayerwiseStripedAdamW), (LayerwiseStripedAdamW, StripedAdamW)],
+    ids=["from ordinary", "to ordinary"],
+)
+def test_state_dicts_are_exchanged_with_the_ordinary_optimizer(
+    first: type[StripedAdamW], second: type[StripedAdamW]
+) -> None:
+    whole, _ = train(StripedAdamW)
+    model, optimizer = train(first, 2)
+    resumed = second(make_groups(model), lr=1e-2)
+    resumed.load_state_dict(optimizer.state_dict())
+    del optimizer
+    gc.collect()
+    run(model, resumed, range(2, 4))
+    for a, b in zip(whole.parameters(), model.parameters(), strict=True):
+        assert_same_bits(b, a)
+
+
+def test_a_state_dict_between_backward_and_step_is_refused() -> None:
+    model = make_model()
+    optimizer = LayerwiseStripedAdamW(model.parameters())
+    model(torch.zeros(1, 4, dtype=torch.long)).backward()
+    with pytest.raises(RuntimeError, match=r"call step\(\) before"):
+        optimizer.state_dict()
+    optimizer.step()
+    optimizer.state_dict()
+
+
+def test_dropped_gradients_take_no_step() -> None:
+    model = make_model()
+    optimizer = LayerwiseStripedAdamW(model.parameters())
+    run(model, optimizer, range(1))
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.zeros(1, 4, dtype=torch.long)).backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    for a, b in zip(before, model.parameters(), strict=True):
+        assert_same_bits(b, a)
+    run(model, optimizer, range(1, 2))
+    assert {int(state["step"]) for state in optimizer.state.values()} == {2}
+
+
+# -------------------------------------------------------------------------------------------------
+# refused
+# -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nesterov": True}, "nesterov=True needs each gradient"),
+        ({"lagged": True}, "lagged=True needs each gradient"),
+        ({"capturable": True}, "capturable=True cannot"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm=0.0 is not above zero"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0 is not above zero"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm=nan is not above zero"),
+    ],
+    ids=str,
+)
+def test_options_are_refused_at_once(options: dict[str, Any], message: str) -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match=message):
+        LayerwiseStripedAdamW(model.parameters(), **options)
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_a_closure_is_refused() -> None:
+    optimizer = LayerwiseStripedAdamW(make_model().parameters())
+    with pytest.raises(RuntimeError, match="takes no closure"):
+        optimizer.step(lambda: 1.0)
+
+
+def test_a_gradient_scaler_is_refused() -> None:
+    model = make_model()
+    optimizer = LayerwiseStripedAdamW(model.parameters())
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(torch.zeros(1, 4, dtype=torch.long))).backward()
+    with pytest.raises(RuntimeError, match="train in bfloat16"):
+        scaler.step(optimizer)
+
+
+def test_a_sparse_gradient_is_refused_in_the_backward_pass() -> None:
+    embedding = nn.Embedding(300, WIDTH, sparse=True)
+    LayerwiseStripedAdamW(embedding.parameters())
+    optimizer = LayerwiseStripedAdamW([{"params": [embedding.weight]}])
+    with pytest.raises(RuntimeError, match="make it dense"):
+        embedding(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
+    assert not optimizer.state
