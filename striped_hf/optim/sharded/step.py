@@ -69,7 +69,7 @@ def localize(
     """Returns what this process steps of one sharded parameter.
 
     Args:
-        param: With its gradient.
+        param: With its gradient, or without where it was folded.
         state: Its state.
         description: Its description.
         step: The number of this step, from 1.
@@ -79,13 +79,9 @@ def localize(
         are sharded, no entries and a matrix for ``step`` below. Last, where no kernel can step the
         local tensor, it and the copy that is stepped in its place.
     """
-    layout, grad = description.layout, param.grad
+    layout = description.layout
     assert layout is not None
-    assert grad is not None
-    assert is_sharded(grad)
-    if tuple(grad.placements) != layout.placements:
-        grad = grad.redistribute(placements=layout.placements)
-    local_grad = plain_gradient(grad.to_local())
+    local_grad = None if param.grad is None else local_gradient(param.grad, layout)
     target = param.to_local()
     local = plain_parameter(target)
     copies = [] if local is target else [(target, local)]
@@ -105,7 +101,7 @@ def localize(
         entries.append(
             Entry(
                 param=local[piece.index],
-                grad=local_grad[piece.index],
+                grad=None if local_grad is None else local_grad[piece.index],
                 state=piece_state,
                 momentum_dtype=description.momentum_dtype,
                 blocks=piece.blocks,
@@ -121,17 +117,29 @@ def localize(
     return [], matrix, copies
 
 
-def step(batches: list[MatrixBatch]) -> None:
+def local_gradient(grad: Tensor, layout: Layout) -> Tensor:
+    """Returns this process's part of a DTensor's gradient, placed as the momentum is."""
+    assert is_sharded(grad)
+    if tuple(grad.placements) != layout.placements:
+        grad = grad.redistribute(placements=layout.placements)
+    return plain_gradient(grad.to_local())
+
+
+def step(batches: list[MatrixBatch], folded_sums: list[Sums] | None = None) -> None:
     """Steps matrices whose rows or columns are sharded; every process of their meshes joins in.
 
     Args:
         batches: With the same matrices in the same order in all processes.
+        folded_sums: For each matrix this process's sums of squares, where its gradients were
+            folded; None: they are computed from the gradients.
     """
     matrices = [matrix for batch in batches for matrix in batch.matrices]
     if not matrices:
         return
     settings = [batch.settings for batch in batches for _ in batch.matrices]
-    sums = [pair for batch in batches for pair in _local_sums(batch)]
+    sums = folded_sums
+    if sums is None:
+        sums = [pair for batch in batches for pair in _local_sums(batch)]
     roots = iter(_stripes(matrices, settings, sums))
     for batch in batches:
         entries = [entry for matrix in batch.matrices for entry in matrix.entries]

@@ -1,6 +1,5 @@
 """LayerwiseStripedAdamW: StripedAdamW without stored gradients."""
 
-import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, overload
 
@@ -9,18 +8,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import ParamsT
-from torch.utils.hooks import RemovableHandle
 
-from striped_hf.optim import momentum
 from striped_hf.optim.backends import reference
-from striped_hf.optim.backends.chunks import chunks
 from striped_hf.optim.checks import is_ordinary, problem_of_gradient, problem_of_state
-from striped_hf.optim.clipping import ForwardClipping
-from striped_hf.optim.interface import Entry, Folded, Group, State
+from striped_hf.optim.interface import Entry, Group, State, Sums
+from striped_hf.optim.layerwise.clipping import ForwardClipping
+from striped_hf.optim.layerwise.hooks import GradientHooks
+from striped_hf.optim.layerwise.norms import square_norms_of_folded, square_norms_of_gradients
+from striped_hf.optim.layerwise.open_matrix import OpenMatrix
 from striped_hf.optim.options import settings_of
-from striped_hf.optim.plain import plain_gradient, plain_parameter, problem_of_wrapper
+from striped_hf.optim.plain import plain_parameter, problem_of_wrapper
+from striped_hf.optim.sharded import step as sharded_step
 from striped_hf.optim.sharded.layout import is_sharded
-from striped_hf.optim.state import Description, description_of, name_of
+from striped_hf.optim.sharded.step import Matrix, MatrixBatch
+from striped_hf.optim.state import description_of, name_of
 from striped_hf.optim.striped_adamw import Checked, StripedAdamW
 
 # Elements of the smallest parameter whose gradient is freed. Smaller ones, and vectors, are few:
@@ -36,28 +37,6 @@ class _Place(NamedTuple):
     group: Group
     position: int
     group_index: int
-
-
-class _Matrix:
-    """A matrix between its first gradient of a step and the step.
-
-    Attributes:
-        param: The parameter.
-        place: Where it is.
-        description: What its state is.
-        folded: What its gradients left.
-        momentum: ``exp_avg`` and perhaps ``exp_avg_scale``, to which gradients are added.
-        momentum_dtype: The format of ``momentum``: the state's, or int8 while int4 gathers several
-            gradients.
-        count: How many gradients were folded.
-    """
-
-    def __init__(self, param: Tensor, place: _Place, description: Description) -> None:
-        self.param, self.place, self.description = param, place, description
-        self.folded: Folded
-        self.momentum: State
-        self.momentum_dtype = description.momentum_dtype
-        self.count = 0
 
 
 class LayerwiseStripedAdamW(StripedAdamW):
@@ -116,11 +95,10 @@ class LayerwiseStripedAdamW(StripedAdamW):
             )
         self.gradient_accumulation = gradient_accumulation
         self._clipping = ForwardClipping(max_grad_norm)
-        self._matrices: dict[Tensor, _Matrix] = {}  # since the last step
+        self._open: dict[Tensor, OpenMatrix] = {}  # since the last step
         self._places: dict[int, _Place] | None = None
         self._norm: Tensor | None = None
-        self._handles: dict[int, RemovableHandle] = {}
-        weakref.finalize(self, _remove, self._handles)
+        self._hooks = GradientHooks(self._on_gradient)
         super().__init__(params, *args, **options)
 
     @property
@@ -159,20 +137,12 @@ class LayerwiseStripedAdamW(StripedAdamW):
         ``step()`` does so, too. Gradients that come before it stay until the step.
         """
         self._places = None
-        for group in self.param_groups:
-            for param in group["params"]:
-                if not (param.requires_grad and _is_large(param)) or self._is_hooked(param):
-                    continue
-                self._handles[id(param)] = _hook(self, param)
+        params = [param for group in self.param_groups for param in group["params"]]
+        self._hooks.attach(p for p in params if p.requires_grad and _is_large(p))
 
     def remove_hooks(self) -> None:
         """Leaves ordinary parameters, whose gradients stay until the step."""
-        _remove(self._handles)
-
-    def _is_hooked(self, param: Tensor) -> bool:
-        handle = self._handles.get(id(param))
-        # other code may have replaced the parameter, and its id may be in use again
-        return handle is not None and handle.id in (param._post_accumulate_grad_hooks or ())
+        self._hooks.remove()
 
     @torch.no_grad()
     def _on_gradient(self, param: Tensor) -> None:
@@ -187,40 +157,28 @@ class LayerwiseStripedAdamW(StripedAdamW):
     # ---------------------------------------------------------------------------------------------
 
     def _fold(self, param: Tensor, grad: Tensor) -> None:
-        matrix = self._matrices.get(param)
-        if matrix is None:
-            matrix = self._open(param, grad)
+        opened = self._open.get(param)
+        if opened is None:
+            opened = self._opened(param, grad)
         elif not self.gradient_accumulation:
             raise RuntimeError(
-                f"{_name(matrix.place)} got a second gradient before step(): construct the "
+                f"{self._name_of(param)} got a second gradient before step(): construct the "
                 "optimizer with gradient_accumulation=True"
             )
-        group = matrix.place.group
-        coefficient = self._clipping.coefficient(param.device)
         step = int(self.state[param]["step"].item()) + 1
-        entry = Entry(
-            param,
-            plain_gradient(grad),
-            matrix.momentum,
-            matrix.momentum_dtype,
-            matrix.description.blocks,
-            step,
-        )
-        backend = self._backend(param.device.type)
-        backend.fold(
-            entry, matrix.folded, settings_of(group, False), matrix.count == 0, coefficient
-        )
-        matrix.count += 1
+        settings = settings_of(self._place_of(param).group, False)
+        coefficient = self._clipping.coefficient(param.device)
+        opened.fold(grad, step, self._backend(param.device.type), settings, coefficient)
         self._norm = None
 
-    def _open(self, param: Tensor, grad: Tensor) -> _Matrix:
-        """Begins the step of a matrix: checks it, and creates what its gradients are folded into.
+    def _opened(self, param: Tensor, grad: Tensor) -> OpenMatrix:
+        """Checks a matrix, creates its state where there is none, and opens it.
 
         Raises:
             RuntimeError: As ``step()``. Nothing has changed then.
         """
-        place = self._place_of(param)
-        description = description_of(place.group, place.position)
+        group, position, _ = self._place_of(param)
+        description = description_of(group, position)
         state = self.state.get(param, {})
         checked = Checked(param, grad, description, is_ordinary(param, grad, state, description))
         if not checked.ordinary:
@@ -230,16 +188,10 @@ class LayerwiseStripedAdamW(StripedAdamW):
                 or problem_of_state(param, state, description)
             )
             if problem is not None:
-                raise RuntimeError(f"{_name(place)} {problem}")
-        matrix = _Matrix(param, place, description)
-        state = self._state_of(checked)
-        matrix.momentum = {key: state[key] for key in _MOMENTUM if key in state}
-        if self.gradient_accumulation and matrix.momentum_dtype == "int4":
-            matrix.momentum_dtype = "int8"
-            matrix.momentum = _recoded(matrix.momentum, "int4", "int8", param.shape)
-        matrix.folded = _nothing_folded(state, param.shape, self.gradient_accumulation)
-        self._matrices[param] = matrix
-        return matrix
+                raise RuntimeError(f"{self._name_of(param)} {problem}")
+        opened = OpenMatrix(description, self._state_of(checked), self.gradient_accumulation)
+        self._open[param] = opened
+        return opened
 
     def _place_of(self, param: Tensor) -> _Place:
         if self._places is None:
@@ -251,6 +203,9 @@ class LayerwiseStripedAdamW(StripedAdamW):
             }
         return self._places[id(param)]
 
+    def _name_of(self, param: Tensor) -> str:
+        return name_of(*self._place_of(param))
+
     def _fold_rest(self) -> None:
         """Folds the gradients of matrices that are still there, such as under DDP."""
         rest = [
@@ -259,7 +214,7 @@ class LayerwiseStripedAdamW(StripedAdamW):
             for param in group["params"]
             if param.grad is not None and _is_large(param)
         ]
-        if rest and not self._matrices and self.max_grad_norm is not None:
+        if rest and not self._open and self.max_grad_norm is not None:
             # nothing was clipped yet, so that the norm need not be assumed
             self._clipping.assume(self._compute_norm())
         for param in rest:
@@ -307,19 +262,13 @@ class LayerwiseStripedAdamW(StripedAdamW):
         return self._norm
 
     def _compute_norm(self) -> Tensor:
-        matrices = self._matrices.values()
-        squares = [
-            matrix.folded.row_sums.sum() if matrix.count == 1 else _sum_of_squares(matrix.folded)
-            for matrix in matrices
-        ]
-        kept = torch.nn.utils.get_total_norm(self._kept_gradients())
-        device = squares[0].device if squares else kept.device
-        total = kept.to(device).square()
-        if squares:
-            coefficient = self._clipping.coefficient(device)
-            folded = torch.stack([each.to(device) for each in squares]).sum()
-            total = total + (folded if coefficient is None else folded / coefficient.square())
-        return total.sqrt()
+        squares = square_norms_of_gradients(self._kept_gradients())
+        for square in square_norms_of_folded(self._open):
+            coefficient = self._clipping.coefficient(square.device)
+            squares.append(square if coefficient is None else square / coefficient.square())
+        if not squares:
+            return torch.zeros(())
+        return torch.stack([each.to(squares[-1].device) for each in squares]).sum().sqrt()
 
     def _kept_gradients(self) -> list[Tensor]:
         params = [param for group in self.param_groups for param in group["params"]]
@@ -327,73 +276,67 @@ class LayerwiseStripedAdamW(StripedAdamW):
 
     def _update(self) -> None:
         self._fold_rest()
-        self._check_matrices()
-        correction = None
+        for param, opened in self._open.items():
+            problem = problem_of_state(param, self.state.get(param, {}), opened.description)
+            if problem is not None:
+                raise RuntimeError(f"{self._name_of(param)} {problem}")
         if self.max_grad_norm is not None:
-            norm = self.grad_norm()
-            correction = self._clipping.correction(norm)
-            coefficient = self._clipping.clip(norm)
-            for grad in self._kept_gradients():
-                grad.mul_(coefficient.to(grad.device))
+            self._clip(self.grad_norm())
         super()._update()
-        self._update_matrices(correction)
-        if self.max_grad_norm is not None:
-            self._clipping.end_step(norm)
+        self._update_matrices()
         self._forget_step()
         self.attach_hooks()
 
-    def _check_matrices(self) -> None:
-        for matrix in self._matrices.values():
-            problem = problem_of_state(
-                matrix.param, self.state.get(matrix.param, {}), matrix.description
-            )
-            if problem is not None:
-                raise RuntimeError(f"{_name(matrix.place)} {problem}")
+    def _clip(self, norm: Tensor) -> None:
+        """Clips the gradients that are still there, and corrects what was folded of the others."""
+        coefficient = self._clipping.clip(norm)
+        for grad in self._kept_gradients():
+            local = grad.to_local() if is_sharded(grad) else grad
+            local.mul_(coefficient.to(local.device))
+        correction = self._clipping.correction(norm)
+        for param, opened in self._open.items():
+            opened.multiply(correction.to(param.device))
+        self._clipping.end_step(norm)
 
-    def _update_matrices(self, correction: Tensor | None) -> None:
-        """Updates the matrices whose gradients were folded.
-
-        Args:
-            correction: [] float32, what the folded gradients are to be multiplied by.
-        """
-        batches: dict[tuple[int, torch.device], list[_Matrix]] = {}
-        for matrix in self._matrices.values():
-            key = (matrix.place.group_index, matrix.param.device)
-            batches.setdefault(key, []).append(matrix)
-        for (group_index, device), matrices in batches.items():
+    def _update_matrices(self) -> None:
+        """Updates the matrices whose gradients were folded."""
+        batches: dict[tuple[int, torch.device], list[Tensor]] = {}
+        for param in self._open:
+            key = (self._place_of(param).group_index, param.device)
+            batches.setdefault(key, []).append(param)
+        matrix_batches, sharded_sums = [], []
+        for (group_index, device), params in batches.items():
+            backend = self._backend(device.type)
             settings = settings_of(self.param_groups[group_index], False)
-            states = [self.state[matrix.param] for matrix in matrices]
-            steps = self._count_steps(states)
-            entries, sums = [], []
-            for matrix, state, step in zip(matrices, states, steps, strict=True):
-                blocks = matrix.description.blocks
-                stepped = {**state, **matrix.momentum}
-                param = plain_parameter(matrix.param)
-                entries.append(Entry(param, None, stepped, matrix.momentum_dtype, blocks, step))
-                row_sums, col_sums = reference.whole_sums(matrix.folded, blocks, matrix.count)
-                if correction is not None:
-                    factor = correction.to(device)
-                    row_sums, col_sums = row_sums * factor.square(), col_sums * factor.square()
-                    _multiply(matrix.momentum, factor)
-                sums.append((row_sums, col_sums))
-            roots = reference.stripes(entries, sums, settings)
-            self._backend(device.type).update(entries, roots, settings)
-            for matrix, entry in zip(matrices, entries, strict=True):
-                if entry.param is not matrix.param:
-                    matrix.param.copy_(entry.param)
-                if matrix.momentum_dtype != matrix.description.momentum_dtype:
-                    self._store(matrix)
-        torch.autograd.graph.increment_version(list(self._matrices))
-
-    def _store(self, matrix: _Matrix) -> None:
-        """Stores a momentum that was kept in int8 as the state has it."""
-        state, stored = self.state[matrix.param], matrix.description.momentum_dtype
-        recoded = _recoded(matrix.momentum, matrix.momentum_dtype, stored, matrix.param.shape)
-        for key, value in recoded.items():
-            state[key].copy_(value)
+            entries: list[Entry] = []
+            sums: list[Sums] = []
+            matrices: list[Matrix] = []
+            copies: list[tuple[Tensor, Tensor]] = []
+            steps = self._count_steps([self.state[param] for param in params])
+            for param, step in zip(params, steps, strict=True):
+                opened = self._open[param]
+                pieces, matrix, copied = _localized(param, self.state[param], opened, step)
+                copies += copied
+                if matrix is not None:
+                    matrices.append(matrix)
+                    sharded_sums.append(opened.sums())
+                elif pieces:
+                    entries += pieces
+                    sums.append(opened.sums())
+            if entries:
+                backend.update(entries, reference.stripes(entries, sums, settings), settings)
+            for target, copy in copies:
+                target.copy_(copy)
+            if matrices:
+                matrix_batches.append(MatrixBatch(backend, settings, matrices))
+        sharded_step.step(matrix_batches, sharded_sums)
+        for param, opened in self._open.items():
+            opened.close(self.state[param])
+        changed = [p.to_local() if is_sharded(p) else p for p in self._open]
+        torch.autograd.graph.increment_version(changed)
 
     def _forget_step(self) -> None:
-        self._matrices.clear()
+        self._open.clear()
         self._norm = None
 
     # ---------------------------------------------------------------------------------------------
@@ -411,7 +354,7 @@ class LayerwiseStripedAdamW(StripedAdamW):
         Raises:
             RuntimeError: A backward pass was not followed by ``step()``.
         """
-        if self._matrices:
+        if self._open:
             raise RuntimeError(
                 "gradients were folded into the momentum since the last step: call step() before "
                 "state_dict()"
@@ -437,9 +380,6 @@ class LayerwiseStripedAdamW(StripedAdamW):
             self._clipping.assumed = torch.tensor(assumed, dtype=torch.float32)
 
 
-_MOMENTUM = ("exp_avg", "exp_avg_scale")
-
-
 def _is_large(param: Tensor) -> bool:
     return not is_lazy(param) and param.dim() >= 2 and param.numel() >= SMALLEST
 
@@ -448,62 +388,16 @@ def _is_alone() -> bool:
     return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
 
 
-def _hook(optimizer: LayerwiseStripedAdamW, param: Tensor) -> RemovableHandle:
-    """Hooks a parameter. The hook does not keep the optimizer alive."""
-    of = weakref.ref(optimizer)
-
-    def on_gradient(param: Tensor) -> None:
-        optimizer = of()
-        if optimizer is not None:
-            optimizer._on_gradient(param)
-
-    return param.register_post_accumulate_grad_hook(on_gradient)
-
-
-def _remove(handles: dict[int, RemovableHandle]) -> None:
-    for handle in handles.values():
-        handle.remove()
-    handles.clear()
-
-
-def _name(place: _Place) -> str:
-    return name_of(place.group, place.position, place.group_index)
-
-
-def _nothing_folded(state: State, shape: torch.Size, has_sketch: bool) -> Folded:
-    row, col = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
-    sketch = None
-    if has_sketch:
-        sketch = row.new_zeros((*shape[:-1], momentum.scale_columns(shape[-1])))
-    return Folded(torch.zeros_like(row), torch.zeros_like(col), sketch)
-
-
-def _sum_of_squares(folded: Folded) -> Tensor:
-    assert folded.sketch is not None
-    return folded.sketch.square().sum()
-
-
-def _multiply(of_state: State, factor: Tensor) -> None:
-    """Multiplies a momentum: codes by their scales."""
-    if factor.device.type == "cpu" and factor == 1:
-        return
-    of_state.get("exp_avg_scale", of_state["exp_avg"]).mul_(factor)
-
-
-def _recoded(of_state: State, before: str, after: str, shape: torch.Size) -> State:
-    """Returns a momentum in another integer format."""
-    rows = torch.Size(shape[:-1]).numel()
-    device = of_state["exp_avg"].device
-    new = momentum.init(shape, after, device)
-    flat_old = {key: value.view(rows, -1) for key, value in of_state.items()}
-    flat_new = {key: value.view(rows, -1) for key, value in new.items()}
-    for index, _ in chunks(torch.Size((rows,)), shape[-1], device):
-        part = index[1:]
-        values = momentum.decode(
-            flat_old["exp_avg"][part], flat_old["exp_avg_scale"][part], before, shape[-1]
-        )
-        codes, scale = momentum.encode(values, after)
-        assert scale is not None
-        flat_new["exp_avg"][part] = codes
-        flat_new["exp_avg_scale"][part] = scale
-    return new
+def _localized(
+    param: Tensor, state: State, opened: OpenMatrix, step: int
+) -> tuple[list[Entry], Matrix | None, list[tuple[Tensor, Tensor]]]:
+    """Returns what this process updates of a matrix; as ``sharded.step.localize``."""
+    if is_sharded(param):
+        entries, matrix, copies = sharded_step.localize(param, state, opened.description, step)
+        if matrix is not None:
+            return [], matrix._replace(entries=opened.entries(matrix.entries)), copies
+        return opened.entries(entries), None, copies
+    plain = plain_parameter(param)
+    of_state = {key: state[key] for key in ("exp_avg_sq_row", "exp_avg_sq_col")}
+    entry = Entry(plain, None, of_state, opened.momentum_dtype, opened.description.blocks, step)
+    return opened.entries([entry]), None, [] if plain is param else [(param, plain)]

@@ -43,22 +43,19 @@ class ForwardClipping:
         """Sets the norm that this step's gradients are clipped by; before the first ``fold``."""
         self.assumed = norm
 
-    def correction(self, norm: Tensor) -> Tensor | None:
-        """Returns what the folded gradients are to be multiplied by again; None: by nothing.
+    def correction(self, norm: Tensor) -> Tensor:
+        """Returns what the folded gradients are to be multiplied by again: [] float32.
 
         Args:
             norm: [] float32, of all gradients of the step, before clipping.
         """
-        if self.max_norm is None:
-            return None
         used = torch.ones_like(norm) if self._used is None else self._used.to(norm.device)
         ratio = self.clip(norm) / used
         return torch.where(ratio * _LARGEST_RATIO < 1, ratio, torch.ones_like(ratio))
 
     def end_step(self, norm: Tensor) -> None:
         """Sets what the next step assumes."""
-        if self.max_norm is None:
-            return
+        assert self.max_norm is not None
         if self.assumed is None:
             self.assumed = norm
         else:

@@ -1,0 +1,191 @@
+"""A matrix between the first gradient of a step and the step."""
+
+import torch
+from torch import Tensor
+
+from striped_hf.optim import momentum
+from striped_hf.optim.backends import reference
+from striped_hf.optim.backends.chunks import chunks
+from striped_hf.optim.interface import Backend, Entry, Folded, Settings, State, Sums
+from striped_hf.optim.plain import plain_gradient
+from striped_hf.optim.sharded.layout import Piece, is_sharded
+from striped_hf.optim.sharded.step import local_gradient
+from striped_hf.optim.state import Description
+
+_MOMENTUM = ("exp_avg", "exp_avg_scale")
+
+
+class OpenMatrix:
+    """A matrix to whose momentum the gradients of the step to come are added.
+
+    Of a sharded matrix it has this process's part.
+
+    Attributes:
+        description: Of the parameter.
+        momentum: ``exp_avg`` and perhaps ``exp_avg_scale``: the state's tensors, or an int8 copy
+            while an int4 momentum gets several gradients.
+        momentum_dtype: The format of ``momentum``.
+        folded: What the gradients left.
+        count: How many gradients were folded.
+    """
+
+    def __init__(self, description: Description, state: State, accumulates: bool) -> None:
+        """Creates what the first gradient needs.
+
+        Args:
+            description: Of the parameter.
+            state: Its state.
+            accumulates: Whether several gradients may come.
+        """
+        self.description = description
+        self.momentum_dtype = description.momentum_dtype
+        self.momentum = {key: _local(state[key]) for key in _MOMENTUM if key in state}
+        self.count = 0
+        # re-encoding 4-bit codes for each gradient would add up to errors larger than the momentum
+        if accumulates and self.momentum_dtype == "int4":
+            self.momentum_dtype = "int8"
+            self.momentum = recoded(self.momentum, "int4", "int8", description.shape[-1])
+        row, col = _local(state["exp_avg_sq_row"]), _local(state["exp_avg_sq_col"])
+        sketch = None
+        if accumulates:
+            columns = momentum.scale_columns(self.momentum["exp_avg"].shape[-1])
+            sketch = row.new_zeros((*row.shape[:-1], columns))
+        self.folded = Folded(torch.zeros_like(row), torch.zeros_like(col), sketch)
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """What backends step as one tensor; of a plain matrix the whole."""
+        if self.description.layout is None:
+            return (Piece((), (), self.description.blocks, 0, 0),)
+        return self.description.layout.pieces
+
+    def fold(
+        self,
+        grad: Tensor,
+        step: int,
+        backend: Backend,
+        settings: Settings,
+        coefficient: Tensor | None,
+    ) -> None:
+        """Adds a gradient.
+
+        Args:
+            grad: Of the parameter's shape.
+            step: The number of the step to come.
+            backend: What computes.
+            settings: Of the param group.
+            coefficient: [] float32, what the gradient is multiplied by; None: by nothing.
+        """
+        layout = self.description.layout
+        local = plain_gradient(grad) if layout is None else local_gradient(grad, layout)
+        for piece in self.pieces:
+            part = local[piece.index]
+            entry = Entry(
+                param=part,  # whose shape counts
+                grad=part,
+                state=self._momentum_of(piece),
+                momentum_dtype=self.momentum_dtype,
+                blocks=piece.blocks,
+                step=step,
+                whole_start=piece.whole_start,
+                whole_stride=piece.whole_stride,
+            )
+            folded = self._folded_of(piece)
+            backend.fold(entry, folded, settings, self.count == 0, coefficient)
+        self.count += 1
+
+    def square_norm(self) -> Tensor:
+        """Returns the square of the norm of the added gradients' sum: [] float32.
+
+        Of several gradients it is an estimate, and of a sharded matrix this process's part.
+        """
+        if self.count == 1:
+            return self.folded.row_sums.sum()
+        assert self.folded.sketch is not None
+        return self.folded.sketch.square().sum()
+
+    def multiply(self, factor: Tensor) -> None:
+        """Multiplies the momentum and the gradients in the sums.
+
+        Args:
+            factor: [] float32.
+        """
+        if factor.device.type == "cpu" and factor == 1:
+            return
+        self.momentum.get("exp_avg_scale", self.momentum["exp_avg"]).mul_(factor)
+        self.folded.row_sums.mul_(factor.square())
+        self.folded.col_sums.mul_(factor.square())
+        if self.folded.sketch is not None:
+            self.folded.sketch.mul_(factor)
+
+    def sums(self) -> Sums:
+        """Returns the sums of squares of the added gradients' sum, shaped as the stripes.
+
+        Of several gradients they are an estimate, for each piece by itself.
+        """
+        if self.count == 1:
+            return self.folded.row_sums, self.folded.col_sums
+        row_sums, col_sums = (torch.zeros_like(sums) for sums in self.folded[:2])
+        for piece in self.pieces:
+            row_sums[piece.index], col_sums[piece.col_index] = reference.whole_sums(
+                self._folded_of(piece), piece.blocks, self.count
+            )
+        return row_sums, col_sums
+
+    def entries(self, entries: list[Entry]) -> list[Entry]:
+        """Returns entries, one for each piece, with the momentum that has the gradients."""
+        return [
+            entry._replace(
+                state={**entry.state, **self._momentum_of(piece)},
+                momentum_dtype=self.momentum_dtype,
+            )
+            for piece, entry in zip(self.pieces, entries, strict=True)
+        ]
+
+    def close(self, state: State) -> None:
+        """Stores the momentum in the state, where it is kept in another format."""
+        stored = self.description.momentum_dtype
+        if self.momentum_dtype == stored:
+            return
+        columns = self.momentum["exp_avg"].shape[-1]
+        for key, value in recoded(self.momentum, self.momentum_dtype, stored, columns).items():
+            _local(state[key]).copy_(value)
+
+    def _momentum_of(self, piece: Piece) -> State:
+        return {key: value[piece.index] for key, value in self.momentum.items()}
+
+    def _folded_of(self, piece: Piece) -> Folded:
+        row_sums, col_sums, sketch = self.folded
+        return Folded(
+            row_sums[piece.index],
+            col_sums[piece.col_index],
+            None if sketch is None else sketch[piece.index],
+        )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def recoded(of_state: State, before: str, after: str, columns: int) -> State:
+    """Returns a momentum in another integer format.
+
+    Args:
+        of_state: ``exp_avg`` and ``exp_avg_scale``.
+        before: Their format.
+        after: The format of the result.
+        columns: Of the momentum.
+    """
+    codes, scale = of_state["exp_avg"], of_state["exp_avg_scale"]
+    shape = torch.Size((*codes.shape[:-1], columns))
+    new = momentum.init(shape, after, codes.device)
+    rows = shape[:-1]
+    new_codes, new_scale = new["exp_avg"].unsqueeze(0), new["exp_avg_scale"].unsqueeze(0)
+    for index, _ in chunks(rows, columns, codes.device):
+        part = codes.unsqueeze(0)[index], scale.unsqueeze(0)[index]
+        values = momentum.decode(*part, before, columns)
+        encoded, scales = momentum.encode(values, after)
+        assert scales is not None
+        new_codes[index] = encoded
+        new_scale[index] = scales
+    return new
