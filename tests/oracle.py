@@ -10,12 +10,16 @@ For a parameter of shape [..., R, C] with gradient g at step t (counted from 1):
     col   <- b2 col + (1 - b2) mean_R(g^2)
     a_i   =  sqrt(row_i / mean(row))
     c_j   =  sqrt(col_j / (1 - b2^t))
-    p     <- p (1 - lr wd) - lr (m_ij / (1 - b1^t)) / (a_i c_j + eps)
+    d_ij  =  max(a_i c_j, sqrt(u_t) |m_ij|)
+    p     <- p (1 - lr wd) - lr (m_ij / (1 - b1^t)) / (d_ij + eps)
 
 block by block where the matrix is split; 0-D and 1-D parameters keep the full second moment v.
 
+u_t is the least v_ij / (1 - b2^t) that AdamW can have where its momentum is 1 (``u``). Nesterov's
+b1 m + (1 - b1) g replaces m in the update, in d_ij and in u_t.
+
 Lagged, from the second step on, a_i and c_j are taken before row and col are updated (with b2^(t-1)
-in c_j), and a_i c_j is at least |g_ij| sqrt((1 - b2) / (1 - b2^t)).
+in c_j).
 """
 
 from __future__ import annotations
@@ -57,26 +61,69 @@ def step(
     blocks: tuple[int, int] = (1, 1),
 ) -> tuple[np.ndarray, State]:
     """One step. Nothing is changed in place; returns the new parameter and the new state."""
-    b1, b2 = (float(beta) for beta in betas)
-    lr, eps = float(lr), float(eps)
+    lr = float(lr)
     p = np.asarray(p, dtype=np.float64)
+    numerator, denominator, new = fraction(
+        g,
+        state,
+        t,
+        betas=betas,
+        eps=eps,
+        maximize=maximize,
+        nesterov=nesterov,
+        lagged=lagged,
+        blocks=blocks,
+    )
+    with np.errstate(all="ignore"):
+        return p * (1 - lr * weight_decay) - lr * numerator / denominator, new
+
+
+def fraction(
+    g: np.ndarray,
+    state: State,
+    t: int,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    maximize: bool,
+    nesterov: bool,
+    lagged: bool,
+    blocks: tuple[int, int],
+) -> tuple[np.ndarray, np.ndarray, State]:
+    """The update of one step as numerator and denominator, and the new state."""
+    b1, b2 = (float(beta) for beta in betas)
     g = np.asarray(g, dtype=np.float64)
     if maximize:
         g = -g
     with np.errstate(all="ignore"):
         m = b1 * state["m"] + (1 - b1) * g
-        numerator = (b1 * m + (1 - b1) * g if nesterov else m) / (1 - b1**t)
+        used = b1 * m + (1 - b1) * g if nesterov else m
         new: State = {"m": m}
-        if p.ndim < 2:
+        if g.ndim < 2:
             new["v"] = b2 * state["v"] + (1 - b2) * g * g
-            denominator = np.sqrt(new["v"] / (1 - b2**t)) + eps
+            root = np.sqrt(new["v"] / (1 - b2**t))
         else:
             new["row"], new["col"], root = _stripes(g, state, t, b2, lagged and t > 1, blocks)
-            if lagged and t > 1:
-                root = np.maximum(root, np.abs(g) * np.sqrt((1 - b2) / (1 - b2**t)))
-            denominator = root + eps
-        denominator = np.maximum(denominator, SMALLEST_DENOMINATOR)  # NaN stays NaN
-        return p * (1 - lr * weight_decay) - lr * numerator / denominator, new
+            root = np.maximum(root, np.sqrt(u(t, b1, b2, nesterov)) * np.abs(used))
+        denominator = np.maximum(root + float(eps), SMALLEST_DENOMINATOR)  # NaN stays NaN
+        return used / (1 - b1**t), denominator, new
+
+
+def u(t: int, b1: float, b2: float, nesterov: bool) -> float:
+    """The least v / (1 - b2^t) of any gradients g_1 to g_t whose momentum is 1.
+
+    With x_k = sqrt(b2^k) g_(t-k) and w_k = (the momentum's weight of g_(t-k)) / sqrt(b2^k), the
+    momentum is the sum of w_k x_k, and v is (1 - b2) times the sum of x_k^2. The least sum of
+    squares that has w . x = 1 is 1 / (w . w).
+    """
+    squares = 0.0
+    for k in range(t):
+        weight = (1 - b1) * b1**k
+        if nesterov:
+            weight = b1 * weight + ((1 - b1) if k == 0 else 0.0)
+        if weight > 0:
+            squares += np.inf if b2**k == 0 else weight**2 / b2**k
+    return (1 - b2) / (1 - b2**t) / squares
 
 
 def _stripes(

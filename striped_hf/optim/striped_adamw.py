@@ -57,6 +57,9 @@ class StripedAdamW(Optimizer):
     rate, schedule and weight decay carry over from AdamW. ``backends/reference.py`` has the
     equations and their sources.
 
+    Beside the weight decay no element of a matrix moves further than AdamW might move it, which is
+    7.3 learning rates at betas 0.9 and 0.999 (docs/algorithm.md).
+
     The state of a parameter is created at its first gradient: ``step``; ``exp_avg``, and
     ``exp_avg_scale`` for the integer formats; ``exp_avg_sq_row`` [..., R, bc] and
     ``exp_avg_sq_col`` [..., br, C] for matrices, ``exp_avg_sq`` for 0-D and 1-D parameters. The

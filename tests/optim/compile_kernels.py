@@ -136,7 +136,6 @@ def check_matrices(
     stored: Any,
     qmax: int,
     loads: tuple[str, ...],
-    lagged: bool = False,
     maximize: bool = False,
     nesterov: bool = False,
     **layout: bool,
@@ -144,7 +143,7 @@ def check_matrices(
     switches = ("transposed", "narrow", "large", "fused_statistics")
     layout = {**dict.fromkeys(switches, False), "aligned": True, **layout}
     variant = MatrixVariant(param, param, stored, qmax, **layout)
-    flags = UpdateFlags(lagged, maximize, nesterov, stochastic_rounding=param != tl.float32)
+    flags = UpdateFlags(maximize, nesterov, stochastic_rounding=param != tl.float32)
     ptx = ptx_of(
         kernels.matrices_kernel,
         capability,
@@ -178,7 +177,7 @@ def main() -> None:
             ways = ((False, False, True), (True, False, True), (True, True, True))
             for way in (*ways, (True, True, False)):
                 for has_roots in (False, True) if not way[1] else (False,):
-                    stripes = StripesVariant(*way, has_roots=has_roots)
+                    stripes = StripesVariant(*way, has_roots=has_roots, nesterov=on_device.lr)
                     ptx = ptx_of(
                         kernels.stripes_kernel,
                         capability,
@@ -197,7 +196,7 @@ def main() -> None:
                 on_device=on_device,
                 variant=VectorVariant(tl.float32, tl.float32, aligned=True),
                 flags=UpdateFlags(
-                    False, maximize=on_device.lr, nesterov=on_device.lr, stochastic_rounding=False
+                    maximize=on_device.lr, nesterov=on_device.lr, stochastic_rounding=False
                 ),
                 BLOCK=tile_sizes.VECTOR_BLOCK,
             )
@@ -208,16 +207,15 @@ def main() -> None:
         check_matrices(capability, f32, tl.int8, 127, ("v4.b32",), nesterov=True)
         check_matrices(capability, f32, tl.uint8, 7, ("v4.b32",), maximize=True)
         check_matrices(capability, bf16, tl.int8, 127, ("v2.b32",))
-        lagged = {"lagged": True, "fused_statistics": True}
-        check_matrices(capability, f32, f32, 0, ("v4.b32",), **lagged)
-        check_matrices(capability, f32, bf16, 0, ("v4.b32", "v2.b32"), **lagged)
-        check_matrices(capability, bf16, tl.int8, 127, ("v2.b32",), **lagged)
-        check_matrices(capability, f32, tl.uint8, 7, ("v4.b32",), **lagged)
+        check_matrices(capability, f32, f32, 0, ("v4.b32",), fused_statistics=True)
+        check_matrices(capability, f32, bf16, 0, ("v4.b32", "v2.b32"), fused_statistics=True)
+        check_matrices(capability, bf16, tl.int8, 127, ("v2.b32",), fused_statistics=True)
+        check_matrices(capability, f32, tl.uint8, 7, ("v4.b32",), fused_statistics=True)
     check_matrices(90, tl.float16, tl.uint8, 7, ("v2.b32",))
     check_matrices(90, f32, tl.int8, 127, (), transposed=True, aligned=False)
     check_matrices(90, bf16, tl.uint8, 7, (), narrow=True, large=True, aligned=False)
-    check_matrices(90, bf16, tl.uint8, 7, (), narrow=True, lagged=True, aligned=False)
-    check_matrices(90, f32, tl.int8, 127, (), transposed=True, aligned=False, **lagged)
+    check_matrices(90, bf16, tl.uint8, 7, (), narrow=True, aligned=False)
+    check_matrices(90, f32, tl.int8, 127, (), transposed=True, aligned=False, fused_statistics=True)
 
 
 class Driver:

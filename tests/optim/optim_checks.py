@@ -267,25 +267,21 @@ class Follower:
             self.followed[p] = mine
         mine.t += 1
         g = to_numpy(p.grad)
-        hyper: dict[str, Any] = {key: group[key] for key in ("lr", "betas", "eps")}
-        hyper |= {"blocks": blocks, "nesterov": group["nesterov"], "lagged": group["lagged"]}
+        hyper: dict[str, Any] = {
+            key: group[key] for key in ("betas", "eps", "nesterov", "lagged", "maximize")
+        }
+        hyper["blocks"] = blocks
         if momentum is not None and momentum[1] != "float32":
             mine.state["m"] = momentum[0]
-        expected, mine.state = oracle.step(
-            before,
-            g,
-            mine.state,
-            mine.t,
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-            **hyper,
-        )
+        lr = float(group["lr"])
+        numerator, denominator, mine.state = oracle.fraction(g, mine.state, mine.t, **hyper)
+        expected = before * (1 - lr * group["weight_decay"]) - lr * numerator / denominator
         mine.magnitude["m"] = np.maximum(
             mine.magnitude["m"], 0 if momentum is None else np.abs(momentum[0])
         )
-        size, mine.magnitude = oracle.step(
-            np.zeros(p.shape), np.abs(g), mine.magnitude, mine.t, weight_decay=0, **hyper
-        )
+        hyper["maximize"] = False
+        numerator, _, mine.magnitude = oracle.fraction(np.abs(g), mine.magnitude, mine.t, **hyper)
+        size = lr * numerator / denominator
         self._compare_state(p, mine, group, what)
         actual = to_numpy(p)
         allowed = self.rtol * np.abs(size) + 2.0**-22 * (np.abs(before) + np.abs(size))

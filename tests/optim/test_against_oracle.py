@@ -135,7 +135,8 @@ def groups(draw: st.DrawFn, steps: int, scale: float) -> dict[str, Any]:
         "lr": draw(st.sampled_from([0.0, 1e-5, 1e-3, 3e-2, 0.3])),
         "betas": (
             draw(st.sampled_from([0.0, 0.5, 0.9, 0.99])),
-            draw(st.sampled_from([0.9, 0.95, 0.99, 0.999])),
+            # b1^2 may be less than b2, as usual, equal (0.9, 0.81) or more
+            draw(st.sampled_from([0.0, 0.81, 0.95, 0.99, 0.999, 0.999])),
         ),
         "eps": draw(st.sampled_from([0.0, 1e-8, 1e-3, 1e-3 * scale, scale])),
         "weight_decay": draw(st.sampled_from([0.0, 0.01, 0.5])),

@@ -85,6 +85,10 @@ FLAGS: list[dict[str, Any]] = [
     {"eps": 0.0, "weight_decay": 0.3},
     {"betas": (0.0, 0.5)},
     {"betas": (0.4, 0.999)},  # a weight above a half, where lerp starts from the other end
+    {"betas": (0.9, 0.0)},
+    {"betas": (0.9, 0.81), "nesterov": True},  # b1^2 = b2
+    {"betas": (0.99, 0.9)},
+    {"betas": (0.0, 0.0), "nesterov": True},
     {"stochastic_rounding": False},
 ]
 LAGGED = {"lagged": True}
@@ -123,9 +127,13 @@ SPECS = [
     ),
     Spec((2, 5, 7), "int8", layout="transposed"),
     # settings
-    *(Spec((5, 130), f, flags=flags) for f in ("float32", "int8") for flags in FLAGS[:5]),
-    *(Spec((9,), flags=flags) for flags in FLAGS[:5]),
-    *(Spec((5, 130), f, dtype=d, flags=FLAGS[5]) for f in ("float32", "int4") for d in (BF16, F16)),
+    *(Spec((5, 130), f, flags=flags) for f in ("float32", "int8") for flags in FLAGS[:-1]),
+    *(Spec((9,), flags=flags) for flags in FLAGS[:-1]),
+    *(
+        Spec((5, 130), f, dtype=d, flags=FLAGS[-1])
+        for f in ("float32", "int4")
+        for d in (BF16, F16)
+    ),
     # lagged: several tiles and programs, blocks that are whole tiles, and those that are not
     *(Spec((7, 300), f, flags=LAGGED) for f in FORMATS),
     *(Spec((140, 20), f, flags=LAGGED) for f in ("float32", "int4")),

@@ -8,12 +8,21 @@ g, at step t from 1, all in float32:
     col_j <- b2 col + (1 - b2) mean_i(g_ij^2)
     a_i    = sqrt(row_i / mean(row))                  0 where mean(row) is 0
     c_j    = sqrt(col_j / (1 - b2^t))
-    p     <- p (1 - lr wd) - lr (m_ij / (1 - b1^t)) / (a_i c_j + eps)
+    d_ij   = max(a_i c_j, sqrt(u_t) |m_ij|)
+    p     <- p (1 - lr wd) - lr (m_ij / (1 - b1^t)) / (d_ij + eps)
 
 (a_i c_j)^2 is the rank-one second moment of Adafactor (Shazeer and Stern 2018,
 https://arxiv.org/abs/1804.04235), with Adam's bias correction. The rest is AdamW (Loshchilov and
 Hutter 2019, https://arxiv.org/abs/1711.05101). 0-D and 1-D parameters keep the exact second moment,
 and their step is AdamW's.
+
+a_i c_j alone would bound no update: it may be far below AdamW's root. That root cannot be less than
+sqrt(u_t) |m_ij|, by the inequality of Cauchy and Schwarz (docs/algorithm.md), and neither can d_ij:
+
+    u_t = (1 - b2) / (1 - b2^t) / ((1 - b1)^2 S_t)    S_t = sum_{k < t} r^k,  r = b1^2 / b2
+
+With ``nesterov`` the update has m~ = b1 m + (1 - b1) g in m's place, in d_ij too. In u_t then
+(1 + b1)^2 + b1^2 (S_t - 1) replaces S_t. m is the momentum of this step before it is coded.
 
 With ``blocks=(br, bc)`` a matrix consists of br x bc equal blocks, and each block has its own
 stripes: row is [..., R, bc], and col is [..., br, C]. The code views every matrix as
@@ -23,13 +32,9 @@ blocks need no arithmetic of their own.
 With ``lagged`` the stripes in a_i and c_j are those of the step before, with c_j's correction
 1 - b2^(t - 1). One reading of the gradient then serves both stripes and update, as in ADOPT, which
 has a full second moment (Taniguchi et al. 2024, https://arxiv.org/abs/2411.02853). These stripes
-know nothing of this step's gradient. Where a row, a column or a whole matrix (LoRA's A) gets its
-first gradient, they would divide by eps alone. So a_i c_j is at least what this gradient alone adds
-to AdamW's root:
-
-    floor |g_ij|    with    floor = sqrt((1 - b2) / (1 - b2^t))
-
-The first step has no step before it and uses its own stripes.
+know nothing of this step's gradient: where a row, a column or a whole matrix (LoRA's A) gets its
+first gradient, d_ij is sqrt(u_t) |m_ij|. The first step has no step before it and uses its own
+stripes.
 
 A backend has two functions over the parameters of one param group. ``statistics`` turns gradients
 into sums of squares, and ``update`` turns a_i and c_j into new parameters and momentum. Between
@@ -37,6 +42,7 @@ them are ``stripes`` and the only communication that sharded parameters need (``
 For whole parameters ``step`` does all three, and a faster backend may fuse them.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -236,7 +242,7 @@ def _update_vectors(
         m = state["exp_avg"][index].lerp_(g, 1 - beta1)
         v = state["exp_avg_sq"][index].mul_(beta2).addcmul_(g, g, value=1 - beta2)
         root = v.sqrt().div_(bias_correction2_sqrt)
-        _update_parameter(param[index], m, g, root, start, entry, settings)
+        _update_parameter(param[index], _numerator(m, g, settings), root, start, entry, settings)
 
 
 def _update_matrices(
@@ -262,23 +268,20 @@ def _update_matrices(
     scale = state.get("exp_avg_scale")
     if scale is not None:
         scale = scale.unflatten(-2, (row_blocks, -1))
-    is_lagged = settings.lagged and entry.step > 1
-    floor = ((1 - settings.beta2) / (1 - settings.beta2**entry.step)) ** 0.5
+    floor = momentum_floor(entry.step, settings)
 
     for index, start in chunks(param.shape[1:-2], columns, param.device):
         stored, stored_scale = codes[index], scale[index] if scale is not None else None
         m = momentum.decode(stored, stored_scale, entry.momentum_dtype, columns)
-        m_grid = m.unflatten(-1, (column_blocks, -1))
+        numerator = m.unflatten(-1, (column_blocks, -1))
+        if grad is not None:
+            g = _gradient(grad[index], settings)
+            numerator = _numerator(numerator.lerp_(g, 1 - settings.beta1), g, settings)
         root = a[index] * c[index[: c.dim() - 3]]
-        if grad is None:
-            _update_parameter(param[index], m_grid, None, root, start, entry, settings)
-            continue
-        g = _gradient(grad[index], settings)
-        m_grid.lerp_(g, 1 - settings.beta1)
-        if is_lagged:
-            root = torch.maximum(root, g.abs() * floor)
-        _update_parameter(param[index], m_grid, g, root, start, entry, settings)
-        _store_momentum(m, stored, stored_scale, entry)
+        torch.maximum(root, numerator.abs().mul_(floor), out=root)  # NaN stays NaN
+        _update_parameter(param[index], numerator, root, start, entry, settings)
+        if grad is not None:
+            _store_momentum(m, stored, stored_scale, entry)
 
 
 def _store_momentum(m: Tensor, stored: Tensor, stored_scale: Tensor | None, entry: Entry) -> None:
@@ -291,10 +294,31 @@ def _store_momentum(m: Tensor, stored: Tensor, stored_scale: Tensor | None, entr
         stored_scale.copy_(scale)
 
 
+def momentum_floor(step: int, settings: Settings) -> float:
+    """Returns sqrt(u_t): AdamW's root is at least this times |m_ij|, or Nesterov's |m~_ij|.
+
+    It is finite for all betas and steps, and 0 for b2 = 0 from the second step on if b1 > 0.
+    """
+    beta1, beta2 = settings.beta1, settings.beta2
+    inverse_sum = 1.0  # 1 / S_t
+    if step > 1 and beta1 > 0:
+        log_r = 2 * math.log(beta1) - (math.log(beta2) if beta2 > 0 else -math.inf)
+        x = abs(log_r)  # neither overflows for r > 1 nor cancels near r = 1
+        inverse_sum = math.expm1(-x) / math.expm1(-step * x) if x > 0 else 1 / step
+        inverse_sum *= math.exp((1 - step) * max(log_r, 0.0))
+    if settings.nesterov:
+        inverse_sum /= (1 + beta1) ** 2 * inverse_sum + beta1**2 * (1 - inverse_sum)
+    return ((1 - beta2) / (1 - beta2**step) * inverse_sum) ** 0.5 / (1 - beta1)
+
+
+def _numerator(m: Tensor, g: Tensor, settings: Settings) -> Tensor:
+    """The momentum m, or Nesterov's m~."""
+    return torch.lerp(m, g, 1 - settings.beta1) if settings.nesterov else m
+
+
 def _update_parameter(
     param: Tensor,
-    m: Tensor,
-    g: Tensor | None,
+    numerator: Tensor,
     root: Tensor,
     start: int,
     entry: Entry,
@@ -304,21 +328,17 @@ def _update_parameter(
 
     Args:
         param: [n, ...], the same chunk of n parameters; changed in place.
-        m: The momentum of this step, float32.
-        g: The gradient of this step, float32; None where only ``m`` has it.
+        numerator: Of the update, without bias correction, float32.
         root: The root of the second moment, without eps; overwritten.
         start: Row-major index in ``entry``'s parameter of the chunk's first element.
         entry: What each of the n parameters is.
         settings: Of the param group.
     """
-    if settings.nesterov:
-        assert g is not None  # a step that frees gradients refuses nesterov
-        m = torch.lerp(m, g, 1 - settings.beta1)
     denominator = root.add_(settings.eps)
     value, lr = param.float(), float(settings.lr)
     value.mul_(1 - lr * settings.weight_decay)
     step_size = lr / (1 - settings.beta1**entry.step)
-    value.addcdiv_(m, denominator, value=-step_size)
+    value.addcdiv_(numerator, denominator, value=-step_size)
     if value is param:
         return
     if settings.stochastic_rounding:

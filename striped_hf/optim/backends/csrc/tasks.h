@@ -128,7 +128,7 @@ static void update_task(const Entry *e, const Task *task, const Settings *settin
         return;
     }
     for (int64_t band = task->band; band < task->band + task->bands; band++)
-        update_rows(e, band, task->row, task->rows, is_lagged(e, settings), settings);
+        update_rows(e, band, task->row, task->rows, settings);
 }
 
 #endif

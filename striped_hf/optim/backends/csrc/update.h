@@ -14,59 +14,78 @@
 
 typedef struct {
     float weight1, step_size, decay, eps; /* weight1 is 1 - beta1 */
-    float floor; /* a lagged root is at least this times |g| */
+    float floor; /* a root is at least this times |momentum|; not a vector's */
     int nesterov;
 } Step;
 
+/* Returns sqrt(u_t), as momentum_floor of reference.py. */
+static double momentum_floor(const Settings *settings, double step)
+{
+    double beta1 = settings->beta1, beta2 = settings->beta2, inverse_sum = 1;
+    if (step > 1 && beta1 > 0) {
+        double log_r = 2 * log(beta1) - log(beta2), x = fabs(log_r); /* infinite for beta2 = 0 */
+        inverse_sum = x > 0 ? expm1(-x) / expm1(-step * x) : 1 / step;
+        inverse_sum *= exp((1 - step) * fmax(log_r, 0));
+    }
+    if (settings->nesterov)
+        inverse_sum /= (1 + beta1) * (1 + beta1) * inverse_sum + beta1 * beta1 * (1 - inverse_sum);
+    return sqrt((1 - beta2) / (1 - pow(beta2, step)) * inverse_sum) / (1 - beta1);
+}
+
 static Step step_of(const Entry *e, const Settings *settings)
 {
-    double correction2 = 1 - pow(settings->beta2, (double)e->step);
     return (Step){
         .weight1 = (float)(1 - settings->beta1),
         .step_size = (float)(settings->lr / (1 - pow(settings->beta1, (double)e->step))),
         .decay = (float)(1 - settings->lr * settings->weight_decay),
         .eps = (float)settings->eps,
-        .floor = (float)sqrt((1 - settings->beta2) / correction2),
+        .floor = (float)momentum_floor(settings, (double)e->step),
         .nesterov = settings->nesterov != 0,
     };
 }
 
 INLINE float average(float m, float g, const Step *s) { return m + s->weight1 * (g - m); }
 
-/* Updates p by its new momentum; root: of the second moment, without eps. */
-INLINE void update_element(float *restrict p, float m, float g, float root, int nesterov,
-                           const Step *s)
+/* Returns what the update has in its numerator for the new momentum m. */
+INLINE float numerator_of(float m, float g, int nesterov, const Step *s)
 {
-    float numerator = nesterov ? average(m, g, s) : m;
+    return nesterov ? average(m, g, s) : m;
+}
+
+/* Updates p; root: of the second moment, without eps. */
+INLINE void update_element(float *restrict p, float numerator, float root, const Step *s)
+{
     *p = *p * s->decay - s->step_size * (numerator / (root + s->eps));
 }
 
-INLINE float striped_root(float a, float c, float g, int lagged, const Step *s)
+/* Updates an element of a matrix by its new momentum m. */
+INLINE void update_striped(float *restrict p, float m, float g, float a, float c, int nesterov,
+                           const Step *s)
 {
-    float root = a * c, smallest = fabsf(g) * s->floor;
-    return lagged && smallest > root ? smallest : root;
+    float numerator = numerator_of(m, g, nesterov, s);
+    float root = a * c, smallest = fabsf(numerator) * s->floor;
+    update_element(p, numerator, smallest > root ? smallest : root, s); /* a NaN root stays NaN */
 }
 
 /* Updates n elements whose momentum is m, or `stored` in bfloat16 where m is NULL.
  *
- * nesterov and lagged are constants where this is inlined.
+ * nesterov is a constant where this is inlined.
  */
 INLINE void update_elements(float *restrict p, float *restrict m, uint16_t *restrict stored,
                             const float *restrict g, float a, const float *restrict c, int64_t n,
-                            int nesterov, int lagged, const Step *step)
+                            int nesterov, const Step *step)
 {
     Step s = *step;
     if (m) {
         for (int64_t i = 0; i < n; i++) {
             m[i] = average(m[i], g[i], &s);
-            update_element(p + i, m[i], g[i], striped_root(a, c[i], g[i], lagged, &s), nesterov,
-                           &s);
+            update_striped(p + i, m[i], g[i], a, c[i], nesterov, &s);
         }
         return;
     }
     for (int64_t i = 0; i < n; i++) {
         float new = average(from_bfloat16(stored[i]), g[i], &s);
-        update_element(p + i, new, g[i], striped_root(a, c[i], g[i], lagged, &s), nesterov, &s);
+        update_striped(p + i, new, g[i], a, c[i], nesterov, &s);
         stored[i] = to_bfloat16(new);
     }
 }
@@ -84,11 +103,11 @@ typedef struct {
 
 /* Updates a whole block of codes, and encodes the pending one; it is then pending itself.
  *
- * nesterov and lagged are constants where this is inlined.
+ * nesterov is a constant where this is inlined.
  */
 INLINE void update_coded(const Entry *e, int64_t row, int64_t column, float *restrict p,
                          const float *restrict g, float a, const float *restrict c, int nesterov,
-                         int lagged, const Step *step, Pending *pending)
+                         const Step *step, Pending *pending)
 {
     int8_t buffer[CODE_BLOCK + 1], buffer_before[CODE_BLOCK + 1];
     int in_place = e->momentum_dtype == INT8 && pending->place;
@@ -102,7 +121,7 @@ INLINE void update_coded(const Entry *e, int64_t row, int64_t column, float *res
     Step s = *step;
     for (int64_t i = 0; i < CODE_BLOCK; i++) {
         m[i] = decoded(codes[i]) * kept + s.weight1 * g[i];
-        update_element(p + i, m[i], g[i], striped_root(a, c[i], g[i], lagged, &s), nesterov, &s);
+        update_striped(p + i, m[i], g[i], a, c[i], nesterov, &s);
         largest = larger(largest, m[i]);
         codes_before[i] = encoded(before[i], factor);
     }
@@ -129,8 +148,8 @@ INLINE const float *load_gradient(const Entry *e, int64_t offset, int64_t n,
 
 /* Updates n elements of a row from `column` on: at most CODE_BLOCK, unless needs_no_buffers. */
 INLINE void update_chunk(const Entry *e, int64_t row, int64_t column, int64_t n,
-                         const float *restrict c, int lagged, const Settings *settings,
-                         const Step *step, Pending *pending)
+                         const float *restrict c, const Settings *settings, const Step *step,
+                         Pending *pending)
 {
     int64_t block_columns = e->columns / e->column_blocks, offset = row * e->columns + column;
     float g_buffer[CODE_BLOCK], p_buffer[CODE_BLOCK], m_buffer[CODE_BLOCK];
@@ -141,9 +160,9 @@ INLINE void update_chunk(const Entry *e, int64_t row, int64_t column, int64_t n,
     if (is_coded(e) && n == CODE_BLOCK && single_block && !is_tiny(*scale_at(e, row, column))) {
         float a = e->row_roots[row * e->column_blocks + block];
         if (step->nesterov)
-            update_coded(e, row, column, p, g, a, c + column, 1, lagged, step, pending);
+            update_coded(e, row, column, p, g, a, c + column, 1, step, pending);
         else
-            update_coded(e, row, column, p, g, a, c + column, 0, lagged, step, pending);
+            update_coded(e, row, column, p, g, a, c + column, 0, step, pending);
         if (p == p_buffer)
             store_parameter(p, e, offset, e->whole_start + row * e->whole_stride + column, n,
                             settings);
@@ -160,9 +179,9 @@ INLINE void update_chunk(const Entry *e, int64_t row, int64_t column, int64_t n,
         float *m_part = m ? m + i : NULL;
         uint16_t *stored_part = m ? NULL : stored + i;
         if (step->nesterov)
-            update_elements(p_part, m_part, stored_part, g_part, a, c_part, count, 1, lagged, step);
+            update_elements(p_part, m_part, stored_part, g_part, a, c_part, count, 1, step);
         else
-            update_elements(p_part, m_part, stored_part, g_part, a, c_part, count, 0, lagged, step);
+            update_elements(p_part, m_part, stored_part, g_part, a, c_part, count, 0, step);
         i += count;
     }
     if (p == p_buffer)
@@ -179,8 +198,10 @@ INLINE int needs_no_buffers(const Entry *e, const Settings *settings)
            !is_coded(e);
 }
 
-INLINE void walk_rows(const Entry *e, int64_t band, int64_t first, int64_t rows, int lagged,
-                      const Settings *settings)
+/* Updates momentum and parameter of rows of one band by the roots; first: the row in the band. */
+MULTIVERSIONED
+static void update_rows(const Entry *e, int64_t band, int64_t first, int64_t rows,
+                        const Settings *settings)
 {
     Step step = step_of(e, settings);
     Pending pending = {.place = NULL};
@@ -189,29 +210,18 @@ INLINE void walk_rows(const Entry *e, int64_t band, int64_t first, int64_t rows,
     for (int64_t row = first; row < first + rows; row++) {
         int64_t column = 0, rest = e->columns % CODE_BLOCK;
         if (needs_no_buffers(e, settings)) {
-            update_chunk(e, row, 0, e->columns, c, lagged, settings, &step, &pending);
+            update_chunk(e, row, 0, e->columns, c, settings, &step, &pending);
             continue;
         }
         for (; column + CODE_BLOCK <= e->columns; column += CODE_BLOCK) {
             prefetch_parameter(e, row * e->columns + column);
-            update_chunk(e, row, column, CODE_BLOCK, c, lagged, settings, &step, &pending);
+            update_chunk(e, row, column, CODE_BLOCK, c, settings, &step, &pending);
         }
         if (rest)
-            update_chunk(e, row, column, rest, c, lagged, settings, &step, &pending);
+            update_chunk(e, row, column, rest, c, settings, &step, &pending);
     }
     if (pending.place)
         store_codes(e, pending.place, pending.values[pending.which], CODE_BLOCK, pending.factor);
-}
-
-/* Updates momentum and parameter of rows of one band by the roots; first: the row in the band. */
-MULTIVERSIONED
-static void update_rows(const Entry *e, int64_t band, int64_t first, int64_t rows,
-                        int lagged, const Settings *settings)
-{
-    if (lagged)
-        walk_rows(e, band, first, rows, 1, settings);
-    else
-        walk_rows(e, band, first, rows, 0, settings);
 }
 
 /* AdamW's step with the exact second moment, on elements [first, first + count). */
@@ -230,7 +240,8 @@ static void update_vector(const Entry *e, int64_t first, int64_t count, const Se
         for (int64_t i = 0; i < n; i++) {
             v[i] = v[i] * beta2 + weight2 * g[i] * g[i];
             m[i] = average(m[i], g[i], &s);
-            update_element(p + i, m[i], g[i], sqrtf(v[i]) / correction, s.nesterov, &s);
+            float numerator = numerator_of(m[i], g[i], s.nesterov, &s);
+            update_element(p + i, numerator, sqrtf(v[i]) / correction, &s);
         }
         if (p == p_buffer)
             store_parameter(p, e, j, e->whole_start + j, n, settings);

@@ -32,6 +32,7 @@ class Hyperparameters(NamedTuple):
     lr: Any  # a float, or a tensor of one element on the device
     log_beta1: Any
     log_beta2: Any
+    log_r: Any  # of r = beta1^2 / beta2, see ``launch._log_r``
     one_minus_beta1: Any
     beta2: Any
     one_minus_beta2: Any
@@ -49,7 +50,6 @@ class OnDevice(NamedTuple):
 class UpdateFlags(NamedTuple):
     """Constants of an update, from the param group's settings."""
 
-    lagged: Any  # False for vectors, which have no stripes
     maximize: Any
     nesterov: Any
     stochastic_rounding: Any  # False for a parameter in float32
@@ -71,6 +71,7 @@ class StripesVariant(NamedTuple):
     fused_statistics: Any  # after the first step, the sums are there after the update only
     before_update: Any  # the update still needs the roots
     has_roots: Any  # the roots are in the places of the sums, divided by sqrt(mean(row))
+    nesterov: Any  # in the update
 
 
 class MatrixVariant(NamedTuple):
@@ -149,7 +150,7 @@ class EntryScalars(NamedTuple):
     decay: int  # 1 - lr * weight_decay
     step_size: int  # lr / (1 - beta1^t)
     key: int  # of the step's random bits
-    floor: int  # lagged: the denominator is at least this times |g|; 0 at step 1
+    floor: int  # the root is at least this times |momentum|
 
 
 (

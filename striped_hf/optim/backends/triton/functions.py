@@ -62,7 +62,7 @@ class Columns(NamedTuple):
 
 
 class StepScalars(NamedTuple):
-    """Numbers that all elements of an entry share in a step."""
+    """Numbers that all elements of a matrix share in a step."""
 
     decay: Any  # the first four as in ``EntryScalars``
     step_size: Any
@@ -130,6 +130,23 @@ def decay_and_step_size(step, hyper, on_device):  # float32, float32
 
 
 @triton.jit
+def momentum_floor(step, hyper, nesterov):  # float32
+    """sqrt(u_t), as ``reference.momentum_floor``, by the logarithm of r = beta1^2 / beta2."""
+    t = step.to(tl.float64)
+    log_r = tl.cast(hyper.log_r, tl.float64)
+    x = tl.abs(log_r)
+    inverse_sum = (1.0 - tl.exp(-x)) / (1.0 - tl.exp(-t * x))
+    inverse_sum *= tl.exp((1.0 - t) * tl.maximum(log_r, 0.0))
+    one_minus_beta1 = tl.cast(hyper.one_minus_beta1, tl.float64)
+    if nesterov:
+        beta1 = 1.0 - one_minus_beta1
+        inverse_sum /= (1 + beta1) * (1 + beta1) * inverse_sum + beta1 * beta1 * (1 - inverse_sum)
+    u = tl.cast(hyper.one_minus_beta2, tl.float64) / bias_correction(step, hyper.log_beta2)
+    u *= inverse_sum / (one_minus_beta1 * one_minus_beta1)
+    return tl.sqrt_rn(u.to(tl.float32))
+
+
+@triton.jit
 def lerp(start, end, weight):
     """``torch.lerp``. It starts from the nearer end, so that weights of 0 and 1 are exact."""
     difference = end - start
@@ -137,11 +154,11 @@ def lerp(start, end, weight):
 
 
 @triton.jit
-def scaled_direction(m, g, step, flags):
-    """The step size times the momentum, or times Nesterov's momentum."""
+def numerator_of(m, g, one_minus_beta1, flags):
+    """The momentum, or Nesterov's momentum."""
     if flags.nesterov:
-        m = lerp(m, g, step.one_minus_beta1)
-    return step.step_size * m
+        m = lerp(m, g, one_minus_beta1)
+    return m
 
 
 @triton.jit
@@ -197,14 +214,12 @@ def partial_sum_pointers(partials, shape, region, TILE_COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def load_step_scalars(scalars, one_minus_beta1, eps, lagged):
+def load_step_scalars(scalars, one_minus_beta1, eps):
     """The ``StepScalars`` of an entry, from what ``stripes_kernel`` wrote."""
-    floor = 0.0
     decay = tl.load(scalars + DECAY).to(tl.float32, bitcast=True)
     step_size = tl.load(scalars + STEP_SIZE).to(tl.float32, bitcast=True)
     key = tl.load(scalars + KEY).to(tl.uint32, bitcast=True)
-    if lagged:
-        floor = tl.load(scalars + FLOOR).to(tl.float32, bitcast=True)
+    floor = tl.load(scalars + FLOOR).to(tl.float32, bitcast=True)
     return StepScalars(
         decay=decay,
         step_size=step_size,
@@ -274,11 +289,10 @@ def update_tile(m, rows, in_rows, columns, matrix, step, variant, flags):
     m = lerp(m, g, step.one_minus_beta1)
 
     a = _load_row_roots(rows, in_rows, columns, mask, matrix, variant)
-    denominator = a * columns.roots[None, :]
-    if flags.lagged:
-        smallest = tl.abs(g) * step.floor
-        # not tl.maximum, which may drop a NaN
-        denominator = tl.where(denominator < smallest, smallest, denominator)
+    numerator = numerator_of(m, g, step.one_minus_beta1, flags)
+    root = a * columns.roots[None, :]
+    smallest = tl.abs(numerator) * step.floor
+    root = tl.where(root < smallest, smallest, root)  # not tl.maximum, which may drop a NaN
 
     index_low = rows.to(tl.uint32)[:, None] * matrix.whole_stride.to(tl.uint32)
     index_low += columns.index.to(tl.uint32)[None, :]
@@ -288,8 +302,7 @@ def update_tile(m, rows, in_rows, columns, matrix, step, variant, flags):
         index_high = ((whole_row + columns.index[None, :]) >> 32).to(tl.uint32)
     else:
         index_high = tl.zeros([1, 1], tl.uint32)
-    denominator += step.eps
-    value = value * step.decay - scaled_direction(m, g, step, flags) / denominator
+    value = value * step.decay - step.step_size * numerator / (root + step.eps)
     value = round_parameter(value, index_low, index_high, step.key, flags, variant.param_dtype)
     tl.store(matrix.param + offsets, value, mask=mask)
     return m, g * g

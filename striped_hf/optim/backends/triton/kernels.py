@@ -47,7 +47,6 @@ from striped_hf.optim.backends.triton.codec import (
 from striped_hf.optim.backends.triton.functions import (
     Matrix,
     Region,
-    StepScalars,
     bias_correction,
     decay_and_step_size,
     element_offsets,
@@ -58,9 +57,10 @@ from striped_hf.optim.backends.triton.functions import (
     load_pointer,
     load_step,
     load_step_scalars,
+    momentum_floor,
+    numerator_of,
     partial_sum_pointers,
     round_parameter,
-    scaled_direction,
     update_tile,
 )
 from striped_hf.optim.backends.triton.tile_sizes import UPDATED_ROWS
@@ -252,11 +252,8 @@ def stripes_kernel(
                 tl.store(scalars + DECAY, decay.to(tl.int32, bitcast=True))
                 tl.store(scalars + STEP_SIZE, step_size.to(tl.int32, bitcast=True))
                 tl.store(scalars + KEY, step_key(current).to(tl.int32, bitcast=True))
-                if variant.lagged:
-                    uncorrected = bias_correction(current, hyper.log_beta2).to(tl.float32)
-                    floor = tl.sqrt_rn(tl.div_rn(hyper.one_minus_beta2, uncorrected))
-                    floor = tl.where(is_first_step, 0.0, floor)
-                    tl.store(scalars + FLOOR, floor.to(tl.int32, bitcast=True))
+                floor = momentum_floor(current, hyper, variant.nesterov)
+                tl.store(scalars + FLOOR, floor.to(tl.int32, bitcast=True))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -301,7 +298,7 @@ def matrices_kernel(
         pointers, EXP_AVG_POINTER, variant.momentum_dtype, variant.aligned
     )
     scales = load_pointer(pointers, EXP_AVG_SCALE_POINTER, tl.float32)
-    step = load_step_scalars(buffers.scalars + entry * SCALARS, one_minus_beta1, eps, flags.lagged)
+    step = load_step_scalars(buffers.scalars + entry * SCALARS, one_minus_beta1, eps)
 
     # two 4-bit codes share a byte: the two halves of a quantization block are two tiles
     size = tl.minimum(columns - first_column, _BLOCK_SIZE).to(tl.int32)
@@ -486,22 +483,14 @@ def vectors_kernel(
     decay, step_size = decay_and_step_size(current, hyper, on_device)
     correction = tl.sqrt_rn(bias_correction(current, hyper.log_beta2).to(tl.float32))
     denominator = tl.div_rn(tl.sqrt_rn(v), correction) + hyper.eps
-    scalars = StepScalars(
-        decay=decay,
-        step_size=step_size,
-        key=step_key(current),
-        floor=0.0,
-        one_minus_beta1=hyper.one_minus_beta1,
-        eps=hyper.eps,
-    )
-    update = tl.div_rn(scaled_direction(m, g, scalars, flags), denominator)
-    value = value * decay - update
+    numerator = numerator_of(m, g, hyper.one_minus_beta1, flags)
+    value = value * decay - tl.div_rn(step_size * numerator, denominator)
     index = whole_start + offsets
     value = round_parameter(
         value,
         index.to(tl.uint32),
         (index >> 32).to(tl.uint32),
-        scalars.key,
+        step_key(current),
         flags,
         variant.param_dtype,
     )

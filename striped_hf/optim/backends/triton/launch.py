@@ -252,6 +252,7 @@ def _launch_update(
             fused_statistics=fused_statistics,
             before_update=before_update,
             has_roots=has_roots,
+            nesterov=settings.nesterov,
         )
         kernels.stripes_kernel[(len(segments),)](
             segments=segments,
@@ -274,7 +275,7 @@ def _launch_update(
             one_minus_beta1=hyper.one_minus_beta1,
             eps=hyper.eps,
             variant=constants(matrix),
-            flags=_update_flags(settings, matrix.param_dtype, lagged=settings.lagged),
+            flags=_update_flags(settings, matrix.param_dtype),
             TILE_ROWS=tile_sizes.UPDATE_TILE_ROWS,
             num_warps=4,
             **_OPTIONS,
@@ -290,7 +291,7 @@ def _launch_update(
             step=step,
             on_device=on_device,
             variant=constants(vector),
-            flags=_update_flags(settings, vector.param_dtype, lagged=False),
+            flags=_update_flags(settings, vector.param_dtype),
             BLOCK=tile_sizes.VECTOR_BLOCK,
             num_warps=4,
             **_OPTIONS,
@@ -327,6 +328,7 @@ def _hyperparameters(settings: Settings) -> Hyperparameters:
         lr=settings.lr,
         log_beta1=_log(settings.beta1),
         log_beta2=_log(settings.beta2),
+        log_r=_log_r(settings.beta1, settings.beta2),
         one_minus_beta1=1 - settings.beta1,
         beta2=settings.beta2,
         one_minus_beta2=1 - settings.beta2,
@@ -335,10 +337,9 @@ def _hyperparameters(settings: Settings) -> Hyperparameters:
     )
 
 
-def _update_flags(settings: Settings, param_dtype: tl.dtype, lagged: bool) -> UpdateFlags:
+def _update_flags(settings: Settings, param_dtype: tl.dtype) -> UpdateFlags:
     return constants(
         UpdateFlags(
-            lagged=lagged,
             maximize=settings.maximize,
             nesterov=settings.nesterov,
             stochastic_rounding=settings.stochastic_rounding and param_dtype != tl.float32,
@@ -348,3 +349,14 @@ def _update_flags(settings: Settings, param_dtype: tl.dtype, lagged: bool) -> Up
 
 def _log(beta: float) -> float:
     return math.log(beta) if beta > 0 else -math.inf
+
+
+def _log_r(beta1: float, beta2: float) -> float:
+    """Returns log(r), r = beta1^2 / beta2, or a number near it with which the kernel can compute.
+
+    1e-9 in place of 0 changes 1 + r + ... + r^(t - 1) by 5e-10 t of it. 1000 serves as infinity.
+    """
+    if beta1 == 0:
+        return -1000.0
+    log_r = 2 * math.log(beta1) - _log(beta2)
+    return math.copysign(min(max(abs(log_r), 1e-9), 1000.0), log_r)
