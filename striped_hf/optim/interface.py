@@ -88,7 +88,8 @@ class Backend(Protocol):
 
     ``step`` is for whole parameters. For parts of sharded matrices ``statistics`` and ``update``
     are called, and what is between them adds up the sums of all processes. For matrices whose
-    gradients are freed during backward, ``fold`` is called for each gradient and ``update`` once.
+    gradients are freed during backward ``fold`` is called for each gradient, and then
+    ``step_folded``, or ``update`` for parts of sharded ones.
     """
 
     @property
@@ -129,6 +130,9 @@ class Backend(Protocol):
             is_first: Whether the gradient is the first of this step: the momentum decays.
             coefficient: [] float32, what the gradient is multiplied by; None: by nothing.
         """
+
+    def step_folded(self, entries: list[Entry], sums: list[Sums], settings: Settings, /) -> None:
+        """Does the step of whole matrices whose gradients were folded: stripes and update."""
 
     def step(self, entries: list[Entry], settings: Settings, /) -> None:
         """Does the whole step: statistics, stripes and update."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from striped_hf.optim.backends import reference
-from striped_hf.optim.interface import Blocks, Entry, Roots, Settings, Sums
+from striped_hf.optim.interface import Blocks, Entry, Folded, Roots, Settings, Sums
 
 DEVICE_TYPES = ("cpu",)
 CAPTURABLE = False
@@ -36,6 +36,12 @@ class _Settings(ctypes.Structure):
     )
 
 
+class _Fold(ctypes.Structure):
+    """The C code's struct of this name."""
+
+    _fields_ = (("is_first", ctypes.c_int64), ("coefficient", ctypes.c_double))
+
+
 def _find() -> str:
     spec = importlib.util.find_spec("striped_hf.optim.backends._cpu")
     if spec is None or spec.origin is None:
@@ -49,8 +55,10 @@ def _load(path: str) -> ctypes.CDLL:
         library = ctypes.CDLL(path)
     except OSError as error:
         raise ImportError(f"its library does not load: {error}") from error
-    for function in (library.striped_statistics, library.striped_update, library.striped_step):
-        function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
+    arguments = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
+    for name in ("statistics", "update", "step", "step_folded"):
+        getattr(library, f"striped_{name}").argtypes = arguments
+    library.striped_fold.argtypes = (*arguments, ctypes.c_void_p)
     return library
 
 
@@ -90,7 +98,31 @@ def step(entries: list[Entry], settings: Settings) -> None:
     reference.step([entries[i] for i in fallback], settings)
 
 
-fold = reference.fold
+def fold(
+    entry: Entry, folded: Folded, settings: Settings, is_first: bool, coefficient: Tensor | None
+) -> None:
+    """Adds a gradient to the momentum, sums and sketch; as ``reference.fold``."""
+    supported, _ = _split([entry])
+    if not supported or not (folded.sketch is None or folded.sketch.is_contiguous()):
+        reference.fold(entry, folded, settings, is_first, coefficient)
+        return
+    sums = (torch.empty_like(folded.row_sums), torch.empty_like(folded.col_sums))
+    c_fold = _Fold(is_first, 1.0 if coefficient is None else coefficient.item())
+    _call(_library.striped_fold, [(entry, sums, None)], settings, c_fold, folded.sketch)
+    square = c_fold.coefficient**2
+    folded.row_sums.add_(sums[0], alpha=square)
+    folded.col_sums.add_(sums[1], alpha=square)
+
+
+def step_folded(entries: list[Entry], sums: list[Sums], settings: Settings) -> None:
+    """Updates whole matrices whose gradients were folded; as ``reference.step_folded``."""
+    supported, fallback = _split(entries)
+    arguments: list[tuple[Entry, Sums | None, Roots | None]] = []
+    for i in supported:
+        row, col = (part.clone(memory_format=torch.contiguous_format) for part in sums[i])
+        arguments.append((entries[i], (row, col), (row, col)))  # the roots replace the sums
+    _call(_library.striped_step_folded, arguments, settings)
+    reference.step_folded([entries[i] for i in fallback], [sums[i] for i in fallback], settings)
 
 
 def _split(entries: list[Entry]) -> tuple[list[int], list[int]]:
@@ -103,8 +135,7 @@ def _split(entries: list[Entry]) -> tuple[list[int], list[int]]:
     fallback: list[int] = []
     for i, entry in enumerate(entries):
         tensors = (entry.param, *entry.state.values())
-        is_supported = entry.grad is not None and all(map(Tensor.is_contiguous, tensors))
-        (supported if is_supported else fallback).append(i)
+        (supported if all(map(Tensor.is_contiguous, tensors)) else fallback).append(i)
     return supported, fallback
 
 
@@ -112,8 +143,17 @@ def _call(
     function: Callable[..., int],
     entries: list[tuple[Entry, Sums | None, Roots | None]],
     settings: Settings | None,
+    c_fold: "_Fold | None" = None,
+    sketch: Tensor | None = None,
 ) -> None:
     """Calls a C function with these entries, each with its sums or its roots.
+
+    Args:
+        function: The C function.
+        entries: Entries, sums and roots.
+        settings: Of the param group.
+        c_fold: The last argument of ``striped_fold``.
+        sketch: Of the only entry.
 
     Raises:
         MemoryError: There is no memory for its partial sums. Parameters and state are unchanged
@@ -122,36 +162,45 @@ def _call(
     if not entries:
         return
     grads = [
-        entry.gradient.contiguous() for entry, *_ in entries
+        entry.grad if entry.grad is None else entry.grad.contiguous() for entry, *_ in entries
     ]  # copies must live through the call
     values: list[int] = []
     for (entry, sums, roots), grad in zip(entries, grads, strict=True):
-        values += _c_entry(entry, grad, sums, roots)
+        values += _c_entry(entry, grad, sums, roots, sketch)
     packed = array("q", values)
     address, _ = packed.buffer_info()
     c_settings = settings and ctypes.byref(
         _Settings(*(getattr(settings, field[0]) for field in _Settings._fields_))
     )
-    if function(address, len(entries), c_settings, torch.get_num_threads()):
+    last = () if c_fold is None else (ctypes.byref(c_fold),)
+    if function(address, len(entries), c_settings, torch.get_num_threads(), *last):
         raise MemoryError("the CPU backend found no memory for its partial sums")
 
 
-def _c_entry(entry: Entry, grad: Tensor, sums: Sums | None, roots: Roots | None) -> tuple[int, ...]:
+def _c_entry(
+    entry: Entry,
+    grad: Tensor | None,
+    sums: Sums | None,
+    roots: Roots | None,
+    sketch: Tensor | None,
+) -> tuple[int, ...]:
     """Returns the C code's Entry, field by field."""
     param, _, state, momentum_dtype, blocks, step, whole_start, whole_stride = entry
     find = state.get
     scale, col = find("exp_avg_scale"), find("exp_avg_sq_col")
     row = find("exp_avg_sq_row") if param.dim() >= 2 else find("exp_avg_sq")
-    geometry, kinds = _constants(param.shape, blocks, param.dtype, grad.dtype, momentum_dtype)
+    grad_dtype = param.dtype if grad is None else grad.dtype
+    geometry, kinds = _constants(param.shape, blocks, param.dtype, grad_dtype, momentum_dtype)
     return (
         param.data_ptr(),
-        grad.data_ptr(),
+        0 if grad is None else grad.data_ptr(),
         state["exp_avg"].data_ptr(),
         0 if scale is None else scale.data_ptr(),
         0 if row is None else row.data_ptr(),  # a part of a sharded matrix has no stripes
         0 if col is None else col.data_ptr(),
         *((0, 0) if sums is None else (sums[0].data_ptr(), sums[1].data_ptr())),
         *((0, 0) if roots is None else (roots[0].data_ptr(), roots[1].data_ptr())),
+        0 if sketch is None else sketch.data_ptr(),
         *geometry,
         whole_start,
         whole_stride or geometry[2],

@@ -419,6 +419,17 @@ def fold(
             sketch[index] += momentum.in_blocks(signed).sum(-1)
 
 
+def step_folded(entries: list[Entry], sums: list[Sums], settings: Settings) -> None:
+    """Performs the step of whole matrices whose gradients were folded: ``stripes``, ``update``.
+
+    Args:
+        entries: Of one param group, without gradients.
+        sums: For each of them the sums of squares of its gradients' sum.
+        settings: Of the param group.
+    """
+    update(entries, stripes(entries, sums, settings), settings)
+
+
 def squares_of_sum(folded: Folded, blocks: Blocks) -> Tensor:
     """Estimates the sum of squares of the sum of folded gradients, in each block of a matrix.
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import ParamsT
 
-from striped_hf.optim.backends import reference
 from striped_hf.optim.checks import is_ordinary, problem_of_gradient, problem_of_state
 from striped_hf.optim.interface import Entry, Group, State, Sums
 from striped_hf.optim.layerwise.clipping import ForwardClipping
@@ -324,7 +323,7 @@ class LayerwiseStripedAdamW(StripedAdamW):
                     entries += pieces
                     sums.append(opened.sums())
             if entries:
-                backend.update(entries, reference.stripes(entries, sums, settings), settings)
+                backend.step_folded(entries, sums, settings)
             for target, copy in copies:
                 target.copy_(copy)
             if matrices:

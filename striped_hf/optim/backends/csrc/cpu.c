@@ -1,6 +1,6 @@
 /* The CPU backend: the arithmetic of reference.py with as few readings of memory as possible.
  *
- * The three functions of this file get all entries of a param group and run one OpenMP parallel
+ * The functions of this file get all entries of a param group and run one OpenMP parallel
  * region each. Between striped_statistics and striped_update the sums of other processes are added,
  * and become roots; striped_step does everything for whole parameters. The work is cut into tasks
  * of whole rows by the entries' shapes alone, and every sum is added up in the order of the tasks:
@@ -61,6 +61,58 @@ int striped_update(Entry *entries, int64_t entry_count, const Settings *settings
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t i = 0; i < count; i++)
         update_task(entries + plan.tasks[i].entry, plan.tasks + i, settings);
+    free_plan(&plan);
+    return 0;
+}
+
+/* Adds the gradient of matrices to momentum and sketch, and sums its squares as striped_statistics.
+ */
+int striped_fold(Entry *entries, int64_t entry_count, const Settings *settings, int64_t threads,
+                 const Fold *fold)
+{
+    Plan plan;
+    if (make_plan(&plan, entries, entry_count, settings, 0))
+        return 1;
+#pragma omp parallel num_threads(threads)
+    for (int64_t b = 0; b < plan.bundle_count; b++) {
+        const Task *tasks = plan.tasks + plan.bundles[b].first_task;
+        int64_t count = plan.bundles[b].task_count;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < count; i++) {
+            const Entry *e = entries + tasks[i].entry;
+            sum_task(e, tasks + i);
+            fold_task(e, tasks + i, settings, fold); /* its gradient is in a cache now */
+        }
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t i = 0; i < count; i++) combine(entries + tasks[i].entry, tasks + i);
+    }
+    free_plan(&plan);
+    return 0;
+}
+
+/* Stripes and update of whole matrices whose gradients were folded.
+ *
+ * row_sums and col_sums are those of the gradients; the roots, in the same memory, replace them.
+ */
+int striped_step_folded(Entry *entries, int64_t entry_count, const Settings *settings,
+                        int64_t threads)
+{
+    Plan plan;
+    if (make_plan(&plan, entries, entry_count, settings, 0))
+        return 1;
+#pragma omp parallel num_threads(threads)
+    for (int64_t b = 0; b < plan.bundle_count; b++) {
+        const Task *tasks = plan.tasks + plan.bundles[b].first_task;
+        int64_t count = plan.bundles[b].task_count;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < count; i++) {
+            average_task(entries + tasks[i].entry, tasks + i, settings);
+            roots_task(entries + tasks[i].entry, tasks + i, settings);
+        }
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t i = 0; i < count; i++)
+            update_task(entries + tasks[i].entry, tasks + i, settings);
+    }
     free_plan(&plan);
     return 0;
 }

@@ -37,7 +37,7 @@ enum { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 }; /* cpu.py's _FORMATS */
 /* A parameter or a part of one, as interface.py's Entry; cpu.py fills it in, 64 bits a field. */
 typedef struct {
     void *param;              /* [elements] of param_dtype */
-    const void *grad;         /* [elements] of grad_dtype */
+    const void *grad;         /* [elements] of grad_dtype; NULL where it was folded */
     void *exp_avg;            /* [elements], codes by momentum_dtype */
     float *exp_avg_scale;     /* [bands * block_rows, ceil(columns / 128)], integer codes only */
     float *exp_avg_sq_row;    /* [bands * block_rows, column_blocks]; a vector's exp_avg_sq */
@@ -46,6 +46,7 @@ typedef struct {
     float *col_sums;
     float *row_roots;         /* a and c, shaped as the stripes; striped_step allocates its own */
     float *col_roots;
+    float *sketch;            /* as exp_avg_scale's shape; NULL where none is kept */
     int64_t bands, block_rows, columns, column_blocks; /* a vector: 1, 1, elements, 1 */
     int64_t whole_start, whole_stride; /* its place in the whole parameter: interface.py's Entry */
     int64_t is_matrix;

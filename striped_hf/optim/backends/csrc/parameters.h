@@ -31,6 +31,18 @@ INLINE void prefetch_parameter(const Entry *e, int64_t offset)
     for (int64_t i = 0; i < size * CODE_BLOCK; i += 64) __builtin_prefetch(chunk + i, 1);
 }
 
+/* Draws the random bits of n <= CODE_BLOCK elements; index: of the first in the whole parameter. */
+INLINE void random_bits(uint32_t *restrict random, const Entry *e, int64_t index, int64_t n)
+{
+    uint32_t start = (uint32_t)index, step_key = mix(SEED ^ (uint32_t)e->step);
+    uint32_t key = mix(step_key ^ (uint32_t)(index >> 32));
+    uint32_t next_key = mix(step_key ^ (uint32_t)((index >> 32) + 1));
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t low = start + (uint32_t)i;
+        random[i] = mix(mix(low ^ (low < start ? next_key : key)));
+    }
+}
+
 /* Rounds n values, stochastically or to nearest, and stores them from `offset` on.
  *
  * index: of the first one in the whole parameter.
@@ -40,14 +52,8 @@ INLINE void store_parameter(const float *restrict values, const Entry *e, int64_
 {
     uint16_t *restrict target = (uint16_t *)e->param + offset;
     if (settings->stochastic_rounding) {
-        uint32_t start = (uint32_t)index, step_key = mix(SEED ^ (uint32_t)e->step);
-        uint32_t key = mix(step_key ^ (uint32_t)(index >> 32));
-        uint32_t next_key = mix(step_key ^ (uint32_t)((index >> 32) + 1));
         uint32_t random[CODE_BLOCK];
-        for (int64_t i = 0; i < n; i++) {
-            uint32_t low = start + (uint32_t)i;
-            random[i] = mix(mix(low ^ (low < start ? next_key : key)));
-        }
+        random_bits(random, e, index, n);
         if (e->param_dtype == BFLOAT16)
             for (int64_t i = 0; i < n; i++)
                 target[i] = to_bfloat16(stochastic_bfloat16(values[i], random[i]));

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "entry.h"
+#include "fold.h"
 #include "stripes.h"
 #include "sums.h"
 #include "update.h"
@@ -107,6 +108,12 @@ static int is_lagged(const Entry *e, const Settings *settings)
 static int64_t whole_bands(const Entry *e, const Task *task)
 {
     return is_vector(e) || task->row > 0 ? 0 : task->bands;
+}
+
+static void fold_task(const Entry *e, const Task *task, const Settings *settings, const Fold *fold)
+{
+    for (int64_t band = task->band; band < task->band + task->bands; band++)
+        fold_rows(e, band * e->block_rows + task->row, task->rows, settings, fold);
 }
 
 static void average_task(const Entry *e, const Task *task, const Settings *settings)

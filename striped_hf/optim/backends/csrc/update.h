@@ -146,6 +146,30 @@ INLINE const float *load_gradient(const Entry *e, int64_t offset, int64_t n,
     return buffer;
 }
 
+/* Updates n elements of a row by its stored momentum, which has the gradient; as update_chunk. */
+INLINE void update_by_stored(const Entry *e, int64_t row, int64_t column, int64_t n,
+                             const float *restrict c, const Settings *settings, const Step *step)
+{
+    int64_t block_columns = e->columns / e->column_blocks, offset = row * e->columns + column;
+    float p_buffer[CODE_BLOCK], m_buffer[CODE_BLOCK];
+    float *p = (float *)load(e->param, e->param_dtype, offset, n, p_buffer);
+    const float *m = m_buffer;
+    if (is_coded(e))
+        decode(e, row, column, n, m_buffer);
+    else
+        m = load(momentum_at(e, row, column), e->momentum_dtype, 0, n, m_buffer);
+    Step s = *step;
+    int64_t block = e->column_blocks == 1 ? 0 : column / block_columns;
+    for (int64_t i = 0; i < n; block++) { /* once, unless it crosses blocks of columns */
+        int64_t end = (block + 1) * block_columns - column, stop = end < n ? end : n;
+        float a = e->row_roots[row * e->column_blocks + block];
+        for (; i < stop; i++) update_striped(p + i, m[i], 0, a, c[column + i], 0, &s);
+    }
+    if (p == p_buffer)
+        store_parameter(p, e, offset, e->whole_start + row * e->whole_stride + column, n,
+                        settings);
+}
+
 /* Updates n elements of a row from `column` on: at most CODE_BLOCK, unless needs_no_buffers. */
 INLINE void update_chunk(const Entry *e, int64_t row, int64_t column, int64_t n,
                          const float *restrict c, const Settings *settings, const Step *step,
@@ -209,6 +233,15 @@ static void update_rows(const Entry *e, int64_t band, int64_t first, int64_t row
     first += band * e->block_rows;
     for (int64_t row = first; row < first + rows; row++) {
         int64_t column = 0, rest = e->columns % CODE_BLOCK;
+        if (!e->grad) {
+            for (; column < e->columns; column += CODE_BLOCK) {
+                int64_t n = e->columns - column;
+                prefetch_parameter(e, row * e->columns + column);
+                update_by_stored(e, row, column, n < CODE_BLOCK ? n : CODE_BLOCK, c, settings,
+                                 &step);
+            }
+            continue;
+        }
         if (needs_no_buffers(e, settings)) {
             update_chunk(e, row, 0, e->columns, c, settings, &step, &pending);
             continue;

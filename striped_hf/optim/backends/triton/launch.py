@@ -120,6 +120,7 @@ def update(entries: list[Entry], roots: list[Roots | None], settings: Settings) 
 
 
 fold = reference.fold
+step_folded = reference.step_folded
 
 
 def _copy_roots(plan: Plan, roots: list[Roots | None]) -> None:
