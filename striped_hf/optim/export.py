@@ -24,7 +24,7 @@ def adamw_state_dict(optimizer: Optimizer) -> dict[str, Any]:
     The momentum is decoded. The second moment of a matrix is expanded from its stripes, block by
     block, to row_i col_j / mean(row), as Adafactor does (Shazeer and Stern, 2018, algorithm 2).
     0-D and 1-D parameters lose nothing. ``nesterov`` and ``lagged``, which AdamW does not have, are
-    left out.
+    left out. So is the floor under the root: the means of what is exported are the stripes.
 
     If parameters are sharded, all processes must call the function together. The state is gathered
     whole, one parameter at a time, and sharded as its parameter is.
