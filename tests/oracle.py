@@ -59,8 +59,12 @@ def step(
     nesterov: bool = False,
     lagged: bool = False,
     blocks: tuple[int, int] = (1, 1),
+    stored: np.ndarray | None = None,
 ) -> tuple[np.ndarray, State]:
-    """One step. Nothing is changed in place; returns the new parameter and the new state."""
+    """One step. Nothing is changed in place; returns the new parameter and the new state.
+
+    ``stored`` is the new momentum as it is stored, for an update that reads it from there.
+    """
     lr = float(lr)
     p = np.asarray(p, dtype=np.float64)
     numerator, denominator, new = fraction(
@@ -73,6 +77,7 @@ def step(
         nesterov=nesterov,
         lagged=lagged,
         blocks=blocks,
+        stored=stored,
     )
     with np.errstate(all="ignore"):
         return p * (1 - lr * weight_decay) - lr * numerator / denominator, new
@@ -89,6 +94,7 @@ def fraction(
     nesterov: bool,
     lagged: bool,
     blocks: tuple[int, int],
+    stored: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, State]:
     """The update of one step as numerator and denominator, and the new state."""
     b1, b2 = (float(beta) for beta in betas)
@@ -98,6 +104,7 @@ def fraction(
     with np.errstate(all="ignore"):
         m = b1 * state["m"] + (1 - b1) * g
         used = b1 * m + (1 - b1) * g if nesterov else m
+        used = used if stored is None else stored
         new: State = {"m": m}
         if g.ndim < 2:
             new["v"] = b2 * state["v"] + (1 - b2) * g * g

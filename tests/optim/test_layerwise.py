@@ -9,11 +9,25 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import oracle
 import pytest
 import torch
-from optim_checks import FORMATS, assert_same_bits, snapshot, stored_momentum
+from optim_checks import (
+    CODED,
+    FORMATS,
+    PARAM_DTYPES,
+    assert_same_bits,
+    code_bound,
+    parameter,
+    snapshot,
+    spacing,
+    stored_momentum,
+    to_numpy,
+)
 from torch import Tensor, nn
 
+import striped_hf.optim.layerwise.optimizer as layerwise_optimizer
 from striped_hf import LayerwiseStripedAdamW, StripedAdamW
 
 pytestmark = pytest.mark.usefixtures("every_backend")
@@ -127,6 +141,65 @@ def test_coded_momentum_is_the_ordinary_one_after_one_step(momentum_dtype: str) 
         assert actual.keys() == expected.keys()
         for key, value in expected.items():
             assert_same_bits(actual[key], value, key)
+
+
+@pytest.mark.parametrize("momentum_dtype", FORMATS)
+@pytest.mark.parametrize(
+    ("shape", "blocks"),
+    [
+        ((5, 7), (1, 1)),
+        ((64, 129), (1, 1)),
+        ((12, 385), (3, 1)),
+        ((9, 300), (1, 3)),
+        ((2, 3, 130), (1, 2)),
+        ((300, 1), (1, 1)),
+        ((1, 257), (1, 1)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", PARAM_DTYPES, ids=str)
+def test_each_step_is_the_oracles(
+    shape: tuple[int, ...],
+    blocks: tuple[int, int],
+    dtype: torch.dtype,
+    momentum_dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(layerwise_optimizer, "SMALLEST", 1)
+    hyper = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    param = parameter(torch.randn(shape), dtype)
+    optimizer = LayerwiseStripedAdamW(
+        [param], blocks=blocks, momentum_dtype=momentum_dtype, stochastic_rounding=False, **hyper
+    )
+    state = oracle.new_state(shape, blocks)
+    for t in range(1, 4):
+        grad = torch.randn(shape).to(dtype)
+        grad[..., 0] = 0
+        before = to_numpy(param)
+        give_gradient(param, grad)
+        assert param.grad is None
+        optimizer.step()
+        # once without the stored momentum, for what it was made from
+        _, made = oracle.step(before, to_numpy(grad), state, t, blocks=blocks, **hyper)
+        stored, name = stored_momentum(optimizer.state[param], shape[-1])
+        allowed = 2e-6 * np.abs(made["m"]).max()
+        if name == "bfloat16":
+            allowed = allowed + 2.0**-8 * np.abs(made["m"])
+        elif name in CODED:
+            allowed = allowed + code_bound(made["m"], name)
+        assert np.all(np.abs(stored - made["m"]) <= allowed)
+        expected, state = oracle.step(
+            before, to_numpy(grad), state, t, blocks=blocks, stored=stored, **hyper
+        )
+        state["m"] = stored
+        for key, of_state in (("row", "exp_avg_sq_row"), ("col", "exp_avg_sq_col")):
+            actual = to_numpy(optimizer.state[param][of_state])
+            np.testing.assert_allclose(actual, state[key], rtol=4e-6, atol=0)
+        # a dozen float32 roundings of 6e-8 of the update and the parameter, and that of its dtype
+        allowed = 4e-6 * np.abs(expected - before) + 2.0**-22 * np.abs(before)
+        if dtype != torch.float32:
+            allowed = 1.01 * allowed + 0.5 * spacing(np.abs(expected), dtype)
+        assert np.all(np.abs(to_numpy(param) - expected) <= allowed)
 
 
 def test_every_option_of_a_group_counts() -> None:
