@@ -1,9 +1,9 @@
-"""Make an environment like that of a GPU machine which has torch, but not this project's extras.
+"""Make the environment of a GPU machine that has torch, but not this project's extras.
 
     python -m benchmarks.gpu_environment build/gpu_environment
 
-It has the versions below, none of the packages that such a machine lacks, and of everything else
-this environment's. torch is this environment's CPU build. ``make gpu-check`` rehearses in it.
+It has the packages in ``VERSIONS`` and none of the packages in ``LACKING``. It shares everything
+else with this environment, also torch, which is a CPU build. ``make gpu-check`` rehearses in it.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from striped_hf.cli import run
 
 VERSIONS = (
     *("transformers==5.17.0", "huggingface_hub==1.33.0", "tokenizers==0.23.2"),
-    *("triton==3.6.0", "numpy==2.3.5"),  # triton 3.6's interpreter takes no numpy 2.4
+    *("triton==3.6.0", "numpy==2.3.5"),  # the interpreter of triton 3.6 fails with numpy 2.4
 )
 LACKING = ("datasets", "evaluate", "expecttest", "trl", "wandb")
 
@@ -29,7 +29,7 @@ def make(folder: Path) -> Path:
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
     subprocess.run([*install, "--no-deps", *VERSIONS], check=True)
     (packages,) = folder.glob("lib/python*/site-packages")
-    # what was just installed is found first, then what this environment has
+    # Python searches the new packages first, then this environment's
     lines = [*site.getsitepackages(), f"import sys; sys.modules.update(dict.fromkeys({LACKING}))"]
     (packages / "this_environment.pth").write_text("\n".join(lines), encoding="utf-8")
     return python

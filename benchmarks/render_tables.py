@@ -4,7 +4,7 @@
 
 The pages are README.md, recipes/README.md, benchmarks/*.md and docs/*.md. A table's place is
 between `<!-- begin NAME -->` and `<!-- end NAME -->`, and each table of ``TABLES`` has exactly one
-place. Where there is no results file yet, the place says so. The plots go into docs/plots/.
+place. If there is no results file yet, the place says so. The plots go into docs/plots/.
 """
 
 import json
@@ -43,10 +43,10 @@ class PageTable(NamedTuple):
 
     Args:
         render: Makes the Markdown from the contents of ``files``, one argument each.
-        files: The results files without ``.json``; empty for the one with the table's own name.
+        files: The results files without ``.json``; if empty, the one file with the table's name.
         draw: Draws the plot of the first file, named like the table.
-        shows_plot: Whether the plot belongs into the place. Elsewhere the page's text embeds it.
-        unmeasured: What the place shows while a results file is missing.
+        shows_plot: Whether the place shows the plot. Otherwise the page's text embeds it.
+        unmeasured: The text of the place while a results file is missing.
     """
 
     render: Callable[..., str]
@@ -96,7 +96,7 @@ TABLES = {
 
 
 def pages() -> list[Path]:
-    """Lists the Markdown files that are read by users."""
+    """Lists the Markdown pages."""
     return [
         REPOSITORY / "README.md",
         REPOSITORY / "recipes" / "README.md",
@@ -106,7 +106,7 @@ def pages() -> list[Path]:
 
 
 def read_results(name: str) -> list[Results] | None:
-    """Returns the results that a table is made of; None where a file is missing."""
+    """Returns the results of a table's files; None if a file is missing."""
     paths = [RESULTS / f"{file}.json" for file in TABLES[name].files or (name,)]
     if not all(path.is_file() for path in paths):
         return None
@@ -121,7 +121,7 @@ def has_plot(name: str, results: list[Results]) -> bool:
 
 
 def render_place(name: str, folder: Path) -> str:
-    """Returns the Markdown of a table for a page in ``folder``, with the line of its origin."""
+    """Returns the Markdown of a table, and where it was measured, for a page in ``folder``."""
     table, results = TABLES[name], read_results(name)
     if results is None:
         return table.unmeasured
@@ -140,7 +140,7 @@ def render_place(name: str, folder: Path) -> str:
 
 
 def render(texts: Mapping[Path, str]) -> dict[Path, str]:
-    """Returns the pages' texts with every table as its results files have it.
+    """Returns the texts of the pages with every table rendered from its results files.
 
     Args:
         texts: The text of each page.

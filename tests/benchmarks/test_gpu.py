@@ -68,7 +68,7 @@ def test_a_part_is_ended_at_its_limit_with_its_children_and_keeps_its_results(tm
     assert not gpu.run_parts(parts, tmp_path, tmp_path, 60)
     assert ended(tmp_path) == {FIRST: "ended after its limit of 2 s", SECOND: "passed"}
     assert read(tmp_path)["results"][FIRST]["passed"] == 7
-    assert "| until they were cut off | 7 | 0 | 0 |" in capfd.readouterr().out
+    assert "| before the run was cut off | 7 | 0 | 0 |" in capfd.readouterr().out
     time.sleep(max(0, begin + 6 - time.monotonic()))
     assert not late.exists()
 
@@ -197,7 +197,7 @@ def test_what_is_no_result_is_not_collected(tmp_path, text, message):
 def test_without_a_gpu_it_says_so(run_script, tmp_path):
     done = run_script("benchmarks.gpu", cwd=tmp_path, status=1, OUT=str(tmp_path / "out"))
     assert done.stderr.splitlines()[-1] == (
-        "gpu.py: error: there is no CUDA device here: run it where there is one, or rehearse it "
+        "gpu.py: error: there is no CUDA device: run this on a machine with a GPU, or rehearse it "
         "with `make gpu-check`"
     )
     assert not (tmp_path / "out").exists()

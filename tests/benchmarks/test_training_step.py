@@ -164,7 +164,7 @@ def test_a_profile(run_script, tmp_path):
     ("flags", "message"),
     [
         (["--against", "nowhere"], "has no train.py; pass a checkout of nanoGPT"),
-        (["--variants", "faster"], "no variant has that in its name"),
+        (["--variants", "faster"], "no variant has one of these texts in its name"),
         (["--rounds", "0"], "each must be at least 1"),
     ],
 )

@@ -93,7 +93,7 @@ def test_two_processes_have_the_losses_of_one(one_process, flags, run_script, tm
 
 def test_windows_that_cannot_be_shared_are_refused(run_here):
     own = ("--batch_size", 3, "--processes", 1, 2)
-    run_here("benchmarks.processes", RECIPE, *own, fails="shared evenly by 2 processes")
+    run_here("benchmarks.processes", RECIPE, *own, fails="divide evenly among 2 processes")
 
 
 def test_resumed_run_equals_the_uninterrupted_one(one_process, flags, tmp_path, run_here):
