@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# before the packages of an extra: this import explains a missing one
+# imported before the packages of an extra, to explain a missing one
 import striped_hf.cli  # noqa: F401
 
 # isort: split
@@ -105,14 +105,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--learning_rate", nargs="+", default=[""], metavar="LR")
     parser.add_argument("--seed", nargs="+", default=[""], metavar="SEED")
     parser.add_argument("--output_dir", type=Path, default=Path("out/comparison"))
-    parser.add_argument("--accelerate_config", metavar="FILE", help="launch the runs with it")
-    parser.add_argument("--resume", action="store_true", help="keep runs finished before")
+    parser.add_argument(
+        "--accelerate_config", metavar="FILE", help="accelerate launches the runs with this"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep finished runs of a stopped comparison"
+    )
     given = sys.argv[1:]
     split = given.index("--") if "--" in given else len(given)
     args = parser.parse_args(given[:split])
     args.recipe_flags = given[split + 1 :]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        parser.error("start it by python, and pass --accelerate_config to have its runs launched")
+        parser.error("start it with python; with --accelerate_config it launches its runs")
     if not Path(args.recipe).is_file():
         parser.error(f"{args.recipe} does not exist: pass a script of recipes/")
     if args.accelerate_config and not Path(args.accelerate_config).is_file():
@@ -242,7 +246,7 @@ def _order(loss: float | None) -> float:
 
 
 def _drawn(loss: float | None) -> float:
-    return math.nan if loss is None else loss  # a gap
+    return math.nan if loss is None else loss  # matplotlib draws a gap for it
 
 
 def render_plot(comparison: Comparison, path: str | os.PathLike[str]) -> None:

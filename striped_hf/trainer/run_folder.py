@@ -81,8 +81,8 @@ def train(trainer: CausalLMTrainer, args: TrainingArguments, **options: Any) -> 
         options: The recipe's own settings that are part of the run's identity.
 
     Raises:
-        UserError: The checkpoint is of another run, a checkpoint cannot be written, or a tracker of
-            ``args.report_to`` fails.
+        UserError: The checkpoint belongs to another run, a checkpoint cannot be written, or a
+            tracker of ``args.report_to`` fails.
     """
     trainer.identity = run_identity(trainer, args, **options)
     folder = Path(args.output_dir or "")
@@ -92,8 +92,9 @@ def train(trainer: CausalLMTrainer, args: TrainingArguments, **options: Any) -> 
         trainer.replaced = (*found, folder / "run.json", folder / "trainer_state.json")
         if is_main_process():
             print(
-                f"{folder} has an earlier run's checkpoints, up to {found[-1].name}: the first one "
-                "of this run replaces them (--resume_from_checkpoint last goes on with them)",
+                f"{folder} has an earlier run's checkpoints, up to {found[-1].name}: this "
+                "run's first checkpoint replaces them (--resume_from_checkpoint last continues "
+                "from them)",
                 flush=True,
             )
     try:
@@ -103,7 +104,7 @@ def train(trainer: CausalLMTrainer, args: TrainingArguments, **options: Any) -> 
         if tracker not in (args.report_to or ()):
             raise
         raise UserError(
-            f"--report_to {tracker} cannot begin ({one_line(error)}): log in to it, or leave the "
+            f"--report_to {tracker} cannot start ({one_line(error)}): log in to it, or leave the "
             "flag out"
         ) from error
 
@@ -184,7 +185,7 @@ def finish_run(
     }
     if trainer.is_world_process_zero():
         write_json(folder / "run.json", run)
-        architecture = type(model).__name__.removeprefix("FSDP")  # FSDP2 makes a class of its own
+        architecture = type(model).__name__.removeprefix("FSDP")  # FSDP2 changes the model's class
         card = _card(folder.resolve().name, architecture, run, train, blocks, base_model)
         write_text(folder / "README.md", card)
     if args.push_to_hub:

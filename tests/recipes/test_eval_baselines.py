@@ -102,7 +102,7 @@ def test_resume_takes_over_what_was_measured(model, data, run_here, tmp_path):
     assert rows["train"]["loss"] == 99.0
     assert rows["val"] == val
     other = (RECIPE, model, "--data_dir", data, *SMALL, "--max_blocks", 4)
-    fails = "results of other settings (max_blocks"
+    fails = "results with other settings (max_blocks"
     run_here(*other, "--resume", fails=fails)
     assert read(tmp_path)[1]["train"]["loss"] == 99.0
     run_here(*other)
@@ -115,7 +115,7 @@ def test_resume_knows_data_by_what_it_holds(model, data, run_here, tmp_path):
     run_here(RECIPE, model, "--data_dir", copied, *SMALL, "--resume")
     tokens = np.fromfile(copied / "val.bin", "<u2")
     tokens[::-1].tofile(copied / "val.bin")
-    fails = "results of other settings (fingerprints.val "
+    fails = "results with other settings (fingerprints.val "
     run_here(RECIPE, model, "--data_dir", copied, *SMALL, "--resume", fails=fails)
 
 
@@ -125,7 +125,7 @@ def test_data_in_the_tokens_of_another_model(tmp_path, run_here, model):
     write_characters(tmp_path / "own", "abcdefghijk" * 20, source)
     write_characters(tmp_path / "others", "klmnopqrstu" * 20, source)
     run_here(RECIPE, model, "--data_dir", "own", *SMALL)
-    fails = "--data_dir others is not in the tokens of"
+    fails = "--data_dir others does not have the tokens of"
     run_here(RECIPE, model, "--data_dir", "others", *SMALL, fails=fails)
 
 
@@ -144,7 +144,7 @@ def test_wrong_arguments(model, data, run_here, flags, message):
 
 def test_models_of_one_name(model, data, run_here, tmp_path):
     shutil.copytree(model, tmp_path / "other" / "model")
-    fails = "no two may have the same one"
+    fails = "two of these have the same name"
     run_here(RECIPE, model, "other/model", "--data_dir", data, *SMALL, fails=fails)
     (tmp_path / "other" / "model").rename(tmp_path / "other" / "renamed")
     run_here(RECIPE, model, "other/renamed", "--data_dir", data, *SMALL)

@@ -87,14 +87,14 @@ def test_resume_knows_model_and_text_by_what_they_hold(model, run_here, tmp_path
     flags = (RECIPE, model, *WIKITEXT, "--window", 16)
     run_here(*flags)
     (tmp_path / "wiki.raw").write_text("a bed\n" * 9, encoding="utf-8")
-    run_here(*flags, "--resume", fails="has been measured on something else (text ")
+    run_here(*flags, "--resume", fails="was measured with other inputs (text ")
     run_here(*flags)
     other = AutoModelForCausalLM.from_pretrained(model)
     other.init_weights()
     with torch.no_grad():
         other.transformer.wpe.weight.mul_(2)
     other.save_pretrained(model)
-    run_here(*flags, "--resume", fails="has been measured on something else (weights ")
+    run_here(*flags, "--resume", fails="was measured with other inputs (weights ")
 
 
 def test_weights_are_float32_whatever_they_were_saved_in(model, run_here, tmp_path):

@@ -81,10 +81,10 @@ def test_data_in_other_tokens_is_refused(tiny_run, test_data, run_here, tmp_path
         shutil.copy(tmp_path / "others" / f"{split}.bin", tmp_path / "nanogpt")
     flags = ("--model_name_or_path", tiny_run, "--block_size", 32, "--data_dir")
     for data in ("others", "nanogpt"):
-        run_here(RECIPE, *flags, data, fails=f"--data_dir {data} is not in the tokens of")
+        run_here(RECIPE, *flags, data, fails=f"--data_dir {data} does not have the tokens of")
     symbols = dict(enumerate("abc"))
     (tmp_path / "nanogpt" / "meta.pkl").write_bytes(pickle.dumps({"itos": symbols}))
-    run_here(RECIPE, *flags, "nanogpt", fails="nanogpt is not in the tokens of")
+    run_here(RECIPE, *flags, "nanogpt", fails="nanogpt does not have the tokens of")
 
 
 @pytest.mark.parametrize(

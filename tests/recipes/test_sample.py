@@ -119,7 +119,7 @@ def test_top_k_of_one_is_greedy(tiny_run, run_here):
     ("flags", "message"),
     [
         (("--start", "\N{SNOWMAN}"), "unknown to the model"),
-        (("--start", ""), "no token to begin with"),
+        (("--start", ""), "no beginning-of-text token"),
         (("--start", "FILE:no.txt"), "no.txt"),
     ],
 )

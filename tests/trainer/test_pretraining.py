@@ -181,9 +181,11 @@ def test_impossible_growth_is_refused(windows, tmp_path, growth, settings, messa
         make_trainer(windows, tmp_path, growth, **settings)
 
 
-def test_schedule_that_is_no_function_of_the_step_is_refused(windows, tmp_path):
+def test_schedule_that_is_not_a_function_of_the_step_is_refused(windows, tmp_path):
     settings = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": None}
     settings |= {"eval_strategy": "steps", "eval_steps": 100}
     trainer = make_trainer(windows, tmp_path, **settings)
-    with pytest.raises(ValueError, match=r"lr_scheduler_type=.*no function of the step"):
+    with pytest.raises(
+        ValueError, match=r"lr_scheduler_type=.*a function of the step: pass another"
+    ):
         trainer.train()

@@ -49,7 +49,7 @@ def flags(docs_data):
 )
 def test_another_runs_checkpoint_is_refused(folder, flags, run_here, other, named):
     last = ("--resume_from_checkpoint", "last")
-    run_here(RECIPE, *flags, *last, *other, fails=f"checkpoint-20 is of another run ({named}")
+    run_here(RECIPE, *flags, *last, *other, fails=f"checkpoint-20 belongs to another run ({named}")
 
 
 def test_other_data_under_the_same_name_is_refused(folder, docs_data, run_here, tmp_path):
@@ -60,11 +60,11 @@ def test_other_data_under_the_same_name_is_refused(folder, docs_data, run_here, 
     symbols = sorted(AutoTokenizer.from_pretrained(data).get_vocab())
     other = [*symbols[:-1], "\N{SNOWMAN}"]
     character_tokenizer("".join(other)).save_pretrained(data)
-    run_here(RECIPE, *flags, fails="is of another run (data.vocabulary ")
+    run_here(RECIPE, *flags, fails="belongs to another run (data.vocabulary ")
     shutil.copy(docs_data / "tokenizer.json", data)
     with (data / "train.bin").open("r+b") as file:
         file.write(bytes(2))
-    run_here(RECIPE, *flags, fails="is of another run (data.train ")
+    run_here(RECIPE, *flags, fails="belongs to another run (data.train ")
 
 
 def test_a_run_goes_on_to_more_steps(folder, flags, run_here):
