@@ -1,8 +1,8 @@
-"""Every entry of the table of packed projections, shown by what the module computes.
+"""The output of each module shows that its entry in the table of packed projections is right.
 
-Halving the keys undoes a doubling of the queries, and a part that multiplies the others makes the
-output zero when it is zero. So scaling exactly one part of a packed matrix has an effect that is
-known beforehand, and scaling a set of rows that cuts across the parts has another.
+Half the keys undo twice the queries. A projection that multiplies the others makes the output zero
+when it is zero. So the effect of scaling one projection of a packed matrix is known in advance. If
+the scaled rows belong to several projections, the effect is different.
 """
 
 import importlib
@@ -26,7 +26,7 @@ from striped_hf.trainer.param_groups import _PACKED
 MODELS = Path(transformers.__file__).parent / "models"
 WIDTH, HEADS, HEAD_DIM, LENGTH, EXPERTS = 12, 2, 6, 4, 4
 
-# what the classes under test read of their configuration
+# the configuration entries that the tested classes read
 CONFIG: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "embed_dim", "d_model", "hidden_dim"), WIDTH),
     **dict.fromkeys(("num_attention_heads", "num_heads", "n_heads", "n_head"), HEADS),
@@ -123,7 +123,7 @@ class Case:
     inputs: Callable[[], tuple[Any, ...]] = lambda: (tokens(),)
     build: Callable[[type, Config], nn.Module] = lambda cls, config: cls(config)
     blocks: tuple[int, int] = (2, 1)
-    # what the output is multiplied by when parts are
+    # the factor of the output if projections are scaled
     effects: tuple[tuple[dict[int, float], float], ...] = (({0: 0.0}, 0.0),)
     classes: str = r".*"
     residual: bool = False
@@ -280,7 +280,7 @@ CASES = [
         classes="Sam2MultiScaleAttention",
         **QKV,
     ),
-    # the delta rule multiplies what it reads, what it writes and where
+    # the delta rule multiplies queries, values and keys
     Case(
         "in_proj_qkv.weight",
         build=lambda cls, config: cls(config, 0),
@@ -383,9 +383,9 @@ def modules_by_class() -> dict[str, list[str]]:
 
 
 WHERE = modules_by_class()
-# two models have an ``Attention``; the other one's projections are apart
+# two models have an ``Attention``; the other one has separate projections
 WHERE["Attention"] = ["transformers.models.openai.modeling_openai"]
-# of versions before the installed one
+# classes of versions before the installed one
 OLD = {
     *("Ernie4_5_VL_MoeVisionAttention", "JanusAttention", "DeepseekV3NaiveMoe", "Dots1NaiveMoe"),
     *("Ernie4_5_VL_MoeMoeExperts", "Glm4MoeLiteNaiveMoe", "Glm4MoeNaiveMoe"),
@@ -429,7 +429,7 @@ def scaled(weight: Tensor, blocks: tuple[int, int], factors: dict[int, float], c
 
 
 @pytest.mark.parametrize(("case", "name"), covered())
-def test_the_parts_are_where_the_table_says(case: Case, name: str) -> None:
+def test_the_projections_are_where_the_table_says(case: Case, name: str) -> None:
     torch.manual_seed(0)
     module = build(case, name)
     inputs = case.inputs()
@@ -461,14 +461,14 @@ def test_the_table_lists_only_what_exists() -> None:
     assert len(LISTED) == len(set(LISTED))
 
 
-def test_what_the_check_above_leaves_out() -> None:
+def test_the_entries_that_the_check_above_leaves_out() -> None:
     shown = {(param.values[0].path, param.values[1]) for param in covered()}
     assert {entry for entry in LISTED if entry not in shown and entry[1] not in OLD} == {
-        # shown below
+        # tested below
         *((path, "DbrxExpertGLU") for path in ("w1", "v1", "w2")),
-        # the bias of a matrix that is shown
+        # the bias of a matrix that is tested
         ("gate_up_proj_bias", "OpenAIPrivacyFilterExperts"),
-        # whose experts the installed version holds elsewhere
+        # the installed version has its experts elsewhere
         *(("input_linear.weight", f"GraniteMoe{kind}MoE") for kind in ("", "Hybrid", "Shared")),
     }
 
@@ -496,7 +496,7 @@ def test_dbrx_stacks_its_experts() -> None:
 
 
 def test_experts_are_told_apart_by_their_shape() -> None:
-    """Of one class, transformers 4.57 has one layout and 5.x the other."""
+    """A class has one layout in transformers 4.57 and another one in 5.x."""
     from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextExperts
 
     experts = Qwen3VLMoeTextExperts(Config(**CONFIG))
@@ -529,14 +529,14 @@ def tiny_causal_lm(model_type: str, **config: Any) -> nn.Module:
         ("mamba2", {"num_heads": 4, "head_dim": 8, "n_groups": 1, "state_size": 4, "expand": 2}),
     ],
 )
-def test_interleaved_unequal_and_separate_parts_are_left_whole(
+def test_interleaved_unequal_and_separate_projections_have_one_block(
     model_type: str, config: dict[str, Any]
 ) -> None:
     assert packed_blocks(tiny_causal_lm(model_type, **config)) == {}
 
 
-def test_a_split_of_parts_interleaved_by_head_would_show() -> None:
-    """The check above can tell: GPT-NeoX's packed matrix cut as (3, 1) does not keep the output."""
+def test_the_check_above_detects_projections_interleaved_by_head() -> None:
+    """With GPT-NeoX's packed matrix cut as (3, 1), the output changes."""
     model = tiny_causal_lm("gpt_neox", intermediate_size=32)
     packed = [m.query_key_value for m in model.modules() if hasattr(m, "query_key_value")]
     ids = torch.arange(8)[None]

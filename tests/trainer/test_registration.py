@@ -1,4 +1,4 @@
-"""The names in transformers, in processes as fresh as a user's, and the way without names."""
+"""The optimizer names in transformers: registration, arguments, param groups and failures."""
 
 import copy
 import importlib
@@ -34,7 +34,7 @@ from striped_hf.trainer import param_groups, registration
 
 
 def python(script: str, *args: object) -> str:
-    """Runs a script in a fresh process and returns what it printed."""
+    """Runs a script in a fresh process and returns its output."""
     finished = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), *map(str, args)],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
@@ -51,7 +51,7 @@ def python(script: str, *args: object) -> str:
 
 @pytest.mark.slow
 def test_a_fresh_process_knows_the_names_by_import_alone(tmp_path: Path) -> None:
-    """As a command line, as an argument, and in a file that another process unpickles."""
+    """It accepts them on a command line, as an argument, and in a pickle from another process."""
     script = """
         import sys
         import striped_hf, torch
@@ -79,7 +79,7 @@ def test_a_fresh_process_knows_the_names_by_import_alone(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_is_a_member_as_any_other(name: str) -> None:
+def test_a_name_is_an_ordinary_enum_member(name: str) -> None:
     member = OptimizerNames(name)
     assert member is OptimizerNames[name.upper()] is getattr(OptimizerNames, name.upper())
     assert member is TrainingArguments("out", optim=name, use_cpu=True).optim
@@ -102,7 +102,7 @@ def test_the_parser_offers_the_names_and_refuses_others(capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         parser.parse_args_into_dataclasses(["--output_dir", "out", "--optim", "striped_adam"])
     assert "'striped_adamw'" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="striped_adamw_8bit"):  # among those to select from
+    with pytest.raises(ValueError, match="striped_adamw_8bit"):  # in the list of choices
         TrainingArguments("out", optim="striped_adam")
 
 
@@ -121,7 +121,7 @@ def test_registering_again_changes_nothing() -> None:
         assert inspect.unwrap(method) is method.__wrapped__
 
 
-def test_other_names_are_left_alone() -> None:
+def test_other_names_are_unchanged() -> None:
     cls, _ = Trainer.get_optimizer_cls_and_kwargs(arguments("out", optim="adamw_torch"))
     assert cls is torch.optim.AdamW
 
@@ -129,12 +129,12 @@ def test_other_names_are_left_alone() -> None:
 def other_pythons() -> list[str]:
     names = ["python3.10", "python3.11", "python3.12", "python3.13", "python3.14"]
     found = [path for name in names if (path := shutil.which(name)) and "shims" not in path]
-    # pyenv's need not be on the path
+    # Pythons of pyenv need not be on the path
     return found + list(map(str, Path.home().glob(".pyenv/versions/3.1[0-9]*/bin/python")))
 
 
 def test_members_are_added_in_every_python() -> None:
-    """Enums differ inside from version to version."""
+    """The internals of enums differ between versions."""
     script = """
         import copy, pickle
         from enum import Enum, EnumMeta
@@ -159,7 +159,7 @@ def test_members_are_added_in_every_python() -> None:
         subprocess.run([interpreter, "-c", source], check=True)
 
 
-# what reaches the optimizer
+# the arguments of the optimizer
 
 
 def test_the_arguments_arrive_in_the_optimizer(tmp_path: Path) -> None:
@@ -229,17 +229,17 @@ def test_bad_optim_args_say_what_to_pass(optim_args: str) -> None:
 
 
 @pytest.mark.parametrize("model", [None, tiny_model("gpt2")], ids=["without", "with"])
-def test_the_groups_are_left_to_the_caller(model: nn.Module | None) -> None:
+def test_the_caller_builds_the_groups(model: nn.Module | None) -> None:
     args = arguments("out", optim="striped_adamw_8bit")
     for call in (Trainer.get_optimizer_cls_and_kwargs, optimizer_cls_and_kwargs):
         cls, kwargs = call(args, model)
         assert cls is StripedAdamW
         assert "params" not in kwargs
         cls([nn.Parameter(torch.zeros(2, 2))], **kwargs)
-    assert kwargs["weight_decay"] == 0.1  # without Trainer there are no groups that have it
+    assert kwargs["weight_decay"] == 0.1  # without Trainer no param group has the decay
 
 
-# the public way
+# the public interface
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_the_groups_are_left_to_the_caller(model: nn.Module | None) -> None:
         ("adamw_torch_fused", "momentum_dtype=int8", "int8"),
     ],
 )
-def test_the_public_way_trains_as_the_name_does(
+def test_the_public_interface_trains_like_the_name(
     tmp_path: Path, optim: str, optim_args: str | None, momentum_dtype: str
 ) -> None:
     model = tiny_model("gpt2")
@@ -275,7 +275,7 @@ def test_the_public_way_trains_as_the_name_does(
 
 
 def packed_count(optimizer: StripedAdamW) -> int:
-    """How many of an optimizer's matrices have the blocks of GPT-2's c_attn, by their state."""
+    """The number of matrices whose state has the blocks of GPT-2's c_attn."""
     return sum(
         state["exp_avg_sq_row"].shape[-1] == 3
         for state in optimizer.state.values()
@@ -290,30 +290,30 @@ def stepped(optimizer: StripedAdamW, model: nn.Module) -> StripedAdamW:
     return optimizer
 
 
-def test_one_answer_serves_two_trainers() -> None:
+def test_the_same_class_and_arguments_work_in_two_trainers() -> None:
     model, args = tiny_model("gpt2"), arguments("out", optim="striped_adamw")
     answer = optimizer_cls_and_kwargs(args, model)
     for _ in range(2):
         trainer = Trainer(model, args, optimizer_cls_and_kwargs=answer)
         assert packed_count(stepped(trainer.create_optimizer(), model)) == 2
-    # and so does a call of the class itself
+    # and a direct call of the class works, too
     cls, kwargs = answer
     assert packed_count(stepped(cls(model.parameters(), **kwargs), model)) == 2
 
 
 @pytest.mark.parametrize("with_model", [True, False])
-def test_the_public_way_finds_packed_projections_in_the_model_that_is_trained(
+def test_the_public_interface_marks_the_packed_projections_of_the_trained_model(
     with_model: bool,
 ) -> None:
     model = tiny_model("gpt2")
     args = arguments("out", optim="adamw_torch")
     answer = optimizer_cls_and_kwargs(args, model if with_model else None)
-    model = copy.deepcopy(model)  # in which no parameter is marked
+    model = copy.deepcopy(model)  # a model without marked parameters
     trainer = Trainer(model, args, optimizer_cls_and_kwargs=answer)
     assert packed_count(stepped(trainer.create_optimizer(), model)) == 2
 
 
-def test_the_groups_are_those_of_the_model_when_it_is_trained() -> None:
+def test_the_groups_are_built_when_training_begins() -> None:
     model, args = tiny_model("gpt2"), arguments("out", optim="striped_adamw")
     answer = optimizer_cls_and_kwargs(args, model)
     model.resize_token_embeddings(80, mean_resizing=False)  # another parameter
@@ -324,7 +324,7 @@ def test_the_groups_are_those_of_the_model_when_it_is_trained() -> None:
 
 
 def test_each_new_model_of_model_init_has_its_blocks(tmp_path: Path) -> None:
-    """As in a hyperparameter search: the names serve whatever model is trained."""
+    """A hyperparameter search makes a new model for each trial."""
     trainer = Trainer(
         args=arguments(tmp_path, optim="striped_adamw_8bit", max_steps=2),
         model_init=lambda: tiny_model("gpt2"),
@@ -339,7 +339,7 @@ def test_each_new_model_of_model_init_has_its_blocks(tmp_path: Path) -> None:
         assert packed_count(optimizer) == 2
 
 
-# Trainers that build groups of their own
+# Trainers that build their own groups
 
 
 class RatesByLayer(Trainer):
@@ -365,7 +365,7 @@ class RatesByLayer(Trainer):
 
 
 class RateOfTheEmbeddings(Trainer):
-    """Puts groups into the arguments, as transformers' own GaLore does."""
+    """Puts groups into the arguments, like transformers' GaLore."""
 
     key = "params"
 
@@ -400,7 +400,7 @@ class WithScales(Trainer):
     "trainer_class",
     [RatesByLayer, RateOfTheEmbeddings, RateInTheDictionary, DecayOnlyOfMLPs, WithScales],
 )
-def test_subclasses_keep_the_groups_that_they_build_for_adamw(
+def test_subclasses_build_the_same_groups_as_for_adamw(
     trainer_class: type[Trainer], tmp_path: Path
 ) -> None:
     model = tiny_model("gpt2")
@@ -438,7 +438,7 @@ def test_a_subclass_trains_and_resumes(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_named_groups_with_lists_of_blocks_resumes(tmp_path: Path) -> None:
-    """As the names saved it when they built the groups themselves."""
+    """Earlier versions of this package built the groups and saved such checkpoints."""
 
     class Named(Trainer):
         def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -463,7 +463,7 @@ def test_a_checkpoint_of_named_groups_with_lists_of_blocks_resumes(tmp_path: Pat
     assert run(Trainer, tmp_path / "checkpoint-4") == whole
 
 
-# before transformers, after it, and in the middle
+# import before transformers, after it, and during its import
 
 
 @pytest.mark.slow
@@ -503,7 +503,7 @@ def test_the_optimizer_alone_does_not_import_transformers() -> None:
 
 
 @pytest.mark.slow
-def test_transformers_begun_before_striped_hf() -> None:
+def test_striped_hf_imported_during_the_import_of_transformers() -> None:
     """An import hook imports striped_hf while ``transformers.trainer`` is half imported."""
     script = """
         import importlib.abc, importlib.util, sys, warnings
@@ -562,7 +562,7 @@ def test_threads_that_import_both() -> None:
 
 
 @pytest.mark.slow
-def test_an_error_in_transformers_is_reported_as_it_is() -> None:
+def test_an_error_in_transformers_is_reported_unchanged() -> None:
     script = """
         import sys, traceback, warnings
         warnings.simplefilter("error", UserWarning)
@@ -590,7 +590,7 @@ def test_an_error_in_transformers_is_reported_as_it_is() -> None:
 
 @pytest.mark.slow
 def test_an_error_in_striped_hf_leaves_transformers_alone() -> None:
-    """And it has its own message, which does not speak of changed internals."""
+    """The message does not mention changed internals."""
     script = """
         import sys, warnings
         import striped_hf
@@ -607,7 +607,7 @@ def test_an_error_in_striped_hf_leaves_transformers_alone() -> None:
     python(script)
 
 
-# a version of transformers that is not as expected
+# an unexpected version of transformers
 
 
 CHANGED_INTERNALS = {
@@ -618,7 +618,9 @@ CHANGED_INTERNALS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGED_INTERNALS)
-def test_changed_internals_leave_the_public_way(change: str, tmp_path: Path) -> None:
+def test_with_changed_internals_the_public_interface_still_works(
+    change: str, tmp_path: Path
+) -> None:
     script = f"""
         import sys, warnings
         from transformers import Trainer, TrainingArguments
@@ -659,7 +661,7 @@ def test_changed_internals_leave_the_public_way(change: str, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_without_the_enum_only_the_import_warns() -> None:
+def test_without_the_enum_there_is_one_warning() -> None:
     script = """
         import warnings
         from transformers import training_args
@@ -676,7 +678,7 @@ def test_without_the_enum_only_the_import_warns() -> None:
 
 
 @pytest.mark.slow
-def test_the_optimizer_is_there_without_transformers() -> None:
+def test_the_optimizer_works_without_transformers() -> None:
     script = """
         import sys
         import torch

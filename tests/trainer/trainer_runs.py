@@ -29,7 +29,7 @@ NAMES = {"striped_adamw": "float32", "striped_adamw_8bit": "int8", "striped_adam
 
 
 class Counting(Dataset[dict[str, torch.Tensor]]):
-    """Sequences that count upwards from different starts in different strides."""
+    """Sequences that count upwards, with different starts and strides."""
 
     def __len__(self) -> int:
         return 64
@@ -40,7 +40,7 @@ class Counting(Dataset[dict[str, torch.Tensor]]):
 
 
 def tiny_model(kind: str) -> PreTrainedModel:
-    """A GPT-2 (packed projections, tied embeddings, dropout) or a Llama (none of them)."""
+    """A GPT-2 (with packed projections, tied embeddings, dropout) or a Llama (without them)."""
     set_seed(0)
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     if kind == "gpt2":
@@ -96,7 +96,7 @@ def train(
 
 
 def optimizer_of(trainer: Trainer) -> striped_hf.StripedAdamW:
-    # accelerate wraps it
+    # accelerate wraps the optimizer
     return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
 
 
