@@ -1,4 +1,4 @@
-"""Bad input: which error, what its message names, and that nothing had been changed."""
+"""Bad input: the error, the names in its message, and that nothing has changed."""
 
 from __future__ import annotations
 
@@ -123,8 +123,8 @@ def test_unknown_backend(backend: Any) -> None:
     assert_names(caught.value, "backend", repr(backend), "auto", "reference")
 
 
-def test_edges_that_are_allowed() -> None:
-    """Zeros are settings, not mistakes."""
+def test_zeros_are_valid_settings() -> None:
+    """Zeros are not mistakes."""
     p = matrix()
     optimizer = StripedAdamW([p], lr=0, betas=(0, 0), eps=0, weight_decay=0)
     p.grad = torch.randn(4, 6)
@@ -180,7 +180,7 @@ def test_bad_parameters(named: bool, kind: str) -> None:
 
 
 def test_parameters_that_deepspeed_flattened(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As ZeRO 1 and 2 leave them: each group has one flat buffer in its parameters' place."""
+    """With ZeRO 1 and 2 each group has one flat buffer instead of its parameters."""
     ps = [parameter(torch.randn(3)), matrix()]
     optimizer = StripedAdamW([{"params": ps[:1]}, {"params": ps[1:]}])
     flat = parameter(torch.randn(24))
@@ -188,7 +188,7 @@ def test_parameters_that_deepspeed_flattened(monkeypatch: pytest.MonkeyPatch) ->
     optimizer.param_groups[1]["params"] = [flat]
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
-        for _ in range(2):  # the second try is no better
+        for _ in range(2):  # the second try is an error, too
             with pytest.raises(RuntimeError) as caught:
                 optimizer.step()
             assert_names(caught.value, "param group 1", "ZeRO", "24 elements", "FSDP2")
@@ -196,7 +196,9 @@ def test_parameters_that_deepspeed_flattened(monkeypatch: pytest.MonkeyPatch) ->
     optimizer.step()  # without DeepSpeed it is a vector that other code put there
 
 
-def test_only_one_of_parameter_and_gradient_is_sharded(mesh_of_one: DeviceMesh) -> None:
+def test_a_sharded_gradient_of_a_plain_parameter_or_the_reverse_is_an_error(
+    mesh_of_one: DeviceMesh,
+) -> None:
     whole = torch.ones(2, 3)
     sharded = distribute_tensor(whole, mesh_of_one, [Shard(0)])
     for values, grad in ((sharded, whole), (whole, sharded)):
@@ -210,7 +212,7 @@ def test_only_one_of_parameter_and_gradient_is_sharded(mesh_of_one: DeviceMesh) 
 
 @pytest.fixture
 def mesh_of_one(tmp_path: Path) -> Iterator[DeviceMesh]:
-    """Of one process: its DTensors are DTensors all the same."""
+    """A mesh of one process; its parameters are real DTensors."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
@@ -247,7 +249,7 @@ def optimizer_with_history(named: bool, **settings: Any) -> tuple[StripedAdamW, 
 
 @pytest.mark.parametrize("kind", BAD_GRADIENTS)
 @pytest.mark.parametrize("named", [True, False], ids=["named", "by index"])
-def test_bad_gradients_are_refused_before_anything_moves(named: bool, kind: str) -> None:
+def test_bad_gradients_are_errors_before_anything_moves(named: bool, kind: str) -> None:
     make, words = BAD_GRADIENTS[kind]
     optimizer, ps = optimizer_with_history(named)
     before = snapshot(optimizer)
@@ -259,7 +261,7 @@ def test_bad_gradients_are_refused_before_anything_moves(named: bool, kind: str)
     assert_names(caught.value, "second.weight" if named else "2", *words)
     assert_same_snapshot(snapshot(optimizer), before)
     ps[2].grad = torch.randn_like(ps[2])
-    optimizer.step()  # and with a good gradient the run goes on
+    optimizer.step()  # the run continues with a good gradient
     assert {float(state["step"]) for state in optimizer.state.values()} == {3.0}
 
 
@@ -283,17 +285,17 @@ def test_a_real_sparse_embedding_gradient() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# gradients that are not finite: no error, no hidden skip, and nobody else is hurt
+# gradients that are not finite: no error, no silent skip, no effect on other parameters
 # ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_bad_number_stays_in_its_parameter(
+def test_inf_and_nan_stay_in_their_parameter(
     dtype: torch.dtype, bad: float, momentum_dtype: str
 ) -> None:
-    """The same-shaped parameters beside it move as if it were not there."""
+    """Parameters of the same shape step as without it."""
     moved = []
     for poison in (False, True):
         torch.manual_seed(3)
@@ -314,14 +316,14 @@ def test_a_bad_number_stays_in_its_parameter(
         assert_same_bits(poisoned[i], clean[i])
     assert poisoned[1].isnan().all()
     assert poisoned[4].isnan().tolist() == [False, True, False, False, False, False]
-    # the other matrix of a stack, and the other elements of a vector, are others too
+    # the other matrix of a stack and the other elements of a vector also step as without it
     assert poisoned[5][0].isnan().all()
     assert_same_bits(poisoned[5][1], clean[5][1])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("blocks", [(1, 1), (2, 1), (1, 2), (2, 3)], ids=str)
-def test_a_bad_number_stays_in_its_block(blocks: tuple[int, int], bad: float) -> None:
+def test_inf_and_nan_stay_in_their_block(blocks: tuple[int, int], bad: float) -> None:
     p = matrix(4, 6)
     optimizer = StripedAdamW([p], lr=0.1, blocks=blocks)
     follower = Follower(optimizer, rtol=4e-6)
@@ -340,7 +342,7 @@ def test_a_bad_number_stays_in_its_block(blocks: tuple[int, int], bad: float) ->
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
-def test_a_bad_number_with_a_learning_rate_of_zero_is_as_loud_as_in_adamw(bad: float) -> None:
+def test_inf_and_nan_with_a_learning_rate_of_zero_give_nan_as_in_adamw(bad: float) -> None:
     p, q = parameter(torch.randn(4)), parameter(torch.zeros(4))
     for cls, x in ((StripedAdamW, p), (torch.optim.AdamW, q)):
         optimizer = cls([x], lr=0.0)
@@ -441,7 +443,7 @@ BAD_STATES: dict[str, BadState] = {
 
 
 @pytest.mark.parametrize("bad", BAD_STATES.values(), ids=BAD_STATES)
-def test_a_state_dict_that_does_not_fit_is_refused_whole(bad: BadState) -> None:
+def test_a_state_dict_that_does_not_fit_changes_nothing(bad: BadState) -> None:
     saved = saved_state(**bad.source)
     bad.change(saved)
     optimizer, ps = optimizer_with_history(named=True, **bad.target)
@@ -455,7 +457,7 @@ def test_a_state_dict_that_does_not_fit_is_refused_whole(bad: BadState) -> None:
     optimizer.step()
 
 
-def test_a_state_dict_of_an_unnamed_run_is_refused_by_index() -> None:
+def test_the_error_of_a_run_without_names_has_the_index() -> None:
     saved = saved_state(named=False)
     saved["state"][2]["exp_avg_sq_row"] = torch.zeros(5, 1)
     optimizer, _ = optimizer_with_history(named=False)
@@ -464,7 +466,7 @@ def test_a_state_dict_of_an_unnamed_run_is_refused_by_index() -> None:
     assert_names(caught.value, "2", "exp_avg_sq_row")
 
 
-def test_a_state_dict_of_another_optimizer_is_refused() -> None:
+def test_a_state_dict_of_another_optimizer_is_an_error() -> None:
     ps = [matrix(), parameter(torch.randn(5)), matrix(), matrix(dtype=torch.bfloat16)]
     for other in (torch.optim.SGD(ps, lr=0.1, momentum=0.9), torch.optim.RMSprop(ps)):
         for p in ps:
