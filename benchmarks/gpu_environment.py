@@ -7,12 +7,9 @@ else with this environment, also torch, which is a CPU build. ``make gpu-check``
 """
 
 import argparse
-import site
-import subprocess
-import sys
-import venv
 from pathlib import Path
 
+from benchmarks.overlay import make_overlay
 from striped_hf.cli import run
 
 VERSIONS = (
@@ -24,15 +21,8 @@ LACKING = ("datasets", "evaluate", "expecttest", "trl", "wandb")
 
 def make(folder: Path) -> Path:
     """Makes the environment, and returns the path of its Python."""
-    venv.create(folder, with_pip=False, symlinks=True, clear=True)
-    python = folder / "bin" / "python"
-    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
-    subprocess.run([*install, "--no-deps", *VERSIONS], check=True)
-    (packages,) = folder.glob("lib/python*/site-packages")
-    # Python searches the new packages first, then this environment's
-    lines = [*site.getsitepackages(), f"import sys; sys.modules.update(dict.fromkeys({LACKING}))"]
-    (packages / "this_environment.pth").write_text("\n".join(lines), encoding="utf-8")
-    return python
+    hide = f"import sys; sys.modules.update(dict.fromkeys({LACKING}))"
+    return make_overlay(folder, VERSIONS, [hide])
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ from optim_checks import (
     to_numpy,
 )
 
+from benchmarks.overlay import make_overlay
 from striped_hf import StripedAdamW
 from striped_hf.optim import backends, rounding
 from striped_hf.optim.backends import reference
@@ -800,13 +801,12 @@ def test_auto_is_triton_on_a_gpu() -> None:
     assert backends.resolve("auto", "cuda") is launch
 
 
-def run_with(path: str, *arguments: str, **environment: str) -> None:
-    """Runs Python in a process of its own, with ``path`` before all other packages."""
+def run_python(*command: str | Path, **environment: str) -> None:
+    """Runs Python in a separate process, without TRITON_INTERPRET unless it is given."""
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    paths = os.pathsep.join(filter(None, (path, os.environ.get("PYTHONPATH"))))
     finished = subprocess.run(
-        [sys.executable, *arguments],
-        env=inherited | environment | {"PYTHONPATH": paths},
+        command,
+        env=inherited | environment,
         capture_output=True,
         text=True,
         timeout=1200,
@@ -814,14 +814,15 @@ def run_with(path: str, *arguments: str, **environment: str) -> None:
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
-COMPILE_KERNELS = str(Path(__file__).with_name("compile_kernels.py"))
+COMPILE_KERNELS = Path(__file__).with_name("compile_kernels.py")
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(ON_GPU, reason="the other tests compile them for this GPU")
 def test_the_kernels_compile_for_real_gpus(tmp_path: Path) -> None:
     """To PTX of sm_80 and sm_90, which needs no GPU, with vector loads and no local memory."""
-    run_with("", COMPILE_KERNELS, TRITON_CACHE_DIR=str(tmp_path))
+    run_python(sys.executable, COMPILE_KERNELS, TRITON_CACHE_DIR=str(tmp_path))
 
 
 @pytest.mark.compat
@@ -830,12 +831,11 @@ def test_the_kernels_compile_for_real_gpus(tmp_path: Path) -> None:
 def test_other_versions_of_triton_compile_and_interpret_the_kernels(
     version: str, tmp_path: Path
 ) -> None:
-    packages = str(tmp_path / "packages")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", packages]
     # their interpreters need an older NumPy
-    subprocess.run([*pip, f"triton=={version}", "numpy<2.4"], check=True)
+    packages = (f"triton=={version}", "numpy<2.4")
+    python = make_overlay(tmp_path / "environment", packages, [str(REPOSITORY)])
     found = f"import triton; assert triton.__version__ == {version!r}, triton.__version__"
-    run_with(packages, "-c", found)
-    run_with(packages, COMPILE_KERNELS, TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    run_python(python, "-c", found)
+    run_python(python, COMPILE_KERNELS, TRITON_CACHE_DIR=str(tmp_path / "cache"))
     pytest_options = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "5x130 or random_bits")
-    run_with(packages, *pytest_options, __file__, TRITON_INTERPRET="1")
+    run_python(python, *pytest_options, __file__, TRITON_INTERPRET="1")
