@@ -29,7 +29,8 @@ def test_the_trainer_tests_pass_with(version: str, tmp_path: Path) -> None:
         [python, "-c", "import transformers; print(transformers.__version__)"], text=True
     )
     assert found.strip() == version
-    tests = ["test_registration.py", "test_param_groups.py", "test_trainer_runs.py"]
+    tests = ["test_registration.py", "test_importing.py", "test_optimizer_kwargs.py"]
+    tests += ["test_param_groups.py", "test_trainer_runs.py", "test_trainer_subclasses.py"]
     # the recipes' Trainer and its checkpoints override Trainer's private methods
     tests += ["test_causal_lm.py", "test_pretraining.py", "test_watching.py"]
     finished = subprocess.run(

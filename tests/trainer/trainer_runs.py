@@ -1,11 +1,5 @@
-"""Tiny models and data, and real ``transformers.Trainer`` runs over them.
+"""Tiny models and data, and real ``transformers.Trainer`` runs over them."""
 
-As a script, ``python trainer_runs.py OUTPUT_DIR`` trains with each name and prints the results as
-JSON; the tests run it under other versions of transformers.
-"""
-
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,21 +98,18 @@ def losses(trainer: Trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def main() -> None:
-    results = {}
-    for kind in ("gpt2", "llama"):
-        for name in NAMES:
-            trainer = train(kind, Path(sys.argv[1]) / kind / name, optim=name)
-            groups = optimizer_of(trainer).param_groups
-            results[f"{kind} {name}"] = {
-                "losses": losses(trainer),
-                "optimizer": type(optimizer_of(trainer)).__name__,
-                "momentum_dtype": groups[0]["momentum_dtype"],
-                "blocks": [group["blocks"] for group in groups],
-                "weight_decay": [group["weight_decay"] for group in groups],
-            }
-    print(json.dumps(results))
+def packed_count(optimizer: striped_hf.StripedAdamW) -> int:
+    """The number of matrices whose state has the blocks of GPT-2's c_attn."""
+    return sum(
+        state["exp_avg_sq_row"].shape[-1] == 3
+        for state in optimizer.state.values()
+        if "exp_avg_sq_row" in state
+    )
 
 
-if __name__ == "__main__":
-    main()
+def stepped(optimizer: striped_hf.StripedAdamW, model: torch.nn.Module) -> striped_hf.StripedAdamW:
+    """Steps once on a short sequence, without Trainer."""
+    ids = torch.arange(8)[None]
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    return optimizer
