@@ -1,4 +1,4 @@
-"""Compare StripedAdamW's steps on sharded parameters with those of one process.
+"""Compare StripedAdamW's steps on sharded parameters with its steps on whole parameters.
 
     python -m benchmarks.sharding     # 2, 3 and 4 processes on this machine, two minutes
 

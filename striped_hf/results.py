@@ -110,7 +110,7 @@ def begin_results(
     resume: bool,
     device_type: str | None = None,
 ) -> dict[str, Any]:
-    """Begins the results of a long measurement, or resumes those of an earlier run.
+    """Begins the results of a long measurement, or resumes the results of an earlier run.
 
     Args:
         path: The results file; an earlier run may have written it.

@@ -1,9 +1,9 @@
 """A Trainer for long runs: windows in the data set's order, and batches that grow with the tokens.
 
-``Trainer`` has one ``gradient_accumulation_steps`` for the whole run. The end of a step, the
-batches that a resumed run skips, the length of the run and the learning rate all depend on it, so
-it cannot change during the run. With a growing batch, the data loader therefore gives Trainer the
-whole batch of a step as one batch. ``training_step`` splits it and accumulates the gradients.
+``Trainer`` has one ``gradient_accumulation_steps``, which cannot change during the run: the end of
+a step, the batches that a resumed run skips, the length of the run and the learning rate depend on
+it. With a growing batch, the data loader therefore gives Trainer the whole batch of a step as one
+batch. ``training_step`` splits it and accumulates the gradients.
 """
 
 import copy

@@ -177,8 +177,8 @@ def check_whole(checkpoint: Path) -> None:
             _check_file(path)
         except (OSError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
             raise UserError(
-                f"{path} is damaged ({one_line(error)}): delete {checkpoint}, and go on from an "
-                "earlier checkpoint"
+                f"{path} is damaged ({one_line(error)}): delete {checkpoint}, and continue from "
+                "an earlier checkpoint"
             ) from error
 
 

@@ -111,7 +111,7 @@ def test_parts_keep_the_given_python_path(tmp_path, monkeypatch, capfd):
 
 
 def test_a_kill_at_any_moment_keeps_the_measurements(tmp_path):
-    """The results of finished parts stay, and those of the running part."""
+    """The results of finished parts and of the running part stay."""
     first, second = (tmp_path / f"{name}.json" for name in (FIRST, SECOND))
     codes = (writes(first, figure=1), writes(second, figure=2) + "import time; time.sleep(60)")
     run = (

@@ -241,7 +241,7 @@ def test_evaluation_is_not_counted_as_training(tmp_path):
     watch(trainer)
     trainer.train()
     tokens = 2 * 8 * LENGTH
-    evaluation_s = 64 * 0.01  # one of them
+    evaluation_s = 64 * 0.01  # the time of one evaluation
     for entry in logged(trainer):
         assert entry["tokens_per_second"] > tokens / (0.9 * evaluation_s)
         assert "mfu" not in entry  # the table has no peak of processors
