@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import (
+    convolutions,
     gpu_parts,
     memory_budget,
     optimizer_tables,
@@ -80,6 +81,8 @@ TABLES = {
     "zero_shot_stories260k": PageTable(eval_zero_shot.render),
     # memory and time
     "state_bytes": PageTable(state_bytes.render, draw=short_tables.draw_state_bytes),
+    "convolution_models": PageTable(convolutions.render_models, ("state_bytes_convolutions",)),
+    "parameter_shapes": PageTable(convolutions.render_shapes, ("state_bytes_convolutions",)),
     "memory_gpt2_xl_cpu": PageTable(memory_budget.render_devices),
     ONE_DIE: OPTIMIZERS,
     TWO_DIES: OPTIMIZERS,

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from striped_hf.optim.blocks import blocks_of, is_marked
-from striped_hf.optim.interface import Group, State
-from striped_hf.optim.options import check_options, is_list_of_blocks
+from striped_hf.optim.interface import BlocksOption, Group, State
+from striped_hf.optim.options import as_blocks, check_options, is_list_of_blocks
 from striped_hf.optim.plain import is_plain
 from striped_hf.optim.sharded.layout import is_sharded
 from striped_hf.optim.state import Description, name_of
@@ -35,9 +35,9 @@ def check_group(group: Group, group_index: int) -> None:
     group["betas"] = tuple(float(beta) for beta in group["betas"])
     blocks, params = group["blocks"], group["params"]
     if not is_list_of_blocks(blocks):
-        group["blocks"] = tuple(blocks)
+        group["blocks"] = as_blocks(blocks)
     elif len(blocks) == len(params):
-        group["blocks"] = [tuple(pair) for pair in blocks]
+        group["blocks"] = [as_blocks(each) for each in blocks]
     elif all(is_marked(param) for param in params):
         group["blocks"] = (1, 1)  # other code dealt out the parameters: their marks count
     else:
@@ -72,8 +72,10 @@ def _problem_of_dtype(param: Tensor) -> str | None:
     )
 
 
-def _problem_of_blocks(shape: Sequence[int], blocks: tuple[int, int]) -> str | None:
-    if len(shape) < 2 or (shape[-2] % blocks[0] == 0 and shape[-1] % blocks[1] == 0):
+def _problem_of_blocks(shape: Sequence[int], blocks: BlocksOption) -> str | None:
+    if len(shape) < 2 or isinstance(blocks, str):
+        return None
+    if shape[-2] % blocks[0] == 0 and shape[-1] % blocks[1] == 0:
         return None
     return (
         f"is not divided by blocks={blocks}: pass counts that divide its last two dimensions, or "

@@ -7,7 +7,7 @@ from torch import nn
 from striped_hf.optim import StripedAdamW
 from striped_hf.optim.backends import BACKENDS
 from striped_hf.optim.momentum import MOMENTUM_DTYPES
-from striped_hf.trainer.param_groups import mark_packed
+from striped_hf.trainer.param_groups import mark_matrices
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -71,7 +71,7 @@ def optimizer_cls_and_kwargs(
         ValueError: ``optim_args`` has an unknown key, a repeated key or an invalid value.
     """
     if model is not None:
-        mark_packed(model)
+        mark_matrices(model)
     return StripedAdamW, {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),

@@ -32,7 +32,7 @@ from torch import nn
 
 from striped_hf.optim import StripedAdamW
 from striped_hf.trainer.optimizer_kwargs import OPTIMIZERS, optimizer_cls_and_kwargs
-from striped_hf.trainer.param_groups import mark_packed
+from striped_hf.trainer.param_groups import mark_matrices
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -88,7 +88,7 @@ def _wrap_trainer(trainer: Any) -> None:
         given = self.optimizer_cls_and_kwargs
         if self.args.optim in OPTIMIZERS or (given is not None and given[0] is StripedAdamW):
             # the call of the method above may have had no model, or the model has changed since
-            mark_packed(self.model)
+            mark_matrices(self.model)
         return create_original(self, *args, **kwargs)
 
     get_optimizer_cls_and_kwargs._striped_hf_wraps = get_original  # type: ignore[attr-defined]

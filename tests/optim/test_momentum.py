@@ -17,6 +17,7 @@ from optim_checks import (
     assert_same_bits,
     code_bound,
     decode_documented,
+    documented_matrix,
     expected_format,
     gpt2_124m_shapes,
     parameter,
@@ -283,6 +284,9 @@ STATE_SHAPES = [
     (1, 9),
     (4, 200),
     (2, 3, 129),
+    (8, 6, 3, 3),
+    (16, 1, 3),
+    (7, 1, 1),
     (0, 5),
     (5, 0),
     (0,),
@@ -305,27 +309,28 @@ def test_state_of_a_parameter(shape: tuple[int, ...], momentum_dtype: str) -> No
     assert step.dtype == torch.float32
     assert step.device.type == "cpu"
 
-    kept = expected_format(shape, momentum_dtype)
+    matrix = documented_matrix(shape)
+    kept = expected_format(matrix, momentum_dtype)
     exp_avg = state.pop("exp_avg")
     assert exp_avg.dtype == STORED_DTYPE[kept]
     if kept == "int4":
-        assert exp_avg.shape == (*shape[:-1], -(-shape[-1] // 2))
+        assert exp_avg.shape == (*matrix[:-1], -(-matrix[-1] // 2))
     else:
-        assert exp_avg.shape == shape
+        assert exp_avg.shape == (matrix if len(matrix) > 1 else shape)
     if kept in CODED:
         scale = state.pop("exp_avg_scale")
         assert scale.dtype == torch.float32
-        assert scale.shape == (*shape[:-1], -(-shape[-1] // BLOCK))
+        assert scale.shape == (*matrix[:-1], -(-matrix[-1] // BLOCK))
         coded = exp_avg.nbytes + scale.nbytes
         assert coded < 4 * p.numel()
 
-    if len(shape) < 2:
+    if len(matrix) < 2:
         assert list(state) == ["exp_avg_sq"]
         assert state["exp_avg_sq"].shape == shape
     else:
         assert set(state) == {"exp_avg_sq_row", "exp_avg_sq_col"}
-        assert state["exp_avg_sq_row"].shape == (*shape[:-1], 1)
-        assert state["exp_avg_sq_col"].shape == (*shape[:-2], 1, shape[-1])
+        assert state["exp_avg_sq_row"].shape == (*matrix[:-1], 1)
+        assert state["exp_avg_sq_col"].shape == (*matrix[:-2], 1, matrix[-1])
     assert all(value.dtype == torch.float32 for value in state.values())
 
 
