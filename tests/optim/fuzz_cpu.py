@@ -44,6 +44,7 @@ from striped_hf.optim.interface import Blocks, Entry, Settings, State
 from striped_hf.optim.options import settings_of
 from striped_hf.optim.state import description_of, init_state
 
+BUNDLE = 1 << 19  # elements: csrc/plan.h begins another bundle after as many
 EDGES = (1, 2, 3, 7, 31, 64, 65, 127, 128, 129, 255, 256, 257, 385)
 FEW_ELEMENTS, MANY_ELEMENTS = 20_000, 300_000  # many: several slices of a matrix, and threads
 # of gradients; their squares are normal numbers, zero, or infinite: between these lie denormal
@@ -255,6 +256,8 @@ def fuzz_steps(draw: Draw) -> None:
         shapes = [draw.shape() for _ in range(draw.randint(1, 5))]
         if draw.chance(0.3):  # tensors of one shape, which the reference stacks
             shapes += shapes[:1] * 2
+        if draw.chance(0.1):
+            shapes.insert(draw.randint(0, len(shapes)), (BUNDLE,))
         settings = {**draw.settings(), "blocks": [draw.blocks(shape) for shape in shapes]}
         dtype = draw.choice(PARAM_DTYPES)
         params = [
