@@ -14,8 +14,8 @@ that file.
 --learning_rate and --seed accept several values. Every combination is run, and the table has each
 optimizer's mean over the seeds at each learning rate. The table marks a run that diverged. It
 leaves out a run that failed; the other runs continue. --resume keeps the finished runs of an
-earlier, stopped comparison if their command and --accelerate_config are the same. If runs come from
-several commits, versions or devices, the line under the table names them.
+earlier, stopped comparison if their command, --accelerate_config and data are the same. If runs
+come from several commits, versions or devices, the line under the table names them.
 """
 
 import argparse
@@ -40,6 +40,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from striped_hf.fingerprint import file_fingerprint
 from striped_hf.results import (
     common_environment,
     loss_text,
@@ -136,12 +137,16 @@ def run_recipe(args: argparse.Namespace, flags: list[str], folder: Path) -> Run 
     if args.accelerate_config:
         launcher = ["-m", "accelerate.commands.launch", "--config_file", args.accelerate_config]
     done = args.resume and result.exists()
-    done = done and json.loads(result.read_text(encoding="utf-8"))["command"] == printed
+    earlier = json.loads(result.read_text(encoding="utf-8")) if done else {}
+    done = done and earlier["command"] == printed
     # the command in run.json does not include the launcher, so keep its configuration
     launch = folder / "accelerate_config.yaml"
     config = Path(args.accelerate_config).read_text("utf-8") if args.accelerate_config else None
     if done and config != (launch.read_text("utf-8") if launch.exists() else None):
         print(f"{folder} was run under another --accelerate_config: it is run again", flush=True)
+        done = False
+    if done and (changed := changed_files(earlier)):
+        print(f"{folder} was run before {changed} was changed: it is run again", flush=True)
         done = False
     if not done:
         result.unlink(missing_ok=True)
@@ -163,6 +168,16 @@ def run_recipe(args: argparse.Namespace, flags: list[str], folder: Path) -> Run 
         "eval_losses": [_finite(loss) for loss in evals.values()],
     }
     return run
+
+
+def changed_files(run: Run) -> str | None:
+    """Names the data files that have another content now than when a run read them."""
+    changed = [
+        path
+        for path, fingerprint in run.get("data", {}).items()
+        if not Path(path).is_file() or file_fingerprint(Path(path)) != fingerprint
+    ]
+    return " and ".join(changed) or None
 
 
 def _finite(loss: float) -> float | None:

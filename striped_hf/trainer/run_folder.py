@@ -15,6 +15,7 @@ from transformers.training_args import OptimizerNames
 
 from striped_hf.cli import UserError, is_main_process, one_line
 from striped_hf.data import ContiguousBlocks, TokenSplit
+from striped_hf.fingerprint import file_fingerprint
 from striped_hf.locking import lock_folder
 from striped_hf.results import environment, loss_text, markdown_table, write_json, write_text
 from striped_hf.trainer.callbacks import RunMeasurements
@@ -129,11 +130,11 @@ def finish_run(
 
     Returns:
         The content of ``run.json``: ``optim``, ``learning_rate``, ``seed``, ``processes``,
-        ``steps``, ``tokens`` of training, ``parameters`` and their ``dtype``, the optimizer's
-        ``state_bytes`` and ``state_bytes_per_param`` over all processes, this process's
-        ``peak_memory_mib``, ``median_step_ms``, ``train_loss``, ``eval_loss`` (nats per token),
-        ``eval_tokens`` and more. Values that are not finite, such as the losses of a run that
-        diverged, are None.
+        ``steps``, ``tokens`` of training, ``data`` (its files and their fingerprints),
+        ``parameters`` and their ``dtype``, the optimizer's ``state_bytes`` and
+        ``state_bytes_per_param`` over all processes, this process's ``peak_memory_mib``,
+        ``median_step_ms``, ``train_loss``, ``eval_loss`` (nats per token), ``eval_tokens`` and
+        more. Values that are not finite, such as the losses of a run that diverged, are None.
 
     Raises:
         UserError: The folder is not writable.
@@ -169,6 +170,7 @@ def finish_run(
         # Trainer's count, if it has one: steps may differ in their tokens
         "tokens": trainer.state.num_input_tokens_seen
         or trainer.state.global_step * windows_per_step(args) * blocks.block_size,
+        "data": {str(path): file_fingerprint(path) for path in (train.path, blocks.split.path)},
         "parameters": parameters,
         "dtype": _dtype(model, args),
         **measured,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import oracle
@@ -17,6 +17,24 @@ CODED = ("int8", "int4")
 QMAX = {"int8": 127, "int4": 7}
 BLOCK = 128
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+# ---------------------------------------------------------------------------------------------
+# how far the CPU backend may be from the reference
+# ---------------------------------------------------------------------------------------------
+
+
+class Tolerance(NamedTuple):
+    value: float
+    reason: str
+
+
+# of second moments, relative
+STRIPES = Tolerance(2e-6, "the squares of up to a thousand rows, summed in another order")
+# of float32 parameters, relative to their largest update so far
+UPDATES = Tolerance(4e-6, "the stripes' error, and a few roundings of 6e-8 each")
+# of the share of momentum codes that differ in a step, each by one, and of what they move
+CODES = Tolerance(2e-4, "a value within 1e-6 of the border between two codes falls on either side")
 
 
 # ---------------------------------------------------------------------------------------------

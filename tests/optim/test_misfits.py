@@ -122,7 +122,26 @@ def free(state: dict[str, torch.Tensor]) -> str:
     return "exp_avg"
 
 
+def shrink_memory(state: dict[str, torch.Tensor]) -> str:
+    storage = state["exp_avg_sq_row"].untyped_storage()
+    storage.resize_(storage.nbytes() - 4)  # the tensor's shape stays
+    return "exp_avg_sq_row"
+
+
+def expand(state: dict[str, torch.Tensor]) -> str:
+    state["exp_avg"] = state["exp_avg"][:1].expand(12, -1)
+    return "exp_avg"
+
+
+def replace_by_zeros(state: dict[str, torch.Tensor]) -> str:
+    state["exp_avg_sq_col"] = torch._efficientzerotensor((1, 130))
+    return "exp_avg_sq_col"
+
+
 STATE_CHANGES = [
+    shrink_memory,
+    expand,
+    replace_by_zeros,
     change_dtype,
     change_step,
     change_device,
@@ -198,6 +217,62 @@ def test_a_parameter_whose_memory_was_freed() -> None:
     storage.resize_(size)
     ps[1].data.copy_(kept)
     optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: p[:1].expand(12, -1),
+        lambda p: torch._efficientzerotensor(p.shape),
+    ],
+    ids=["expanded", "a zero tensor"],
+)
+def test_a_parameter_that_cannot_be_written(
+    change: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    optimizer, ps = stepped()
+    give_gradients(ps)
+    grad, ps[1].grad = ps[1].grad, None
+    ps[1].data = change(ps[1].data)
+    ps[1].grad = grad
+    assert_refused(optimizer, "the.bad.one")
+
+
+@pytest.mark.parametrize("where", ["parameter", "gradient"])
+def test_memory_made_smaller(where: str) -> None:
+    optimizer, ps = stepped()
+    give_gradients(ps)
+    tensor = ps[1].data if where == "parameter" else ps[1].grad
+    before, storage = ps[0].detach().clone(), tensor.untyped_storage()
+    storage.resize_(storage.nbytes() - 4)
+    with pytest.raises(RuntimeError, match=r"the\.bad\.one.*no memory"):
+        optimizer.step()
+    assert_same_bits(ps[0], before)
+
+
+def unaligned(values: torch.Tensor) -> torch.Tensor:
+    """The same values at an address that is no multiple of their size."""
+    memory = bytearray(values.nbytes + 1)
+    return torch.frombuffer(memory, dtype=values.dtype, offset=1).view(values.shape).copy_(values)
+
+
+@pytest.mark.parametrize("momentum_dtype", FORMATS)
+def test_unaligned_memory(momentum_dtype: str) -> None:
+    """As ``torch.frombuffer`` makes it from a file read at any offset."""
+    shapes = [(12, 130), (9,)]
+    ours = [parameter(unaligned(torch.randn(shape))) for shape in shapes]
+    theirs = [parameter(p.detach().clone()) for p in ours]
+    optimizers = [StripedAdamW(ps, momentum_dtype=momentum_dtype) for ps in (ours, theirs)]
+    for t in range(3):
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad = torch.randn_like(q)
+            p.grad = unaligned(q.grad)
+            if t == 2:
+                optimizers[0].state[p]["exp_avg"] = unaligned(optimizers[0].state[p]["exp_avg"])
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
 
 
 def test_harmless_changes_are_accepted() -> None:

@@ -1,6 +1,7 @@
 """The comparison: its files, a sweep, resuming, and a recipe that fails."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,36 @@ def test_a_run_with_another_launch_configuration_is_repeated(tmp_path, run_here,
     noted, again = compare("--accelerate_config", config)
     assert noted
     assert again != launched
+
+
+def test_a_run_on_other_data_is_not_taken_over(tmp_path, run_here, docs_data):
+    data = tmp_path / "data"
+    shutil.copytree(docs_data, data)
+    flags = (*TINY, *QUIET, *FEW, "--eval_strategy", "no", "--save_strategy", "no")
+    flags += ("--load_best_model_at_end", "false", "--data_dir", data)
+
+    def compare():
+        printed = run_here(
+            *(SCRIPT, RECIPE, "--optim", "striped_adamw"),
+            *("--output_dir", tmp_path / "out", "--resume", "--", *flags),
+        )
+        (written,) = tmp_path.glob("out/*/run.json")
+        return "was changed: it is run again" in printed, written.stat().st_mtime_ns
+
+    first = compare()
+    assert not first[0]
+    assert compare() == first
+    for split in ("train", "val"):  # prepared anew, in the same place and of the same size
+        path = data / f"{split}.bin"
+        tokens = bytearray(path.read_bytes())
+        tokens[:2], tokens[2:4] = tokens[2:4], tokens[:2]
+        tokens[4:8] = tokens[:4]
+        path.write_bytes(tokens)
+        noted, again = compare()
+        assert noted
+        assert again != first[1]
+        assert compare() == (False, again)
+        first = (noted, again)
 
 
 def test_a_run_that_diverges_or_fails_does_not_lose_the_others(tmp_path, run_here, docs_data):

@@ -9,7 +9,7 @@ Importing it raises ImportError where it was not built.
 import ctypes
 import importlib.util
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from functools import cache
 
@@ -94,14 +94,23 @@ def _split(entries: list[Entry]) -> tuple[list[int], list[int]]:
     """Returns the positions of the entries that the C code steps, and of those that it does not.
 
     Those of the second kind, such as transposed parameters and strided views, fall back to the
-    reference.
+    reference, and so do those at addresses that are no multiple of an element's size: a processor
+    may refuse these.
     """
     supported: list[int] = []
     fallback: list[int] = []
     for i, entry in enumerate(entries):
         tensors = (entry.param, *entry.state.values())
-        (supported if all(map(Tensor.is_contiguous, tensors)) else fallback).append(i)
+        is_walked = all(map(Tensor.is_contiguous, tensors)) and _are_aligned(tensors)
+        (supported if is_walked else fallback).append(i)
     return supported, fallback
+
+
+def _are_aligned(tensors: Iterable[Tensor]) -> bool:
+    # most addresses are multiples of 4, and then nobody need know the sizes
+    if not any(address & 3 for address in map(Tensor.data_ptr, tensors)):
+        return True
+    return not any(tensor.data_ptr() % tensor.itemsize for tensor in tensors)
 
 
 def _call(
@@ -117,7 +126,10 @@ def _call(
     """
     if not entries:
         return
-    grads = [entry.grad.contiguous() for entry, *_ in entries]  # copies must live through the call
+    # copies must live through the call
+    grads = [entry.grad.contiguous() for entry, *_ in entries]
+    if not _are_aligned(grads):
+        grads = [grad if _are_aligned([grad]) else grad.clone() for grad in grads]
     values: list[int] = []
     for (entry, sums, roots), grad in zip(entries, grads, strict=True):
         values += _c_entry(entry, grad, sums, roots)
