@@ -1,1 +1,1 @@
-"""What measures. Run each from the repository's root: ``python -m benchmarks.optimizers``."""
+"""Measurements. Run each from the root of the repository: ``python -m benchmarks.optimizers``."""

@@ -5,15 +5,15 @@
     make gpu-check        # without a GPU: every part, tiny, in an environment like a GPU machine's
     python -m benchmarks.gpu --collect out/gpu/gpu.json      # into benchmarks/results/
 
-It installs nothing and needs no network. Each part is a process with its own time limit. Parts run
-in the order of their value; one that fails does not stop the next, and the command ends in error
-where any did. ``gpu.json`` has the results of all parts. It is written every two seconds while a
-part runs, so that a part or the whole run can be cut off at any moment and what was measured stays.
-``gpu.log`` has everything that was printed. Both go to the folder $OUT, else to out/gpu/, or to
-out/gpu_rehearsal/ where nothing was measured.
+It installs nothing and needs no network. Each part is a process with its own time limit. The most
+valuable parts run first. A part that fails does not stop the next one, but then the command ends
+with an error. ``gpu.json`` has the results of all parts. It is written every two seconds while a
+part runs: a run can be stopped at any moment, and its measurements stay. ``gpu.log`` has all
+output. Both files go to the folder $OUT. Its default is out/gpu/, or out/gpu_rehearsal/ for a
+rehearsal, which measures nothing.
 
-benchmarks/gpu.md says how to spend a quarter of an hour on a GPU. To add a part, add it to
-``benchmarks/gpu_parts.py``.
+benchmarks/gpu.md says how to use a quarter of an hour on a GPU. ``benchmarks/gpu_parts.py`` lists
+the parts.
 """
 
 import argparse
@@ -38,8 +38,9 @@ from striped_hf.results import environment, write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
-BUDGET_S = {"full": 525.0, "smoke": 110.0}  # of all parts; the start takes some seconds more
-SHORTEST_S = 15.0  # a part with less time than this left is not begun
+# of all parts together; the start takes some more seconds
+BUDGET_S = {"full": 525.0, "smoke": 110.0}
+SHORTEST_S = 15.0  # a part does not begin with less time than this
 WRITE_EVERY_S = 2.0
 
 
@@ -65,13 +66,13 @@ def run_part(part: Part, limit_s: float, log: IO[str], save: Any) -> dict[str, A
         text=True,
         errors="replace",
         env={
-            "CUDA_VISIBLE_DEVICES": "0",  # one GPU, unless told which: Trainer would use all
+            "CUDA_VISIBLE_DEVICES": "0",  # the default: Trainer would use all GPUs
             "HF_HUB_OFFLINE": "1",
             **os.environ,
             "PYTHONPATH": python_path,
             "PYTHONUNBUFFERED": "1",
         },
-        start_new_session=True,  # so that its own children can be killed with it
+        start_new_session=True,  # killpg then also ends its children
     )
 
     def copy_output() -> None:
@@ -96,7 +97,7 @@ def run_part(part: Part, limit_s: float, log: IO[str], save: Any) -> dict[str, A
                 outcome["ended"] = "passed" if status == 0 else f"failed with status {status}"
                 break
     finally:
-        with contextlib.suppress(ProcessLookupError):  # they have all ended
+        with contextlib.suppress(ProcessLookupError):  # all of its processes have ended
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         reader.join(timeout=5)
@@ -112,8 +113,8 @@ def run_parts(
         planned: The parts, the most valuable first.
         out: Where gpu.json and gpu.log go.
         folder: Where the parts write their own results files.
-        budget_s: The seconds that all of them together may take.
-        rehearsal: Whether the figures mean nothing; noted in gpu.json.
+        budget_s: The time limit of all parts together, in seconds.
+        rehearsal: Whether this is a rehearsal, whose figures mean nothing. gpu.json notes it.
     """
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + budget_s
@@ -155,13 +156,13 @@ def run_parts(
 def summary(
     planned: Sequence[Part], outcomes: Sequence[dict[str, Any]], results: dict[str, Any]
 ) -> list[str]:
-    """Returns the tables of all results, and last how each part ended."""
+    """Returns the tables of all results, and then how each part ended."""
     lines = ["\n== results"]
     for part in planned:
         if part.name in results:
             try:
                 table = part.render(results[part.name])
-            except Exception as error:  # cut off too early for a table: its figures are kept
+            except Exception as error:  # too early an end for a table; gpu.json has the figures
                 table = f"no table: {error!r}"
             lines.append(f"\n{part.name}:\n\n{table}")
     passed = all(outcome["ended"] == "passed" for outcome in outcomes)
@@ -175,10 +176,10 @@ def summary(
 
 
 def collect(path: Path) -> None:
-    """Writes each part's results of a gpu.json into benchmarks/results/, for the tables.
+    """Writes the results of each part in a gpu.json into benchmarks/results/, for the tables.
 
     Raises:
-        UserError: It is no gpu.json, or that of a rehearsal.
+        UserError: It is no gpu.json, or it is from a rehearsal.
     """
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
@@ -187,7 +188,7 @@ def collect(path: Path) -> None:
         raise UserError(f"--collect {path}: pass a gpu.json that `make gpu` wrote") from error
     if rehearsal:
         raise UserError(f"--collect {path}: a rehearsal measures nothing; pass one of `make gpu`")
-    for name in RENDER:  # names of this program, never of the file
+    for name in RENDER:  # not the file's names: a file must not choose a path
         if name in results:
             write_json(RESULTS / f"{name}.json", results[name])
             print(f"written: {RESULTS / name}.json")
@@ -202,14 +203,19 @@ def main() -> None:
     parser.add_argument(
         "--rehearse", action="store_true", help="everything tiny, on the CPU, kernels interpreted"
     )
-    parser.add_argument("--collect", type=Path, metavar="FILE", help="take over a gpu.json")
+    parser.add_argument(
+        "--collect",
+        type=Path,
+        metavar="FILE",
+        help="copy the results of a gpu.json into benchmarks/results/",
+    )
     args = parser.parse_args()
     if args.collect:
         collect(args.collect)
         return
     if not args.rehearse and not torch.cuda.is_available():
         raise UserError(
-            "there is no CUDA device here: run it where there is one, or rehearse it with "
+            "there is no CUDA device: run this on a machine with a GPU, or rehearse it with "
             "`make gpu-check`"
         )
     default = REPOSITORY / "out" / ("gpu_rehearsal" if args.rehearse else "gpu")
@@ -233,7 +239,7 @@ def main() -> None:
 
 
 def has_result(written: dict[str, Any], name: str) -> bool:
-    """Tells whether a part ran to its end and measured something in every row it can."""
+    """Tells whether a part ran to its end and measured every row that the machine can run."""
     found = written["results"].get(name, {})
     rows = found.get("rows") or found.get("optimizers") or found.get("variants") or [{}]
     reasons = [row["reason"] for row in rows if "reason" in row]

@@ -1,38 +1,28 @@
-"""Make an environment like that of a GPU machine which has torch, but not this project's extras.
+"""Make the environment of a GPU machine that has torch, but not this project's extras.
 
     python -m benchmarks.gpu_environment build/gpu_environment
 
-It has the versions below, none of the packages that such a machine lacks, and of everything else
-this environment's. torch is this environment's CPU build. ``make gpu-check`` rehearses in it.
+It has the packages in ``VERSIONS`` and none of the packages in ``LACKING``. It shares everything
+else with this environment, also torch, which is a CPU build. ``make gpu-check`` rehearses in it.
 """
 
 import argparse
-import site
-import subprocess
-import sys
-import venv
 from pathlib import Path
 
+from benchmarks.overlay import make_overlay
 from striped_hf.cli import run
 
 VERSIONS = (
     *("transformers==5.17.0", "huggingface_hub==1.33.0", "tokenizers==0.23.2"),
-    *("triton==3.6.0", "numpy==2.3.5"),  # triton 3.6's interpreter takes no numpy 2.4
+    *("triton==3.6.0", "numpy==2.3.5"),  # the interpreter of triton 3.6 fails with numpy 2.4
 )
 LACKING = ("datasets", "evaluate", "expecttest", "trl", "wandb")
 
 
 def make(folder: Path) -> Path:
     """Makes the environment, and returns the path of its Python."""
-    venv.create(folder, with_pip=False, symlinks=True, clear=True)
-    python = folder / "bin" / "python"
-    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
-    subprocess.run([*install, "--no-deps", *VERSIONS], check=True)
-    (packages,) = folder.glob("lib/python*/site-packages")
-    # what was just installed is found first, then what this environment has
-    lines = [*site.getsitepackages(), f"import sys; sys.modules.update(dict.fromkeys({LACKING}))"]
-    (packages / "this_environment.pth").write_text("\n".join(lines), encoding="utf-8")
-    return python
+    hide = f"import sys; sys.modules.update(dict.fromkeys({LACKING}))"
+    return make_overlay(folder, VERSIONS, [hide])
 
 
 def main() -> None:

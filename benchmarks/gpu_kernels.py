@@ -4,12 +4,12 @@
 
 Parameters and gradients are random, with a model's shapes. For each row:
 
-- device time: from a CUDA event before the step to one after it. A sleep on the device comes
-  first, so that all launches are queued and no gap between them counts. Fused AdamW takes its turn
-  in every round, and the ratio is the median of the rounds' ratios;
+- device time: from a CUDA event before the step to one after it. The device sleeps first, so that
+  all launches are queued and no gap between them counts. Fused AdamW has a turn in every round, and
+  the ratio is the median of the rounds' ratios;
 - kernel times: device time by kernel, as CUPTI reports it through ``torch.profiler``;
 - host time: how long ``step()`` takes to return while the device sleeps;
-- wall time: back to back steps, host and device together;
+- wall time: steps one after another, host and device together;
 - graph time: device time of the step replayed as a CUDA graph.
 
 The most valuable rows come first. Results are written after every row, and no row begins after
@@ -63,7 +63,7 @@ class Step:
 FORMATS = tuple(Step(momentum_dtype) for momentum_dtype in ("float32", "int8", "bfloat16", "int4"))
 LAGGED = (Step("float32", lagged=True), Step("int8", lagged=True))
 GRAPHS = (Step("float32", graph=True), Step("int8", graph=True))
-# what only a GPU can judge; fewer registers let more programs run at a time
+# variants that only a GPU can judge; fewer registers let more programs run at a time
 A_B = tuple(
     Step(momentum_dtype, compiler={"maxnreg": registers})
     for momentum_dtype in ("float32", "int8")
@@ -78,7 +78,7 @@ PLAN = (  # (model, parameters' dtype, steps), the most valuable first
 
 
 def device_ms(device: torch.device, call: Callable[[], Any]) -> float:
-    """Returns the time of a call on the device, in milliseconds, all its work being queued."""
+    """Returns the device time of a call whose work is all queued, in milliseconds."""
     if device.type != "cuda":
         return 1e3 * seconds(device, call)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -169,7 +169,7 @@ def compile_options(options: dict[str, Any]) -> Iterator[None]:
 def time_step(
     step: Step, weights: list[Weight], baseline: Callable[[], Any], rounds: int
 ) -> dict[str, Any]:
-    """Builds a striped optimizer and returns what was measured of its step."""
+    """Builds a striped optimizer and returns the measurements of its step."""
     device = weights[0].param.device
     build = striped(step.momentum_dtype, "triton", lagged=step.lagged, capturable=step.graph)
     optimizer = build(weights)
@@ -199,7 +199,7 @@ def time_step(
 def time_fused_adamw(
     weights: list[Weight], baseline: Callable[[], Any], rounds: int
 ) -> dict[str, Any]:
-    """Returns what was measured of fused AdamW's step."""
+    """Returns the measurements of fused AdamW's step."""
     device = weights[0].param.device
     ms = statistics.median(device_ms(device, baseline) for _ in range(rounds))
     moved = 7 * sum(weight.param.nbytes for weight in weights)  # its state has the dtype of p
@@ -216,10 +216,10 @@ def time_fused_adamw(
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Times everything in ``PLAN`` while there is time; writes what it has after each row."""
+    """Times everything in ``PLAN`` while there is time; writes the results after each row."""
     deadline = time.monotonic() + args.seconds
     device = torch.device(args.device)
-    resolve("triton", args.device)  # raises, with the reason, where no kernel can run
+    resolve("triton", args.device)  # raises an error with the reason if no kernel can run
     results: dict[str, Any] = {"environment": environment(args.device), "complete": False}
     results |= {**bandwidths(device, args.rounds), "rows": []}
 
@@ -251,7 +251,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             try:
                 with compile_options(step.compiler):
                     row |= time_step(step, weights, fused.step, args.rounds)
-            except Exception as error:  # the other rows go on
+            except Exception as error:  # the other rows still run
                 row["reason"] = one_line(error) or type(error).__name__
             add(row)
         del weights, fused
@@ -312,14 +312,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--model", help="a model whose shapes stand in for all of the plan's")
-    parser.add_argument("--groups", type=int, default=len(PLAN), help="how many of the plan's")
+    parser.add_argument("--model", help="a model to use in place of every model of the plan")
+    parser.add_argument(
+        "--groups", type=int, default=len(PLAN), help="how many rows of the plan to run"
+    )
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=60, help="no row begins after them")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="no row begins after so many seconds"
+    )
     parser.add_argument("--results", default="out/gpu_kernels.json")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no CUDA device here: pass --device cpu to rehearse")
+        raise UserError("there is no CUDA device: pass --device cpu to rehearse")
     print(render(measure(args)))
 
 

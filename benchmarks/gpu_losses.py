@@ -4,9 +4,9 @@
     python -m benchmarks.gpu_losses --data_dir data/novels --results out/losses.json
 
 Every optimizer starts from the same weights and sees the same batches at the same learning rate.
-They train in turns of ``--turn`` steps, and the results file is written after each turn: where the
-run is cut off, the losses can still be compared at equal steps. The learning rate is constant after
-its warm-up, so the comparison does not depend on the planned number of steps.
+They train in turns of ``--turn`` steps. The results file is written after each turn, so the losses
+of a run that ends early can be compared at equal steps. The learning rate is constant after its
+warm-up: the comparison does not depend on the planned number of steps.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def loss_of(model: nn.Module, batch: dict[str, torch.Tensor], device: str) -> to
 def train(
     contender: Contender, windows: RandomWindows, steps: range, args: argparse.Namespace
 ) -> None:
-    """Takes some steps, and notes the mean of their losses."""
+    """Trains for some steps, and notes the mean of their losses."""
     begin = time.perf_counter()
     contender.model.train()
     total = torch.zeros((), device=args.device)
@@ -101,7 +101,7 @@ def train(
 def evaluate(contender: Contender, blocks: ContiguousBlocks, args: argparse.Namespace) -> None:
     """Notes the loss over some blocks of the validation split."""
     contender.model.eval()
-    count = min(EVALUATED, len(blocks) - 1)  # the last block is masked in part
+    count = min(EVALUATED, len(blocks) - 1)  # some targets of the last block are masked
     chosen = [i * (len(blocks) - 1) // count for i in range(count)]
     losses = [
         loss_of(contender.model, blocks.__getitems__([index]), args.device).item()
@@ -111,7 +111,7 @@ def evaluate(contender: Contender, blocks: ContiguousBlocks, args: argparse.Name
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Trains until the steps or the seconds are over; writes what it has after each turn."""
+    """Trains until the steps or the seconds are over; writes the results after each turn."""
     deadline = time.monotonic() + args.seconds
     splits = {name: open_split(args.data_dir, name) for name in ("train", "val")}
     windows = RandomWindows(splits["train"], args.block_size, args.steps * args.batch_size, SEED)
@@ -143,7 +143,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             }
             for contender in contenders
         ]
-        results["complete"] = True  # every turn is a comparison
+        results["complete"] = True  # each turn completes a comparison
         write_json(args.results, results)
         shown = ", ".join(
             f"{each.name} {each.train_losses[-1]:.4f} / {each.eval_losses[-1]:.4f}"
@@ -180,14 +180,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data_dir", default="data/novels", help="as a data script wrote it")
-    parser.add_argument("--model", default="gpt2", help="as optimizers.py takes it")
+    parser.add_argument(
+        "--data_dir", default="data/novels", help="the output folder of a data script"
+    )
+    parser.add_argument("--model", default="gpt2", help="a model, as for optimizers.py")
     parser.add_argument("--optim", nargs="+", choices=MOMENTUM, default=list(MOMENTUM))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--turn", type=int, default=25, help="steps before the next one's turn")
+    parser.add_argument("--turn", type=int, default=25, help="steps in each optimizer's turn")
     parser.add_argument(
-        "--seconds", type=float, default=600, help="no turn but the first begins after"
+        "--seconds",
+        type=float,
+        default=600,
+        help="only the first turn may begin after so many seconds",
     )
     parser.add_argument("--batch_size", type=int, default=12)
     parser.add_argument("--block_size", type=int, default=1024)
@@ -196,7 +201,7 @@ def main() -> None:
     parser.add_argument("--results", default="out/gpu_losses.json")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no CUDA device here: pass --device cpu")
+        raise UserError("there is no CUDA device: pass --device cpu")
     print(render(compare(args)))
 
 

@@ -18,7 +18,7 @@ from benchmarks import (
 )
 from striped_hf.data import write_data_set
 
-# 300 examples in one process, each with kernels of its own to compile
+# 300 examples in one process; each compiles other kernels
 TOO_LONG = "tests/optim/test_against_oracle.py::test_every_number_agrees_with_the_oracle"
 
 # how to render the results of each part, by the names of the files in benchmarks/results/
@@ -87,7 +87,7 @@ def full(folder: Path, rehearsal: bool) -> list[Part]:
     planned = [
         kernel_tests(folder, 100, rehearsal, smoke=rehearsal),
         kernel_times(folder, 65, rehearsal),
-        # few of them, for each compiles for seconds; the part before has the others' times
+        # few optimizers: each compiles for seconds, and the part before times the others
         part(
             *("optimizers_gpt2_xl_cuda_float32", 55),
             *("benchmarks.optimizers", "--shapes", models["gpt2-xl"], "--rounds", "10"),
@@ -132,7 +132,7 @@ def slowed(planned: list[Part]) -> list[Part]:
 
 
 def kernel_tests(folder: Path, limit_s: float, rehearsal: bool, smoke: bool) -> Part:
-    """The comparisons of the kernels with the reference and the oracle.
+    """Compares the kernels with the reference and the oracle.
 
     Args:
         folder: The folder of the results file.
@@ -152,8 +152,9 @@ def kernel_tests(folder: Path, limit_s: float, rehearsal: bool, smoke: bool) -> 
 
 
 def kernel_times(folder: Path, limit_s: float, rehearsal: bool) -> Part:
-    """The time of each striped step and kernel, beside fused AdamW's and a copy's."""
-    flags = ("--seconds", str(limit_s - 12))  # for the imports, and the row that is running
+    """Times each striped step and kernel, fused AdamW and a plain copy."""
+    # time for the imports, and for the row that is running
+    flags = ("--seconds", str(limit_s - 12))
     if rehearsal:
         flags = ("--device", "cpu", "--model", tiny_model(folder), "--rounds", "1")
         flags += ("--seconds", "600")
@@ -164,7 +165,7 @@ def kernel_times(folder: Path, limit_s: float, rehearsal: bool) -> Part:
 def losses(
     folder: Path, data_dir: str, model: str, *device: str, rehearsal: bool
 ) -> tuple[str, ...]:
-    """The command that compares losses, for all of the remaining time."""
+    """Compares losses, in all of the remaining time."""
     flags = ("--data_dir", data_dir, "--model", model, *device)
     if rehearsal:
         flags += ("--steps", "4", "--turn", "2", "--batch_size", "2", "--block_size", "32")

@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu_tests --results out/gpu_tests.json -- -m gpu -n 8 tests/optim
 
-What follows `--` goes to pytest. The results file counts the outcomes and has the message of every
-failure. It is written every few seconds, so that a run that is cut off keeps what it found.
+The arguments after `--` go to pytest. The results file has the number of each outcome and the
+message of every failure. It is written every few seconds, so a run that ends early keeps its
+outcomes.
 """
 
 import argparse
@@ -30,7 +31,7 @@ class Recorder:
         self._written = 0.0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Counts a test, or the set-up of one that failed or was skipped there."""
+        """Counts a test. Its set-up counts only if the test failed or was skipped there."""
         if report.when == "call" or report.outcome != "passed":
             self.outcomes[report.outcome] += 1
         if report.failed:
@@ -56,7 +57,7 @@ class Recorder:
 def render(results: dict[str, Any]) -> str:
     """Makes the Markdown table of a results file, and the failures below it."""
     header = ("kernel tests", "passed", "failed", "skipped")
-    name = "all" if results["complete"] else "until they were cut off"
+    name = "all" if results["complete"] else "before the run was cut off"
     counts = (str(results[key]) for key in header[1:])
     lines = [markdown_table(header, [(name, *counts)])]
     for failure in results["failures"]:
@@ -78,7 +79,7 @@ def main() -> None:
     status = pytest.main(arguments[separator + 1 :], plugins=[recorder])
     recorder.write(complete=True)
     if status == pytest.ExitCode.OK and not recorder.outcomes["passed"]:
-        sys.exit("no test passed: the selection is empty or every test was skipped")
+        sys.exit("no test passed: pytest selected none, or skipped every test")
     sys.exit(int(status))
 
 

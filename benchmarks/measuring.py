@@ -20,11 +20,11 @@ import torch
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _PR_SET_THP_DISABLE = 41
 
-STEADY = 0.15  # the largest distance of a usable baseline's quartiles, relative to its median
+STEADY = 0.15  # a baseline is usable if its quartiles differ by at most this fraction of its median
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until everything queued on a device is done."""
+    """Waits until a device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -48,7 +48,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def is_steady(baseline: list[float]) -> bool:
-    """Tells whether a baseline's times are near enough to each other to be quoted (``STEADY``)."""
+    """Tells whether a baseline's times vary little enough (``STEADY``) for its run to be quoted."""
     first, median, third = quartiles(baseline)
     return third - first <= STEADY * median
 
@@ -63,7 +63,7 @@ def temporary_bytes(device: torch.device, call: Callable[[], Any]) -> int | None
     Returns:
         None if the system has no such counter. On a CPU only Linux has one.
     """
-    gc.collect()  # now, so that it does not run during the call
+    gc.collect()  # collect now: a collection during the call would change the count
     if device.type == "cuda":
         synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -98,7 +98,7 @@ def return_freed_memory() -> None:
 
 
 def _trim() -> None:
-    """Returns the pages of free chunks inside malloc's heap: an allocation there counts again."""
+    """Gives the free pages of malloc's heap back, so that new allocations in them count."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -112,7 +112,7 @@ def _status(key: str) -> int:
 
 
 class _Counter:
-    """A file that keeps only its size."""
+    """A file that keeps only the number of bytes written to it."""
 
     size = 0
 
@@ -129,7 +129,8 @@ def checkpoint_bytes(state_dict: Any) -> int:
     """Returns the size of the file that ``torch.save`` would make, without making it."""
     file = _Counter()
     checked = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)  # a second a gigabyte, and no bytes
+    # one second for each gigabyte, and nothing is stored
+    torch.serialization.set_crc32_options(False)
     try:
         torch.save(state_dict, file)  # type: ignore[arg-type]
     finally:
@@ -142,7 +143,7 @@ def copy_gb_s(device: torch.device) -> float:
     source = torch.ones(64 << 20, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    # several at a time: the first copy after a synchronisation waits for its launch
+    # several copies: the first one after a synchronisation waits for its launch
     times = [seconds(device, lambda: target.copy_(source), 20) for _ in range(9)]
     return 2 * source.nbytes / statistics.median(times) / 1e9
 
@@ -152,6 +153,6 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    import psutil  # accelerate brings it
+    import psutil  # accelerate depends on psutil
 
     return psutil.virtual_memory().available

@@ -1,4 +1,4 @@
-"""The memory that finetuning a model takes, per optimizer: ``benchmarks/optimizers.py --memory``.
+"""The memory of finetuning a model with each optimizer: ``benchmarks/optimizers.py --memory``.
 
     weights + gradients + optimizer state + the larger of two temporaries:
         activations     what the forward and backward passes hold at their peak
@@ -6,17 +6,18 @@
 
 Weights and gradients are float32, and gradients stay allocated between accumulated passes. The peak
 of the activations is computed operation by operation on fake tensors, which have shapes but no
-memory, under bfloat16 autocast where the device is a GPU. State and the step's temporaries are
-measured: each optimizer steps on one tensor of each shape in the model, and again with a second
-tensor of each shape that occurs more than once. Temporaries that the second tensors add grow with
-the model; the others do not. The CUDA context and the allocator's fragmentation come on top.
+memory. On a GPU this uses bfloat16 autocast. State and the step's temporaries are measured: each
+optimizer steps on one tensor of each shape in the model, and again with a second tensor of each
+shape that occurs more than once. Temporaries that the second tensors add grow with the model; the
+others do not. The CUDA context and the allocator's fragmentation come on top.
 
-``--devices 2 4 8`` also computes what each of several devices holds. Activations are not part of
-it, since every device holds all of its own:
+``--devices 2 4 8`` also computes the bytes on each of several devices, without activations: they
+are the same on every device.
 
-    DDP      all of it, and the gradients a second time, in the buckets that are sent
-    FSDP2    its share, and what is gathered meanwhile: parameters and gradients outside the blocks,
-             two blocks' parameters (one at work, the next on its way) and one block's gradients
+    DDP      all of them, and the gradients a second time, in the buckets that are sent
+    FSDP2    its shards, and the tensors that are gathered: parameters and gradients outside the
+             transformer blocks, the parameters of two blocks (the current one and the next one),
+             and the gradients of one block
 """
 
 import argparse
@@ -40,11 +41,11 @@ from striped_hf.results import environment, markdown_table, write_json
 from striped_hf.trainer.memory import tensor_bytes
 
 CARDS_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 141)
-CONTEXT_GIB = 1  # what CUDA and the kernels themselves take of a card
+CONTEXT_GIB = 1  # the memory of a card that CUDA and the kernels use
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the bytes of all tensors that operations make, while they live."""
+    """Counts the bytes of all tensors that operations make, until they are freed."""
 
     def __init__(self, known: list[torch.Tensor]) -> None:
         super().__init__()
@@ -63,7 +64,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata in self._sizes:
-            return  # a view
+            return  # a view has no memory of its own
         self._sizes[storage._cdata] = storage.nbytes()
         self._live += storage.nbytes()
         self.peak = max(self.peak, self._live)
@@ -81,7 +82,7 @@ def activation_bytes(
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config).train()
             ids = torch.zeros(batch_size, block_size, dtype=torch.long)
-        for _ in range(2):  # in the second pass the gradients are there already
+        for _ in range(2):  # in the second pass the gradients exist already
             known = [ids, *model.parameters(), *model.buffers()]
             known += [param.grad for param in model.parameters() if param.grad is not None]
             with LiveBytes(known) as live:
@@ -93,7 +94,7 @@ def activation_bytes(
 
 
 def optimizer_bytes(peer: Peer, shapes: list[Weight], device: torch.device) -> tuple[int, int]:
-    """Measures an optimizer's state and its step's temporaries for all of the shapes, in bytes."""
+    """Measures the bytes of an optimizer's state and of its step's temporaries for all shapes."""
     kinds = Counter((w.param.shape, w.blocks, w.weight_decay, w.embedding) for w in shapes)
     samples = {(w.param.shape, w.blocks, w.weight_decay, w.embedding): w for w in shapes}
     ones = [samples[kind] for kind in kinds]
@@ -123,7 +124,7 @@ def optimizer_bytes(peer: Peer, shapes: list[Weight], device: torch.device) -> t
 
 
 def gathered_bytes(model: PreTrainedModel) -> int:
-    """Returns what FSDP2 holds whole at a time, in float32, wrapped by the model's own blocks."""
+    """Returns the float32 bytes that FSDP2 gathers at a time, with each block wrapped."""
     names = set(model._no_split_modules or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     sizes = [sum(param.numel() for param in block.parameters()) for block in blocks]
@@ -146,7 +147,7 @@ def budget(
         rows.append(row)
         try:
             row["state"], row["step"] = optimizer_bytes(peer, shapes, device)
-        except Exception as error:  # whatever a peer raises is its reason
+        except Exception as error:  # any error of a peer is the reason in its row
             row["reason"] = one_line(error)
             continue
         row["peak"] = weights + 4 * parameters + row["state"] + max(activations, row["step"])
@@ -164,7 +165,7 @@ def budget(
 
 
 def smallest_card(peak: int) -> str:
-    """Names the smallest card that holds a peak beside the CUDA context."""
+    """Names the smallest card that has room for a peak and the CUDA context."""
     fitting = [card for card in CARDS_GIB if peak <= (card - CONTEXT_GIB) * 2**30]
     return f"{fitting[0]} GiB" if fitting else f"over {CARDS_GIB[-1]} GiB"
 
@@ -198,7 +199,7 @@ def render_memory(results: dict[str, Any]) -> str:
 
 
 def render_devices(results: dict[str, Any], devices: Sequence[int] = (2, 4, 8)) -> str:
-    """Makes the Markdown table of what each of several devices holds, from a budget."""
+    """Makes the Markdown table of the memory on each of several devices, from a budget."""
     header = ("optimizer", "one device", "DDP", *(f"FSDP2 over {n}" for n in devices))
     rows = []
     for row in results["optimizers"]:
@@ -206,7 +207,7 @@ def render_devices(results: dict[str, Any], devices: Sequence[int] = (2, 4, 8)) 
             continue
         whole = results["weights"] + results["gradients"] + row["state"]
         sizes = [whole + row["step"], whole + results["gradients"] + row["step"]]
-        # nothing is gathered any more when the optimizer steps
+        # nothing is gathered while the optimizer steps
         sizes += [whole // n + max(results["gathered"], row["step"] // n) for n in devices]
         rows.append((f"`{row['name']}`", *(f"{size / 2**20:,.0f}" for size in sizes)))
     lines = [

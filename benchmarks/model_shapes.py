@@ -1,4 +1,4 @@
-"""The models whose shapes are measured: built on the meta device, without weights."""
+"""The models of the benchmarks, built on the meta device without weights."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from recipes.pretrain_openwebtext import GPT2_SIZES
 from striped_hf.cli import load_pretrained
 from striped_hf.trainer import param_groups
 
-LLAMA_SIZES = {  # Llama 3.2 1B's, and Llama 3.1 8B's, 70B's and 405B's, as published
+LLAMA_SIZES = {  # the published sizes of Llama 3.2 1B and of Llama 3.1 8B, 70B and 405B
     name: {
         "vocab_size": 128256,
         "hidden_size": hidden,
@@ -42,10 +42,10 @@ WEIGHT_DECAY = 0.1
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter, and what optimizers want to know of it.
+    """One parameter, and its properties that optimizers use.
 
-    ``blocks`` are its packed projections (see ``StripedAdamW``); ``embedding`` tells whether it
-    belongs to the input or output embedding.
+    ``blocks`` divides packed projections (see ``StripedAdamW``); ``embedding`` tells whether the
+    parameter belongs to the input or output embedding.
     """
 
     name: str
@@ -59,7 +59,7 @@ def load_config(name: str) -> PretrainedConfig:
     """Returns the configuration of a model.
 
     Args:
-        name: One of GPT-2's or Llama's sizes, a local folder, or a name on the hub.
+        name: A name in ``GPT2_SIZES`` or ``LLAMA_SIZES``, a local folder, or a name on the hub.
 
     Raises:
         UserError: It is none of them.
@@ -89,7 +89,7 @@ def meta_weights(model: PreTrainedModel) -> list[Weight]:
 
 
 def allocate(weights: list[Weight], device: torch.device, dtype: torch.dtype) -> Iterator[Weight]:
-    """Yields the weights with random parameters and gradients in place of those on meta."""
+    """Yields the weights with random parameters and gradients in place of the meta tensors."""
     generator = torch.Generator(device).manual_seed(0)
     for weight in weights:
         shape = weight.param.shape
@@ -103,5 +103,5 @@ def allocate(weights: list[Weight], device: torch.device, dtype: torch.dtype) ->
 
 
 def slug(name: str) -> str:
-    """Returns a model's name as part of a file's."""
+    """Returns a model's name in the form for file names."""
     return name.rstrip("/").split("/")[-1].replace("-", "_")

@@ -1,7 +1,7 @@
-"""The optimizers that stand beside StripedAdamW in the benchmark, each at its best settings.
+"""The optimizers that the benchmark compares, each with its best settings.
 
-An entry imports its package when it is built, so that what is not installed is one row less. The
-learning rate is small and the same for all: it has no influence on the time of a step.
+A peer imports its package when it is built: a package that is not installed costs only its row. The
+learning rate is small and the same for all. It does not affect the time of a step.
 """
 
 import importlib.metadata
@@ -26,14 +26,14 @@ class Peer:
     """One optimizer of the benchmark.
 
     Args:
-        name: The name of its row.
+        name: The name of its row in the table.
         package: The distribution that contains it.
         build: Makes the optimizer for some weights.
         room: The largest size of its state and its step's temporaries, in bytes per float32
-            parameter. So much memory must be free before it joins the others.
-        gradient_reads: How often its rule must read the gradient in one step: once; twice if the
-            update needs statistics of a whole matrix; three times if it also needs the norm of the
-            update. None if arithmetic, not memory, limits its speed.
+            parameter. The benchmark builds it only while that much memory is free.
+        gradient_reads: How many times its rule must read the gradient in one step: once; twice if
+            the update needs statistics of a whole matrix; three times if it also needs the norm of
+            the update. None if arithmetic, not memory, limits its speed.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Peer:
     gradient_reads: int | None
 
     def version(self) -> str | None:
-        """Returns the installed version of the package; None where it runs from its tree."""
+        """Returns the installed version of the package; None if it is not installed."""
         try:
             return importlib.metadata.version(self.package)
         except importlib.metadata.PackageNotFoundError:
@@ -72,7 +72,7 @@ def states(optimizer: Any) -> dict[Tensor, Any]:
 
 
 def plain_groups(weights: list[Weight]) -> list[dict[str, Any]]:
-    """Returns Trainer's param groups: what decays, and what does not."""
+    """Returns Trainer's two param groups: parameters with weight decay, and without."""
     groups = []
     for decay in sorted({weight.weight_decay for weight in weights}, reverse=True):
         params = [weight.param for weight in weights if weight.weight_decay == decay]
@@ -93,12 +93,12 @@ def adamw_foreach(weights: list[Weight]) -> Any:
 
 
 def adafactor(weights: list[Weight]) -> Any:
-    # torch has foreach kernels for GPUs only; elsewhere it is a loop with more temporaries
+    # torch has foreach kernels only for GPUs; on a CPU foreach is a loop with more temporaries
     return torch.optim.Adafactor(plain_groups(weights), lr=LR, foreach=on_gpu(weights))
 
 
 def muon(weights: list[Weight]) -> Any:
-    # as its documentation says: hidden matrices only, everything else to AdamW
+    # as its documentation says: Muon for hidden matrices, AdamW for everything else
     hidden = [w for w in weights if w.param.dim() == 2 and not w.embedding]
     others = [w for w in weights if w.param.dim() != 2 or w.embedding]
     return ChainedOptimizer(torch.optim.Muon(plain_groups(hidden), lr=LR), adamw_fused(others))
@@ -121,7 +121,7 @@ def bitsandbytes_adamw8bit(weights: list[Weight]) -> Any:
 def torchao_adamw8bit(weights: list[Weight]) -> Any:
     from torchao.optim import AdamW8bit
 
-    return AdamW8bit(plain_groups(weights), lr=LR)  # compiles itself
+    return AdamW8bit(plain_groups(weights), lr=LR)  # it compiles its step itself
 
 
 def torchao_adamw4bit(weights: list[Weight]) -> Any:
@@ -139,14 +139,14 @@ def flashoptim_adamw(weights: list[Weight]) -> Any:
 def optimi_adamw(weights: list[Weight]) -> Any:
     from optimi import AdamW
 
-    return AdamW(plain_groups(weights), lr=LR)  # takes Triton or foreach where they can run
+    return AdamW(plain_groups(weights), lr=LR)  # it chooses Triton or foreach itself
 
 
 def striped(momentum_dtype: str, backend: str, **settings: bool) -> Callable[[list[Weight]], Any]:
-    """Returns what makes a StripedAdamW; ``settings`` are further ones of its own."""
+    """Returns a function that builds a StripedAdamW; ``settings`` are further options of it."""
 
     def build(weights: list[Weight]) -> Any:
-        # a named backend that cannot run is to raise here, with its reason
+        # raises an error with the reason if the named backend cannot run
         resolve(backend, weights[0].param.device.type)
         groups = plain_groups(weights)
         for group in groups:
@@ -175,7 +175,7 @@ LAGGED = ("float32", "int8")
 
 
 def all_peers(backends: list[str]) -> list[Peer]:
-    """Returns every entry, StripedAdamW's once for each of the backends."""
+    """Returns every peer, with StripedAdamW once for each of the backends."""
     entries = list(PEERS)
     for backend in backends:
         suffix = "" if backend == "auto" else f":{backend}"

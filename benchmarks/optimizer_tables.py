@@ -21,7 +21,7 @@ def ratio_cell(row: dict[str, Any]) -> str:
 
 
 def times(row: dict[str, Any]) -> tuple[str, str, str]:
-    """Returns step time, ratio and bandwidth of a row as they may be quoted."""
+    """Returns the step time, ratio and bandwidth of a row, as the table shows them."""
     if not row["usable"]:
         return UNUSABLE, UNUSABLE, UNUSABLE
     return (
@@ -74,10 +74,10 @@ def render(results: dict[str, Any]) -> str:
 
 
 def _label(axes: Any, points: dict[str, tuple[float, float]]) -> None:
-    """Writes each point's name beside it, where it covers no other name and no point."""
+    """Writes each point's name beside it, without covering another name or point."""
     from matplotlib.transforms import Bbox
 
-    axes.figure.canvas.draw()  # only now is known where a point lies
+    axes.figure.canvas.draw()  # the positions of the points are known only now
     places = axes.transData.transform(list(points.values()))
     taken = [Bbox.from_extents(x - 8, y - 8, x + 8, y + 8) for x, y in places]  # pixels
     for name, point in sorted(points.items(), key=lambda item: -item[1][1]):
@@ -91,13 +91,13 @@ def _label(axes: Any, points: dict[str, tuple[float, float]]) -> None:
 
 
 def draw(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draws a point for each optimizer whose time may be quoted: state across, step time up.
+    """Draws a point for each optimizer with a usable time: state on x, step time on y.
 
     Args:
         results: A results file.
         path: The PNG file to write.
     """
-    import matplotlib  # a machine with a GPU only for the benchmark may lack it
+    import matplotlib  # a GPU machine may lack matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt

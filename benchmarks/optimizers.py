@@ -1,4 +1,4 @@
-"""Benchmark optimizers side by side on a model's shapes, or compute what finetuning it takes.
+"""Benchmark optimizers on a model's shapes, or compute the memory of finetuning the model.
 
     make bench                                          # GPT-2's shapes on the CPU, all peers
     python -m benchmarks.optimizers --shapes gpt2-xl --device cuda --dtype bfloat16
@@ -8,7 +8,7 @@
 
 A model is one of gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama-1b, a local folder or a name on the
 hub. Only its configuration is read. Weights and gradients are random, and all optimizers share
-them. An optimizer that cannot run is a row with its reason.
+them. If an optimizer cannot run, its row gives the reason.
 
 For each optimizer it measures:
 
@@ -16,14 +16,15 @@ For each optimizer it measures:
 - first step: includes the allocation of the state, and compilation with empty caches;
 - temporary memory: the peak of a later step above the memory that is kept. On a CPU a separate
   process measures it, with malloc set to return freed memory, so that allocations of C code count;
-- step: in every round each optimizer runs a turn of a few steps. Given are the median of its turns,
-  and the median and quartiles of its ratio to fused AdamW's turn in the same round. A slow
-  optimizer runs in fewer rounds. Where the quartiles of fused AdamW itself differ by more than 15%
-  of its median, the machine was not idle, and no time of the run is quoted;
-- effective GB/s: the bytes that the rule must move, divided by the time. Per parameter these are
-  2 p + k g + 2 s: parameter and state read and written, and the gradient read k times (AdamW 1;
-  2 where sums over a matrix come first; 3 for Adafactor, which also needs the norm of the update).
-  The table also has the bandwidth of a plain copy.
+- step: in every round each optimizer runs a turn of a few steps. The table has the median of its
+  turns, and the median and quartiles of its ratio to fused AdamW's turn in the same round. A slow
+  optimizer runs in fewer rounds. If the quartiles of fused AdamW differ by more than 15% of its
+  median, the machine was not idle, and the table has no time of the run;
+- effective GB/s: the bytes that the rule must move, divided by the time. A parameter needs
+  2 p + k g + 2 s bytes: p bytes of parameter and s bytes of state, read and written, and g bytes of
+  gradient, read k times. k is 1 for AdamW, 2 for rules that first sum over a matrix, and 3 for
+  Adafactor, which also needs the norm of the update. The table also has the bandwidth of a plain
+  copy.
 
 It takes 5 to 10 minutes for GPT-2 in float32 on 2 cores. Run it on an idle machine.
 """
@@ -41,7 +42,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # before torch reads them: the first step is to compile for real
+if __name__ == "__main__":  # before torch reads them: the first step must compile anew
     caches = tempfile.TemporaryDirectory(prefix="optimizers_", ignore_cleanup_errors=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["TRITON_CACHE_DIR"] = caches.name
 
@@ -66,21 +67,21 @@ from striped_hf.optim.backends import BACKENDS, resolve
 from striped_hf.results import environment, write_json
 from striped_hf.trainer.memory import tensor_bytes
 
-# by device: a turn is as many steps as fit, at least one and at most 20
+# by device: a turn has as many steps as fit into it, at least 1 and at most 20
 TURN_SECONDS = {"cpu": 0.4, "cuda": 0.1}
-# of turns in all; an optimizer slower than that sits rounds out ...
+# by device, for all turns of an optimizer together: a slow optimizer has fewer turns, ...
 PEER_SECONDS = {"cpu": 16.0, "cuda": 4.0}
-FEWEST_TURNS = 3  # ... but for these
+FEWEST_TURNS = 3  # ... but at least these
 
 
 @dataclass
 class Contender:
-    """An optimizer, the row being filled, and its times by round, in seconds."""
+    """An optimizer, its row of the results, and its times by round, in seconds."""
 
     peer: Peer
     optimizer: Any = None
     row: dict[str, Any] = field(init=False)
-    steps: int = 1  # a turn
+    steps: int = 1  # in a turn
     turns: int = FEWEST_TURNS
     times: dict[int, float] = field(default_factory=dict)
 
@@ -90,13 +91,13 @@ class Contender:
 
 
 def prepare(peer: Peer, weights: list[Weight], device: torch.device, rounds: int) -> Contender:
-    """Makes an optimizer and measures all but its time, or fills in why it cannot run."""
+    """Makes an optimizer and measures all but its time, or notes why it cannot run."""
     contender = Contender(peer)
     row = contender.row
     try:
         optimizer = contender.optimizer = peer.build(weights)
         row["first_step_s"] = seconds(device, optimizer.step)
-    except Exception as error:  # whatever a peer raises here is its reason
+    except Exception as error:  # any error of a peer is the reason in its row
         contender.optimizer = None
         row["reason"] = reason(error)
         return contender
@@ -107,7 +108,7 @@ def prepare(peer: Peer, weights: list[Weight], device: torch.device, rounds: int
     )
     row["checkpoint_bytes"] = checkpoint_bytes(optimizer.state_dict())
     row["temporary_bytes"] = None
-    if device.type == "cuda":  # on a CPU see temporaries()
+    if device.type == "cuda":  # temporaries() measures them on a CPU
         row["temporary_bytes"] = temporary_bytes(device, optimizer.step)
 
     step = seconds(device, optimizer.step)
@@ -125,7 +126,7 @@ def reason(error: Exception) -> str:
 
 
 def time_in_turns(group: list[Contender], device: torch.device, rounds: int) -> None:
-    """Times the optimizers in turns; round 0 warms up those that run in every round."""
+    """Times the optimizers in turns; round 0 warms up the optimizers that run in every round."""
     for round_ in range(rounds + 1):
         for contender in group[round_ % len(group) :] + group[: round_ % len(group)]:
             turns = contender.turns
@@ -137,7 +138,7 @@ def time_in_turns(group: list[Contender], device: torch.device, rounds: int) -> 
 
 
 def free_memory(device: torch.device) -> None:
-    """Returns the memory of what is no longer in use to the system."""
+    """Gives freed memory back to the system."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -151,7 +152,7 @@ def moved_bytes(row: dict[str, Any], peer: Peer, itemsize: int) -> float | None:
 
 
 def finish(group: list[Contender], parameters: int, itemsize: int) -> None:
-    """Fills in what follows from the times of a group, the first of which is the baseline."""
+    """Computes the times and ratios of a group, whose first optimizer is the baseline."""
     baseline = group[0].times
     usable = is_steady(list(baseline.values()))
     for contender in group:
@@ -185,13 +186,13 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
 
     rows: dict[str, dict[str, Any]] = {}
     while waiting or not rows:
-        # as many at a time as have room, the baseline always among them
+        # each group has as many optimizers as there is room for, and the baseline
         group: list[Contender] = []
         for peer in [baseline, *waiting]:
             need, free = peer.room * parameters, available_bytes(device)
             if peer is not baseline and need > free:
                 if len(group) > 1:
-                    continue  # it waits for the next group
+                    continue  # the peer waits for the next group
                 entry = Contender(peer)
                 entry.row["reason"] = (
                     f"may take {need / 2**30:.1f} GiB beside AdamW, and {free / 2**30:.1f} are free"
@@ -203,7 +204,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
                 group.append(entry)
             elif peer is baseline:
                 raise UserError(f"{BASELINE} cannot run: {entry.row['reason']}")
-            rows.setdefault(peer.name, entry.row)  # the baseline's is its first group's
+            rows.setdefault(peer.name, entry.row)  # the baseline's row is from the first group
             waiting = [other for other in waiting if other is not peer]
         time_in_turns(group, device, args.rounds)
         finish(group, parameters, dtype.itemsize)
@@ -213,7 +214,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     if device.type == "cpu":
         del weights
         free_memory(device)
-        # last, so that what compiles finds the first step's caches
+        # last: compilers then find the cache of the first step
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as process:
             for name, found in process.submit(temporaries, args).result().items():
@@ -226,7 +227,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
 def described(
     args: argparse.Namespace, parameters: int, bandwidth: float, rows: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Returns what the results file holds of the optimizers that have a row by now."""
+    """Returns the content of the results file, for the optimizers that have a row by now."""
     return {
         "environment": environment(args.device),
         "shapes": args.shapes,
@@ -257,7 +258,7 @@ def temporaries(args: argparse.Namespace) -> dict[str, int | None]:
         try:
             optimizer = peer.build(weights)
             optimizer.step()
-        except Exception:  # its row has the reason
+        except Exception:  # the row has the reason
             continue
         found[peer.name] = temporary_bytes(device, optimizer.step)
         del optimizer
@@ -265,9 +266,10 @@ def temporaries(args: argparse.Namespace) -> dict[str, int | None]:
 
 
 def chosen(args: argparse.Namespace) -> list[Peer]:
-    """Returns the optimizers asked for, the baseline first."""
+    """Returns the optimizers that the command line names, the baseline first."""
     peers = all_peers(args.backend)
-    names = list(dict.fromkeys(peer.name.split(":")[0] for peer in peers))  # without the backend
+    # the names of the peers, without the backend
+    names = list(dict.fromkeys(peer.name.split(":")[0] for peer in peers))
     for name in args.optimizers or []:
         if name not in names:
             raise UserError(f"{name} is no optimizer here: choose among {', '.join(names)}")
@@ -280,22 +282,34 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     job = parser.add_mutually_exclusive_group()
-    job.add_argument("--shapes", metavar="MODEL", default="gpt2", help="benchmark on its shapes")
-    job.add_argument("--memory", metavar="MODEL", help="print the memory that finetuning it takes")
     job.add_argument(
-        "--render", metavar="FILE", help="print a results file's table and draw its plot beside it"
+        "--shapes", metavar="MODEL", default="gpt2", help="the model whose shapes to benchmark"
+    )
+    job.add_argument("--memory", metavar="MODEL", help="print the memory of finetuning this model")
+    job.add_argument(
+        "--render",
+        metavar="FILE",
+        help="print the table of this results file, and draw its plot beside the file",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=["auto"])
     parser.add_argument(
-        "--optimizers", nargs="+", metavar="NAME", help="these only, and fused AdamW"
+        "--optimizers", nargs="+", metavar="NAME", help="measure only these and fused AdamW"
     )
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--batch_size", type=int, default=1, help="for --memory: sequences a pass")
-    parser.add_argument("--block_size", type=int, default=1024, help="for --memory: their tokens")
     parser.add_argument(
-        "--devices", nargs="+", type=int, metavar="N", help="for --memory: on each of so many, too"
+        "--batch_size", type=int, default=1, help="for --memory: sequences in a forward pass"
+    )
+    parser.add_argument(
+        "--block_size", type=int, default=1024, help="for --memory: tokens in a sequence"
+    )
+    parser.add_argument(
+        "--devices",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="for --memory: also the memory on each of so many devices",
     )
     parser.add_argument("--results", help="default: benchmarks/results/, named after the run")
     return parser.parse_args()
@@ -310,7 +324,7 @@ def main() -> None:
         draw(results, path.with_suffix(".png"))
         return
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no CUDA device here: pass --device cpu")
+        raise UserError("there is no CUDA device: pass --device cpu")
     if args.memory:
         return_freed_memory()
         run_memory(args, chosen(args))

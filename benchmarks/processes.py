@@ -6,9 +6,10 @@
         --gradient_accumulation_steps 4 --batch_size_warmup 20480 --max_steps 40 \\
         --warmup_steps 10 --eval_steps 20 --save_steps 20
 
-The arguments after `--` go to the recipe. The processes share the window batch, so every run sees
-the same windows in each step. Each process has one thread; without a GPU they run on the CPU. It
-writes benchmarks/results/pretrain_novels.json, and a table in docs/ is rendered from that file.
+The arguments after `--` go to the recipe. The processes share each batch, so every run sees the
+same windows in each step. Each process has one thread. Without a GPU the processes run on the CPU.
+The results go to benchmarks/results/pretrain_novels.json, and a table in docs/ comes from that
+file.
 """
 
 import argparse
@@ -28,7 +29,7 @@ CONFIG = Path(__file__).resolve().parents[1] / "recipes" / "accelerate" / "ddp.y
 
 
 def train(args: argparse.Namespace, optim: str, processes: int) -> dict[str, Any]:
-    """Runs the recipe; returns what it measured, with the loss of every step."""
+    """Runs the recipe; returns its measurements and the loss of every step."""
     folder = args.output_dir / f"{optim}-{processes}"
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
     launch += ["--num_processes", str(processes)]
@@ -46,7 +47,7 @@ def train(args: argparse.Namespace, optim: str, processes: int) -> dict[str, Any
 
 
 def render(results: dict) -> str:
-    """Makes the Markdown table of a results file: the differences are those to the first run."""
+    """Makes the Markdown table of a results file; differences are from the first run."""
     rows = []
     for measured in results["runs"]:
         first = next(r for r in results["runs"] if r["optim"] == measured["optim"])
@@ -76,7 +77,10 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], metavar="N")
     parser.add_argument(
-        "--batch_size", type=int, required=True, help="windows a forward pass, on all processes"
+        "--batch_size",
+        type=int,
+        required=True,
+        help="windows in a forward pass, of all processes together",
     )
     parser.add_argument("--optim", nargs="+", default=["adamw_torch_fused", "striped_adamw_8bit"])
     parser.add_argument("--output_dir", type=Path, default=Path("out", "processes"))
@@ -87,7 +91,7 @@ def main() -> None:
     args.recipe_flags = own[behind + 1 :]
     if uneven := [n for n in args.processes if n < 1 or args.batch_size % n]:
         raise UserError(
-            f"--batch_size {args.batch_size} cannot be shared evenly by {uneven[0]} processes: "
+            f"--batch_size {args.batch_size} does not divide evenly among {uneven[0]} processes: "
             "pass a multiple of every number of --processes"
         )
     runs = [train(args, optim, n) for optim in args.optim for n in args.processes]

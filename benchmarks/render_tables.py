@@ -4,7 +4,7 @@
 
 The pages are README.md, recipes/README.md, benchmarks/*.md and docs/*.md. A table's place is
 between `<!-- begin NAME -->` and `<!-- end NAME -->`, and each table of ``TABLES`` has exactly one
-place. Where there is no results file yet, the place says so. The plots go into docs/plots/.
+place. If there is no results file yet, the place says so. The plots go into docs/plots/.
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import (
+    convolutions,
     gpu_parts,
     memory_budget,
     optimizer_tables,
@@ -43,10 +44,10 @@ class PageTable(NamedTuple):
 
     Args:
         render: Makes the Markdown from the contents of ``files``, one argument each.
-        files: The results files without ``.json``; empty for the one with the table's own name.
+        files: The results files without ``.json``; if empty, the one file with the table's name.
         draw: Draws the plot of the first file, named like the table.
-        shows_plot: Whether the plot belongs into the place. Elsewhere the page's text embeds it.
-        unmeasured: What the place shows while a results file is missing.
+        shows_plot: Whether the place shows the plot. Otherwise the page's text embeds it.
+        unmeasured: The text of the place while a results file is missing.
     """
 
     render: Callable[..., str]
@@ -80,6 +81,8 @@ TABLES = {
     "zero_shot_stories260k": PageTable(eval_zero_shot.render),
     # memory and time
     "state_bytes": PageTable(state_bytes.render, draw=short_tables.draw_state_bytes),
+    "convolution_models": PageTable(convolutions.render_models, ("state_bytes_convolutions",)),
+    "parameter_shapes": PageTable(convolutions.render_shapes, ("state_bytes_convolutions",)),
     "memory_gpt2_xl_cpu": PageTable(memory_budget.render_devices),
     ONE_DIE: OPTIMIZERS,
     TWO_DIES: OPTIMIZERS,
@@ -96,7 +99,7 @@ TABLES = {
 
 
 def pages() -> list[Path]:
-    """Lists the Markdown files that are read by users."""
+    """Lists the Markdown pages."""
     return [
         REPOSITORY / "README.md",
         REPOSITORY / "recipes" / "README.md",
@@ -106,7 +109,7 @@ def pages() -> list[Path]:
 
 
 def read_results(name: str) -> list[Results] | None:
-    """Returns the results that a table is made of; None where a file is missing."""
+    """Returns the results of a table's files; None if a file is missing."""
     paths = [RESULTS / f"{file}.json" for file in TABLES[name].files or (name,)]
     if not all(path.is_file() for path in paths):
         return None
@@ -121,7 +124,7 @@ def has_plot(name: str, results: list[Results]) -> bool:
 
 
 def render_place(name: str, folder: Path) -> str:
-    """Returns the Markdown of a table for a page in ``folder``, with the line of its origin."""
+    """Returns the Markdown of a table, and where it was measured, for a page in ``folder``."""
     table, results = TABLES[name], read_results(name)
     if results is None:
         return table.unmeasured
@@ -140,7 +143,7 @@ def render_place(name: str, folder: Path) -> str:
 
 
 def render(texts: Mapping[Path, str]) -> dict[Path, str]:
-    """Returns the pages' texts with every table as its results files have it.
+    """Returns the texts of the pages with every table rendered from its results files.
 
     Args:
         texts: The text of each page.

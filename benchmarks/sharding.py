@@ -1,11 +1,11 @@
-"""Compare StripedAdamW's steps on sharded parameters with those of one process.
+"""Compare StripedAdamW's steps on sharded parameters with its steps on whole parameters.
 
     python -m benchmarks.sharding     # 2, 3 and 4 processes on this machine, two minutes
 
 Every process has its shards of some parameters. The first process also has the same parameters
-whole. Both get the same gradients for 50 steps. The results are the largest differences for each
-momentum format, backend and way of sharding. They go to benchmarks/results/sharding_cpu.json, and
-the table in docs/ comes from that file.
+whole. Shards and whole parameters get the same gradients for 50 steps. The results are the largest
+differences for each momentum format, backend and way of sharding. They go to
+benchmarks/results/sharding_cpu.json, and the table in docs/ comes from that file.
 """
 
 import argparse
@@ -34,7 +34,7 @@ ROWS, COLUMNS = (Shard(0),), (Shard(1),)
 
 
 class Case(NamedTuple):
-    """One way of sharding, and what is sharded so: shapes with their blocks."""
+    """One way of sharding, and the shapes and blocks of the parameters that it shards."""
 
     name: str
     placements: tuple[Placement, ...]
@@ -73,7 +73,7 @@ def main() -> None:
                 work,
                 (processes, args.steps, folder),
                 nprocs=processes,
-                start_method="fork",  # which need not import everything again
+                start_method="fork",  # a fork need not import everything again
             )
             rows += torch.load(Path(folder, "rows.pt"), weights_only=True)
     results = {"environment": environment("cpu"), "steps": args.steps, "comparisons": rows}
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def work(rank: int, processes: int, steps: int, folder: str) -> None:
-    """What each process does; the first one leaves the differences in ``folder``."""
+    """Runs in each process; the first one writes the differences into ``folder``."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -102,7 +102,7 @@ def work(rank: int, processes: int, steps: int, folder: str) -> None:
             rows.append({**kind, "momentum": momentum_dtype, "backend": backend, **differences})
     if rank == 0:
         torch.save(rows, Path(folder, "rows.pt"))
-    dist.barrier()  # gloo aborts where a process is gone while another still talks to it
+    dist.barrier()  # gloo aborts if a process ends while another one still sends to it
     dist.destroy_process_group()
 
 
@@ -126,7 +126,7 @@ def compare(
         StripedAdamW(
             [{"params": ps, "blocks": [blocks for _, blocks in case.parameters]}],
             lr=1e-2,
-            # averages would soon have more digits than float32 adds up exactly
+            # the digits of averages would soon be too many for exact sums in float32
             betas=(0.9, 0.0) if case.exact else (0.9, 0.99),
             momentum_dtype=momentum_dtype,
             backend=backend,
@@ -135,7 +135,7 @@ def compare(
     ]
     for step in range(steps):
         for i, (p, q) in enumerate(zip(whole, sharded, strict=True)):
-            if i == 1 and step % 5 == 3:  # not every parameter has a gradient at every step
+            if i == 1 and step % 5 == 3:  # some parameters have no gradient in some steps
                 p.grad = q.grad = None
                 continue
             p.grad = gradient(p.shape, generator, case.exact)
@@ -166,7 +166,7 @@ def largest_differences(whole: StripedAdamW, sharded: StripedAdamW) -> dict[str,
 
 
 def shard(x: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
-    """Cuts this process's part out of what every process has whole; nothing is exchanged."""
+    """Shards a tensor that every process has whole, without communication."""
     return distribute_tensor(x, mesh, placements, src_data_rank=None)
 
 
@@ -192,7 +192,7 @@ def note(differences: dict[str, float], key: str, value: Tensor) -> None:
 
 
 def render(results: dict) -> str:
-    """Makes the Markdown table of a results file: the larger difference of both backends."""
+    """Makes the Markdown table of a results file, with the larger difference of both backends."""
     header = ("sharded", "processes", *MOMENTUM_DTYPES, "stripes", "codes")
     rows = []
     kinds = dict.fromkeys((row["sharding"], row["processes"]) for row in results["comparisons"])

@@ -3,7 +3,7 @@
     python -m benchmarks.sharding_scale     # arithmetic, and GPT-2 on 2 and 3 processes; 3 minutes
 
 Parameters are float32 and sharded by rows over all N devices, as in FSDP2. For a matrix of R rows
-and C columns in br x bc blocks, the device with the most keeps
+and C columns in br x bc blocks, the device with the most rows keeps
 
     momentum      ceil(R / N) rows, with 4, 2, 1.03 or 0.53 bytes per element
     row stripe    4 ceil(R / N) bc bytes
@@ -69,13 +69,13 @@ def main() -> None:
 
 
 def local_elements(weight: Weight, devices: int) -> int:
-    """Returns how many elements the device with the most has of a parameter."""
+    """Returns how many elements of a parameter are on the device with the most of them."""
     rows, *rest = weight.param.shape or (1,)
     return -(-rows // devices) * math.prod(rest)
 
 
 def local_state(weight: Weight, momentum_dtype: str, devices: int) -> int:
-    """Returns the bytes of state that the device with the most has of a parameter."""
+    """Returns the bytes of a parameter's state on the device with the most of them."""
     rows, *rest = weight.param.shape or (1,)
     part = torch.empty(-(-rows // devices), *rest, device="meta")
     row_blocks, col_blocks = weight.blocks
@@ -107,7 +107,7 @@ def measure(processes: int) -> float:
 
 
 def work(rank: int, processes: int, folder: str) -> None:
-    """What each process does: steps on its shards, and counts what it writes meanwhile."""
+    """Runs in each process: steps on its shards, and counts the bytes that it writes meanwhile."""
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=processes)
@@ -116,7 +116,7 @@ def work(rank: int, processes: int, folder: str) -> None:
     weights = meta_weights(meta_model(MEASURED))
     for weight in allocate(weights, torch.device("cpu"), torch.float32):
         tensors = (weight.param.detach(), weight.param.grad)
-        # every process drew the same: none need be sent
+        # every process drew the same values: none need be sent
         param, grad = (
             distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None) for tensor in tensors
         )
@@ -135,7 +135,7 @@ def work(rank: int, processes: int, folder: str) -> None:
 
 
 def written_bytes() -> int:
-    """Returns the bytes that this process has written so far, to sockets among others."""
+    """Returns the bytes that this process has written so far, to sockets and files."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(dict(line.split(": ") for line in lines)["wchar"])
 

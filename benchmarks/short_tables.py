@@ -12,7 +12,7 @@ from recipes.compare_optimizers import groups
 from striped_hf.results import markdown_table
 
 OPTIMS = ("adamw_torch_fused", "striped_adamw", "striped_adamw_8bit", "striped_adamw_4bit")
-# fused AdamW, 8 bits here, and the packages with AdamW in 8 bits
+# fused AdamW, StripedAdamW in 8 bits, and 8-bit AdamW of other packages
 PEERS = ("adamw_fused", "striped_int8", "bitsandbytes_adamw8bit", "torchao_adamw8bit")
 FORMATS = {"adamw": "AdamW", "float32": "float32", "int8": "8-bit", "int4": "4-bit"}
 
@@ -49,7 +49,7 @@ def losses(comparison: dict[str, Any]) -> str:
     header = ("optimizer", *(f"{words[kind]}, lr {rate:g}" for kind, rate in columns))
     rows = [(f"`{name}`", *(cell(name, column) for column in columns)) for name in OPTIMS]
     seeds = {len(runs) for (name, _), runs in groups(comparison).items() if name in OPTIMS}
-    (count,) = seeds  # the comparison is fair only with as many seeds for each
+    (count,) = seeds  # the comparison is fair only if each optimizer has the same number of seeds
     spread = max(
         max(run["eval_loss"] for run in runs) - min(run["eval_loss"] for run in runs)
         for (name, _), runs in groups(comparison).items()
@@ -97,7 +97,7 @@ def draw_state_bytes(results: dict[str, Any], path: str | os.PathLike[str]) -> N
         axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
     axes.set_yticks(range(len(results["models"])), [model["name"] for model in results["models"]])
     axes.invert_yaxis()
-    axes.margins(x=0.08)  # for the labels
+    axes.margins(x=0.08)  # room for the labels
     axes.set(xlabel="optimizer state, GiB", title="optimizer state of GPT-2's four sizes")
     axes.legend()
     partial = f"{path}.partial"
@@ -141,7 +141,7 @@ def step_time(one_die: dict[str, Any], two_dies: dict[str, Any]) -> str:
 
 
 def sample(results: dict[str, Any]) -> str:
-    """Makes the text that a trained model wrote, with the losses of its run."""
+    """Formats the text that a trained model wrote, with the losses of its run."""
     return (
         f"Train loss {results['train_loss']:.4f}, validation loss {results['eval_loss']:.4f}.\n\n"
         f"```text\n{results['text'].strip()}\n```"

@@ -6,25 +6,28 @@ AdamW keeps two float32 numbers per parameter. For StripedAdamW, the script init
 torch's meta device, with Trainer's param groups, and counts the bytes of its tensors.
 """
 
-from transformers import PreTrainedModel
+import torch
+from torch import nn
 
 from benchmarks.model_shapes import meta_model
 from recipes.pretrain_openwebtext import GPT2_SIZES
+from striped_hf.optim import StripedAdamW
 from striped_hf.optim.momentum import MOMENTUM_DTYPES
-from striped_hf.optim.state import init_state
+from striped_hf.optim.state import description_of, zero_state
 from striped_hf.results import environment, markdown_table, write_json
 from striped_hf.trainer import param_groups
 
 RESULTS = "benchmarks/results/state_bytes.json"
 
 
-def count(model: PreTrainedModel, momentum_dtype: str) -> int:
+def count(model: nn.Module, momentum_dtype: str) -> int:
     """Returns the bytes of StripedAdamW's state for a model on the meta device."""
+    optimizer = StripedAdamW(param_groups(model, weight_decay=0.1), momentum_dtype=momentum_dtype)
     return sum(
         value.nbytes
-        for group in param_groups(model, weight_decay=0.1)
-        for (_, param), blocks in zip(group["params"], group["blocks"], strict=True)
-        for value in init_state(param, momentum_dtype, blocks).values()
+        for group in optimizer.param_groups
+        for position in range(len(group["params"]))
+        for value in zero_state(description_of(group, position), torch.device("meta")).values()
     )
 
 

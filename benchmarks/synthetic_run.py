@@ -1,6 +1,6 @@
-"""Shared by the benchmarks of training: a Trainer that only trains, on random tokens.
+"""A Trainer for benchmarks of training: it only trains, on random tokens.
 
-It downloads, saves, evaluates and reports nothing. The model starts from random weights.
+It downloads, saves, evaluates and reports nothing.
 """
 
 from collections.abc import Sequence

@@ -22,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-# before the packages of an extra: this import explains a missing one
+# imported before the packages of an extra, to explain a missing one
 from striped_hf.cli import run
 
 # isort: split
@@ -39,13 +39,13 @@ from striped_hf.results import environment, markdown_table, write_json
 SCRIPT = Path(__file__).resolve().parents[1] / "data_scripts" / "openwebtext.py"
 RESULTS = "benchmarks/results/openwebtext_novels.json"
 VARIANTS = {"the plain loop": 0, "one process encodes": 1, "two processes encode": 2}
-REPEATS = (1, 4)  # how often the memory's data has the file
-ROW_GROUP = 1000  # rows, as `datasets` writes parquet; a group is read at once
+REPEATS = (1, 4)  # how many copies of the file the second memory measurement reads
+ROW_GROUP = 1000  # rows, as in `datasets`' parquet files; the script reads one row group at a time
 SAMPLE_S = 0.05
 
 
 def plain_loop(documents: datasets.Dataset, path: Path) -> int:
-    """Encodes one document after another; returns the tokens."""
+    """Encodes one document after another; returns the number of tokens."""
     encoding = tiktoken.get_encoding("gpt2")
     tokens = 0
     with path.open("wb") as file:
@@ -75,12 +75,12 @@ def encode(file: str, num_proc: int) -> dict[str, float]:
 
 
 def measure_speed(file: str, rounds: int) -> list[dict[str, Any]]:
-    """Has the variants take turns; returns them with every turn's times."""
+    """Runs the variants in turns; returns them with the times of every turn."""
     rows: list[dict[str, Any]] = [
         {"variant": variant, "num_proc": num_proc, "turns": []}
         for variant, num_proc in VARIANTS.items()
     ]
-    fork = multiprocessing.get_context("fork")  # what it measures runs on Linux only anyway
+    fork = multiprocessing.get_context("fork")  # the benchmark runs only on Linux
     for row in tqdm([row for _ in range(rounds) for row in rows], unit=" turns"):
         with ProcessPoolExecutor(max_workers=1, mp_context=fork) as process:
             row["turns"].append(process.submit(encode, file, row["num_proc"]).result())
@@ -90,7 +90,7 @@ def measure_speed(file: str, rounds: int) -> list[dict[str, Any]]:
 
 
 def measure_memory(file: str, repeat: int) -> dict[str, Any]:
-    """Runs the script on a file's documents, several times over; returns the peak of its memory."""
+    """Runs the script on several copies of a file's documents; returns its peak memory."""
     table = pq.read_table(file)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "documents.parquet")
@@ -115,14 +115,14 @@ def measure_memory(file: str, repeat: int) -> dict[str, Any]:
 
 
 def tree_bytes(pid: int) -> int:
-    """Sums up the memory of a process and its descendants; what they share counts once."""
+    """Sums up the memory of a process and its descendants; shared memory counts once."""
     total = 0
     try:
         root = psutil.Process(pid)
         for process in (root, *root.children(recursive=True)):
             total += process.memory_full_info().pss
     except psutil.NoSuchProcess:
-        pass  # it has just ended
+        pass  # the process has just ended
     return total
 
 

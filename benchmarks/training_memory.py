@@ -1,14 +1,14 @@
-"""Measure the memory and the time of training a model from random weights, per optimizer.
+"""Measure the memory and time of training a model with each optimizer, from random weights.
 
     python -m benchmarks.training_memory --device cuda                      # GPT-2 XL's finetuning
     python -m benchmarks.training_memory --device cuda --model gpt2 --batch_size 16 --accumulation 1
 
-The setting is that of finetune_shakespeare.py (1 window x 1,024 tokens x 32 accumulation steps), on
-random tokens, with bfloat16 autocast on a GPU; nothing is downloaded. Each optimizer trains in a
-process of its own, and its peak memory is measured. On a GPU this is the peak of torch's allocator.
-On a CPU it is the peak of the process above its memory before it made the model; malloc keeps no
-freed memory there, which makes the steps slower. The table also has the prediction of
-`optimizers.py --memory`.
+The defaults are the settings of finetune_shakespeare.py (1 window x 1,024 tokens x 32 accumulation
+steps), with random tokens. A GPU uses bfloat16 autocast. Nothing is downloaded. Each optimizer
+trains in a separate process, whose peak memory is measured. On a GPU this is the peak of torch's
+allocator. On a CPU it is the peak of the process, minus its memory before it made the model.
+malloc keeps no freed memory there, which makes the steps slower. The table also has the prediction
+of `optimizers.py --memory`.
 """
 
 import argparse
@@ -31,19 +31,20 @@ from striped_hf.results import environment, markdown_table, write_json
 from striped_hf.trainer.callbacks import RunMeasurements
 from striped_hf.trainer.memory import peak_memory_mib
 
-OPTIMIZERS = {  # by the names that Trainer knows, and what the benchmark calls them
+OPTIMIZERS = {  # Trainer's names, and the names of the peers
     "adamw_torch_fused": "adamw_fused",
     "striped_adamw": "striped_float32",
     "striped_adamw_8bit": "striped_int8",
     "striped_adamw_4bit": "striped_int4",
 }
-# What the origin of this project measured on an A100, in the setting of finetune_shakespeare.py
+# peak memory that this project's origin measured on an A100, with finetune_shakespeare.py's
+# settings
 ORIGIN_MIB = {"AdamW, origin, A100": 40311, "its own optimizer, A100": 33107}
 ORIGIN_SETTING = ("gpt2-xl", 1, 32, 1024)
 
 
 def train(optim: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Trains for a few steps and returns what was measured; runs in a process of its own."""
+    """Trains for a few steps and returns the measurements; runs in a separate process."""
     on_gpu = args.device == "cuda"
     windows_per_step = args.batch_size * args.accumulation
     set_seed(DEFAULTS["seed"])
@@ -81,7 +82,7 @@ def train(optim: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace, path: str) -> dict[str, Any]:
-    """Trains with each optimizer in turn and predicts its memory; writes what it has each time."""
+    """Trains with each optimizer and predicts its memory; writes the results after each."""
     setting = ("model", "batch_size", "accumulation", "block_size", "steps")
     results: dict[str, Any] = {
         "environment": environment(args.device),
@@ -97,7 +98,7 @@ def measure(args: argparse.Namespace, path: str) -> dict[str, Any]:
         try:
             with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as process:
                 row |= process.submit(train, optim, args).result()
-        except Exception as error:  # out of memory, say; the others go on
+        except Exception as error:  # such as too little memory; the other optimizers still run
             row["reason"] = one_line(error) or type(error).__name__
         write_json(path, results)
 
@@ -149,7 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="gpt2-xl", help="as optimizers.py takes it")
+    parser.add_argument("--model", default="gpt2-xl", help="a model, as for optimizers.py")
     parser.add_argument(
         "--optim", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS)[:3], metavar="NAME"
     )
@@ -161,7 +162,7 @@ def main() -> None:
     parser.add_argument("--results", help="default: benchmarks/results/, named after the run")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no CUDA device here: pass --device cpu")
+        raise UserError("there is no CUDA device: pass --device cpu")
     name = f"training_{slug(args.model)}_{args.device}.json"
     results = measure(args, args.results or f"benchmarks/results/{name}")
     print(render(results))

@@ -1,19 +1,19 @@
-"""Time a training step: with and without what makes it fast, beside a plain loop and nanoGPT.
+"""Time a training step with and without each feature that makes it fast, a plain loop, and nanoGPT.
 
     python -m benchmarks.training_step                             # the CPU command's sizes
     python -m benchmarks.training_step --preset gpt2               # 124M, 12 x 1,024 tokens; GPU
-    python -m benchmarks.training_step --against ~/nanoGPT         # and its train.py
+    python -m benchmarks.training_step --against ~/nanoGPT         # also nanoGPT's train.py
     python -m benchmarks.training_step --profile out/profile       # where the time goes
 
-Each variant trains in its own process, from random weights on random tokens. On a CPU the
-processes are stopped, and each runs for one turn in every round: other work on the machine then
+Each variant trains in a separate process, from random weights on random tokens. On a CPU the
+processes are paused, and each runs for one turn in every round: other work on the machine then
 affects all variants alike. On a GPU one variant runs after another. A variant's time is the median
 of its turns. A turn is timed between logs, when the device has finished all queued work, and its
-first log is left out. Turns are short, so that the turns of one round can be compared even where
-the machine's speed changes from minute to minute. --against runs the train.py of a nanoGPT
-checkout at the same sizes, in the same turns. Memory is measured in a separate run: the peak of
-three steps above the process's memory before it made the model (on a GPU, the peak of torch's
-allocator). Run it on an idle machine.
+first log is left out. Turns are short: the turns of one round are comparable even if the machine's
+speed changes from minute to minute. --against runs the train.py of a nanoGPT checkout at the same
+sizes, in the same turns. Memory is measured in a separate run of three steps. On a GPU it is the
+peak of torch's allocator. On a CPU it is the peak of the process, minus its memory before it made
+the model. Run the benchmark on an idle machine.
 """
 
 import argparse
@@ -48,7 +48,7 @@ SIZES = {
     "gpt2": dict(zip(KEYS, (12, 12, 768, 1024, 0.0, 12), strict=True))
     | {"vocab_size": 50257, "activation_function": "gelu_pytorch_tanh"},
 }
-FEATURES = {  # what each is called in the table
+FEATURES = {  # the name of each feature in the table
     "gelu": "GELU in one operation (with `gelu_new`)",
     "sdpa": "SDPA (with eager attention)",
     "chunked_loss": "the loss in chunks",
@@ -59,7 +59,7 @@ FEATURES = {  # what each is called in the table
 
 
 def variants(args: argparse.Namespace) -> list[Variant]:
-    """Lists what is to be timed: the recipe first, with which the others are compared."""
+    """Lists the variants: the recipe first, the baseline of the others."""
     sizes = SIZES[args.preset]
     features = ["gelu", "sdpa", "watching"]
     if is_worthwhile(sizes["block_size"] * sizes[KEYS[-1]], sizes["vocab_size"]):
@@ -100,18 +100,21 @@ def worker(settings: dict[str, Any]) -> list[str]:
 
 
 def nanogpt(checkout: Path, args: argparse.Namespace, folder: Path) -> Variant:
-    """Makes the command of nanoGPT's train.py at the same sizes, on random tokens in ``folder``."""
+    """Makes the variant of nanoGPT's train.py at the same sizes, on random tokens in ``folder``."""
     if not (checkout / "train.py").is_file():
-        raise UserError(f"--against {checkout}: has no train.py; pass a checkout of nanoGPT")
+        raise UserError(
+            f"--against {checkout}: this folder has no train.py; pass a checkout of nanoGPT"
+        )
     sizes = SIZES[args.preset]
     tokens = np.random.default_rng(0).integers(sizes["vocab_size"], size=1 << 20, dtype=np.uint16)
     for split in ("train", "val"):
         tokens.tofile(folder / f"{split}.bin")
-    if sizes["vocab_size"] != SIZES["gpt2"]["vocab_size"]:  # GPT-2's is its default
+    # without it, nanoGPT uses GPT-2's vocabulary
+    if sizes["vocab_size"] != SIZES["gpt2"]["vocab_size"]:
         (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": sizes["vocab_size"]}))
     on_gpu = args.device == "cuda"
     settings = {
-        "dataset": folder,  # an absolute path, which replaces the one that it would be joined to
+        "dataset": folder,  # an absolute path replaces nanoGPT's data/, to which it is joined
         "out_dir": folder / "out",
         "device": args.device,
         "compile": on_gpu,
@@ -125,13 +128,13 @@ def nanogpt(checkout: Path, args: argparse.Namespace, folder: Path) -> Variant:
         "log_interval": args.steps_per_line,
     }
     flags = [f"--{key}={value}" for key, value in settings.items()]
-    # its configurator opens files in the folder where it runs
+    # its configurator opens files in the current folder
     command = [sys.executable, "train.py", *flags]
     return Variant("nanoGPT's `train.py`", command, r"iter \d+: loss", cwd=checkout)
 
 
 def memory_mib(variant: Variant) -> float | None:
-    """Runs a few steps of a variant by themselves; None where its memory cannot be measured."""
+    """Measures the memory of a few steps of a variant; None if that is not possible."""
     if variant.settings is None or variant.settings["loop"] != "trainer":
         return None
     command = worker(variant.settings | {"memory": True})
@@ -144,8 +147,8 @@ def memory_mib(variant: Variant) -> float | None:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Times all variants, then measures their memory; writes the results file.
 
-    On a GPU, whose memory may not hold two of them, one variant runs after another, and the file is
-    written after each. Elsewhere all take turns.
+    A GPU may not have memory for two variants: there one runs after another, and the file is
+    written after each. On a CPU the variants run in turns.
     """
     timed: list[Variant] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -166,7 +169,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def summarize(timed: list[Variant], args: argparse.Namespace) -> dict[str, Any]:
-    """Returns what the results file holds of variants that were timed, the recipe first."""
+    """Returns the content of the results file for variants that were timed, the recipe first."""
     sizes, first = SIZES[args.preset], timed[0]
     constants = first.printed[0]
     tokens = sizes["block_size"] * sizes[KEYS[-1]]
@@ -196,7 +199,7 @@ def summarize(timed: list[Variant], args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parts_ms(variant: Variant) -> dict[str, float] | None:
-    """Returns the median of each part's milliseconds in a step, over all that was printed."""
+    """Returns the median milliseconds of each part of a step, over all printed lines."""
     printed = [line["parts_ms"] for line in variant.printed[1:] if "parts_ms" in line]
     if not printed:
         return None
@@ -254,25 +257,38 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", choices=SIZES, default="cpu", help="the sizes")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU, if there")
-    parser.add_argument("--variants", nargs="+", metavar="WORD", help="only those with such names")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: the GPU, if there is one"
+    )
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        metavar="WORD",
+        help="only the variants with one of these texts in the name",
+    )
     parser.add_argument("--against", type=Path, metavar="PATH", help="a checkout of nanoGPT")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--steps", type=int, default=10, help="steps in each turn")
-    parser.add_argument("--peak_tflops", type=float, help="the device's, where its table has none")
-    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="profile the recipe instead")
+    parser.add_argument(
+        "--peak_tflops", type=float, help="the GPU's peak, if it is not in the table of GPUs"
+    )
+    parser.add_argument(
+        "--profile", type=Path, metavar="FOLDER", help="only profile the recipe, into this folder"
+    )
     parser.add_argument("--results", help="default: benchmarks/results/, named after the run")
     args = parser.parse_args()
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no CUDA device here: pass --device cpu")
+        raise UserError("there is no CUDA device: pass --device cpu")
     if args.rounds < 1 or args.steps < 1:
         raise UserError(f"--rounds {args.rounds} --steps {args.steps}: each must be at least 1")
     args.steps_per_line = min(10, args.steps)
     args.steps -= args.steps % args.steps_per_line
     if not variants(args):
-        raise UserError(f"--variants {' '.join(args.variants)}: no variant has that in its name")
+        raise UserError(
+            f"--variants {' '.join(args.variants)}: no variant has one of these texts in its name"
+        )
     if args.profile:
         settings = variants(args)[0].settings
         assert settings is not None

@@ -1,4 +1,5 @@
-"""Train for training_step.py, as one line of JSON says, and print a line of JSON a log.
+"""Train one variant of training_step.py: settings as one line of JSON in, one line of JSON per log
+out.
 
 python -m benchmarks.training_step_worker '{"device": "cpu", "sizes": {...}, ...}'
 """
@@ -26,7 +27,7 @@ from striped_hf.trainer.memory import peak_memory_mib
 from striped_hf.trainer.watching import MemoryUse, Throughput
 
 ENDLESS = 10**8  # steps
-EPOCH = 4096  # steps: Trainer shuffles the windows of an epoch, and holds their order in memory
+EPOCH = 4096  # steps; short, because Trainer keeps the shuffled order of an epoch in memory
 PROFILED = range(10, 15)  # steps
 
 
@@ -35,7 +36,7 @@ class Parts:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self._inside: list[float] = []  # of each part that is running, the time of those in it
+        self._inside: list[float] = []  # for each running part, the time of the parts inside it
 
     def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
@@ -54,7 +55,7 @@ class Parts:
 
 
 class TrainerParts(TrainerCallback):
-    """Times what Trainer does in a step, by the names of its methods."""
+    """Times the parts of a step in Trainer, by wrapping its methods."""
 
     def __init__(self) -> None:
         self.parts = Parts()
@@ -89,7 +90,7 @@ class Report(TrainerCallback):
 
     def line(self, step: int) -> None:
         line = {"step": step, **self.constants}
-        if self.parts is not None:  # since the last line
+        if self.parts is not None:  # times since the last line
             steps = step - self.last[0]
             ms = {name: 1e3 * seconds / steps for name, seconds in self.parts.seconds.items()}
             whole = 1e3 * (time.perf_counter() - self.last[1]) / steps
@@ -101,11 +102,11 @@ class Report(TrainerCallback):
 
 
 class Profile(TrainerCallback):
-    """Profiles a few steps, writes what they consist of, and ends the run."""
+    """Profiles a few steps, writes the profile, and ends the run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.profiler = torch.profiler.profile()  # of the CPU, and of the GPU where there is one
+        self.profiler = torch.profiler.profile()  # profiles the CPU and a GPU, if there is one
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == PROFILED.start:
@@ -145,7 +146,7 @@ def make_model(settings: dict[str, Any]) -> GPT2LMHeadModel:
 
 
 def bare_loop(trainer: CausalLMTrainer, train: RandomTokens, to: Report) -> None:
-    """Trains without Trainer, in the way of a loop written by hand, timing its parts."""
+    """Trains without Trainer, in a loop as written by hand, and times its parts."""
     assert to.parts is not None
     args, model = trainer.args, trainer.model
     optimizer = trainer.create_optimizer()

@@ -1,4 +1,4 @@
-"""Time programs that train, turn by turn: each runs only while it has its turn."""
+"""Time several training programs in turns: each program is paused outside its turn."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from striped_hf.cli import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 WARMUP_LINES = 2
-DEADLINE_S = 600  # for a line; compilation takes minutes
+DEADLINE_S = 600  # seconds until the next line; compilation takes minutes
 
 
 @dataclass
@@ -27,9 +27,12 @@ class Variant:
 
     Args:
         name: What the table calls it.
-        command: What to run; it prints a line that ``line`` matches every few steps.
-        line: A pattern of such a line.
-        settings: The worker's, None for nanoGPT.
+        command: The program; every few steps it prints a line that ``line`` matches.
+        line: A regular expression for these lines.
+        cwd: The folder to run in: the repository, or a checkout of nanoGPT.
+        settings: The settings of training_step_worker.py; None for nanoGPT.
+        ms: The milliseconds of a step, one number for each turn.
+        printed: The JSON of the lines that the program printed in its turns.
     """
 
     name: str
@@ -42,20 +45,20 @@ class Variant:
 
 
 class VariantProcess:
-    """A variant's process, which runs only while it has its turn."""
+    """A variant's process, which is paused outside its turn."""
 
     def __init__(self, variant: Variant) -> None:
         self.variant = variant
         self._lines: queue.Queue[tuple[float, str | None]] = queue.Queue()
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115, as long as the process
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115, open as long as the process runs
         self._process = subprocess.Popen(
             variant.command,
-            cwd=variant.cwd,  # the repository, or a checkout of nanoGPT
+            cwd=variant.cwd,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
             env={"CUDA_VISIBLE_DEVICES": "0", **os.environ, "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,  # so that all of its processes are stopped with it
+            start_new_session=True,  # killpg then also reaches its children
         )
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -66,7 +69,7 @@ class VariantProcess:
         self._lines.put((0.0, None))
 
     def wait(self, lines: int) -> float:
-        """Waits for so many lines, and returns when the last one came."""
+        """Waits for ``lines`` lines, and returns the time of the last one, in seconds."""
         deadline = time.monotonic() + DEADLINE_S
         while lines:
             try:
@@ -85,12 +88,12 @@ class VariantProcess:
         return when
 
     def turn(self, lines: int) -> float:
-        """Lets it run for so many lines after a first one; returns the seconds of one line."""
-        while not self._lines.empty():  # printed while it was being stopped
+        """Resumes the process for a first line and ``lines`` more; returns the seconds per line."""
+        while not self._lines.empty():  # lines that it printed before it was paused
             self._lines.get()
         self.signal(signal.SIGCONT)
         begin = self.wait(1)
-        self.variant.printed = self.variant.printed[:-1]  # it counted the time of the others
+        self.variant.printed = self.variant.printed[:-1]  # this line includes the time of the pause
         seconds = (self.wait(lines) - begin) / lines
         self.signal(signal.SIGSTOP)
         return seconds
@@ -110,16 +113,17 @@ class VariantProcess:
 
 
 def time_in_turns(group: list[Variant], rounds: int, steps: int, steps_per_line: int) -> None:
-    """Gives each variant its turn in every round, and notes the milliseconds of a step.
+    """Gives each variant a turn in every round, and notes the milliseconds of a step.
 
     Args:
-        group: The variants; their ``ms`` and ``printed`` are filled.
-        rounds: How many turns each has.
-        steps: Steps of a turn, a multiple of ``steps_per_line``.
-        steps_per_line: Steps from one printed line to the next.
+        group: The variants; the function fills their ``ms`` and ``printed``.
+        rounds: The number of turns of each variant.
+        steps: The number of steps in a turn, a multiple of ``steps_per_line``.
+        steps_per_line: The number of steps between two printed lines.
     """
     processes: list[VariantProcess] = []
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # stopped processes would outlive it
+    # sys.exit runs the finally below: paused processes would outlive this one
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         for variant in group:
             print(f"== starting: {variant.name}", flush=True)

@@ -98,7 +98,7 @@ def main() -> None:
     if known and counts != known:
         raise UserError(
             f"{args.output_dir} is complete, but its counts differ from the known counts of "
-            "OpenWebText: the hub's copy is not the one of nanoGPT's figures"
+            "OpenWebText: the hub's copy differs from the copy that nanoGPT used"
         )
 
 

@@ -14,8 +14,8 @@ that file.
 --learning_rate and --seed accept several values. Every combination is run, and the table has each
 optimizer's mean over the seeds at each learning rate. The table marks a run that diverged. It
 leaves out a run that failed; the other runs continue. --resume keeps the finished runs of an
-earlier, stopped comparison if their command and --accelerate_config are the same. If runs come from
-several commits, versions or devices, the line under the table names them.
+earlier, stopped comparison if their command, --accelerate_config and data are the same. If runs
+come from several commits, versions or devices, the line under the table names them.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# before the packages of an extra: this import explains a missing one
+# imported before the packages of an extra, to explain a missing one
 import striped_hf.cli  # noqa: F401
 
 # isort: split
@@ -40,6 +40,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from striped_hf.fingerprint import file_fingerprint
 from striped_hf.results import (
     common_environment,
     loss_text,
@@ -105,14 +106,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--learning_rate", nargs="+", default=[""], metavar="LR")
     parser.add_argument("--seed", nargs="+", default=[""], metavar="SEED")
     parser.add_argument("--output_dir", type=Path, default=Path("out/comparison"))
-    parser.add_argument("--accelerate_config", metavar="FILE", help="launch the runs with it")
-    parser.add_argument("--resume", action="store_true", help="keep runs finished before")
+    parser.add_argument(
+        "--accelerate_config", metavar="FILE", help="accelerate launches the runs with this"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep finished runs of a stopped comparison"
+    )
     given = sys.argv[1:]
     split = given.index("--") if "--" in given else len(given)
     args = parser.parse_args(given[:split])
     args.recipe_flags = given[split + 1 :]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        parser.error("start it by python, and pass --accelerate_config to have its runs launched")
+        parser.error("start it with python; with --accelerate_config it launches its runs")
     if not Path(args.recipe).is_file():
         parser.error(f"{args.recipe} does not exist: pass a script of recipes/")
     if args.accelerate_config and not Path(args.accelerate_config).is_file():
@@ -132,12 +137,16 @@ def run_recipe(args: argparse.Namespace, flags: list[str], folder: Path) -> Run 
     if args.accelerate_config:
         launcher = ["-m", "accelerate.commands.launch", "--config_file", args.accelerate_config]
     done = args.resume and result.exists()
-    done = done and json.loads(result.read_text(encoding="utf-8"))["command"] == printed
+    earlier = json.loads(result.read_text(encoding="utf-8")) if done else {}
+    done = done and earlier["command"] == printed
     # the command in run.json does not include the launcher, so keep its configuration
     launch = folder / "accelerate_config.yaml"
     config = Path(args.accelerate_config).read_text("utf-8") if args.accelerate_config else None
     if done and config != (launch.read_text("utf-8") if launch.exists() else None):
         print(f"{folder} was run under another --accelerate_config: it is run again", flush=True)
+        done = False
+    if done and (changed := changed_files(earlier)):
+        print(f"{folder} was run before {changed} was changed: it is run again", flush=True)
         done = False
     if not done:
         result.unlink(missing_ok=True)
@@ -159,6 +168,16 @@ def run_recipe(args: argparse.Namespace, flags: list[str], folder: Path) -> Run 
         "eval_losses": [_finite(loss) for loss in evals.values()],
     }
     return run
+
+
+def changed_files(run: Run) -> str | None:
+    """Names the data files that have another content now than when a run read them."""
+    changed = [
+        path
+        for path, fingerprint in run.get("data", {}).items()
+        if not Path(path).is_file() or file_fingerprint(Path(path)) != fingerprint
+    ]
+    return " and ".join(changed) or None
 
 
 def _finite(loss: float) -> float | None:
@@ -242,7 +261,7 @@ def _order(loss: float | None) -> float:
 
 
 def _drawn(loss: float | None) -> float:
-    return math.nan if loss is None else loss  # a gap
+    return math.nan if loss is None else loss  # matplotlib draws a gap for it
 
 
 def render_plot(comparison: Comparison, path: str | os.PathLike[str]) -> None:

@@ -164,7 +164,7 @@ def main() -> None:
             if accelerator.is_main_process:
                 write_json(args.results, results)
         del model
-        accelerator.free_memory()  # drops its references to the model
+        accelerator.free_memory()  # accelerate drops its references to the model
     accelerator.print(f"\n{render(results)}\n\nwritten to {args.results}")
 
 

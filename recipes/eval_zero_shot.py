@@ -27,7 +27,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-# before the packages of an extra: this import explains a missing one
+# imported before the packages of an extra, to explain a missing one
 from striped_hf.cli import UserError, model_names, one_line, run
 
 # isort: split
@@ -62,7 +62,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--wikitext", type=Path, metavar="FILE", help="wiki.test.raw of WikiText-2")
     parser.add_argument("--lambada", type=Path, metavar="FILE", help='lines of {"text": ...}')
     parser.add_argument("--window", type=int, default=1024, help="tokens in a window of WikiText")
-    parser.add_argument("--stride", type=int, help="between windows (default: half a window)")
+    parser.add_argument(
+        "--stride",
+        type=int,
+        help="tokens between the starts of two windows (default: half a window)",
+    )
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast instead of float32")
     parser.add_argument("--results", type=Path, default="out/zero_shot.json")
     parser.add_argument("--resume", action="store_true", help="continue a stopped evaluation")
@@ -82,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
             "constraints.txt --editable '.[eval]', or pass --tasks wikitext"
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        parser.error("the harness is given a model, so it runs in one process: start it by python")
+        parser.error("the evaluation runs in one process: start it with python")
     return args
 
 
@@ -251,7 +255,7 @@ def main() -> None:
             results["scores"].append(row | scores)
             write_json(args.results, results)
         del model
-        accelerator.free_memory()  # drops its references to the model
+        accelerator.free_memory()  # accelerate drops its references to the model
     print(f"\n{render(results)}\n\nwritten to {args.results}")
 
 

@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-# before the packages of an extra: this import explains a missing one
+# imported before the packages of an extra, to explain a missing one
 from striped_hf.cli import UserError, run
 
 # isort: split

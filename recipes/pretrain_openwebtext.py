@@ -102,7 +102,7 @@ def train_model(options: Options, args: RecipeArguments) -> None:
     train_split, val_split = (open_split(options.data_dir, split) for split in ("train", "val"))
     tokenizer = data_tokenizer(options.data_dir)
     set_seed(args.seed)
-    with args.main_process_first(desc="load the configuration"):  # it may download
+    with args.main_process_first(desc="load the configuration"):  # only one process downloads it
         config = make_config(options)
     # round up to a multiple of 64, which is faster on GPUs: 50,257 becomes 50,304
     config.vocab_size = -(-max(train_split.vocab_size, val_split.vocab_size) // 64) * 64

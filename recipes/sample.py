@@ -49,7 +49,9 @@ def encode_prompt(tokenizer: Any, start: str) -> torch.Tensor:
             raise UserError(f"{source} is not UTF-8 text ({error}): convert it") from error
     ids = encode(tokenizer, start, source)
     if not ids and tokenizer.bos_token_id is None:
-        raise UserError("--start is empty, and this model has no token to begin with: pass a text")
+        raise UserError(
+            "--start is empty, and this model has no beginning-of-text token: pass a text"
+        )
     return torch.tensor([ids or [tokenizer.bos_token_id]])
 
 

@@ -1,4 +1,4 @@
-"""Shared by the scripts: a failure that the user can fix ends a script with one line."""
+"""Helpers of the scripts. A failure that the user can fix ends a script with one line."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 
 from striped_hf.extras import explain_missing
 
-# before the scripts' other imports, which run before run()
+# set here: the scripts' other imports come after this one and before run()
 sys.excepthook = explain_missing(sys.excepthook)
 
 
@@ -66,8 +66,8 @@ def model_names(paths: Sequence[str]) -> dict[str, str]:
     names = {Path(path).resolve().name if Path(path).is_dir() else path: path for path in paths}
     if len(names) < len(set(paths)):
         raise UserError(
-            f"models {' '.join(paths)}: the results call a folder by its name, so no two may have "
-            "the same one; rename one, or evaluate them apart"
+            f"models {' '.join(paths)}: results name a folder without its path, and two of these "
+            "have the same name; rename one, or evaluate them separately"
         )
     return names
 

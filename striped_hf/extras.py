@@ -1,4 +1,4 @@
-"""The extras of setup.cfg, and one line for a script that runs without the one it needs."""
+"""The extras of setup.cfg, and the error of a script whose extra is not installed."""
 
 import sys
 from collections.abc import Callable
@@ -16,10 +16,10 @@ ExceptHook = Callable[[type[BaseException], BaseException, TracebackType | None]
 
 
 def explain_missing(hook: ExceptHook) -> ExceptHook:
-    """Returns a ``sys.excepthook`` that says what to install where an extra is missing.
+    """Returns a ``sys.excepthook`` that says how to install a missing extra.
 
     Args:
-        hook: It gets every other error.
+        hook: The hook for every other error.
     """
 
     def excepthook(

@@ -19,13 +19,13 @@ _actions: dict[str, Action] = {}
 def after_import(name: str, action: Action) -> None:
     """Calls ``action`` with the module ``name``, now or whenever an import of it has finished.
 
-    A module that is already imported gets the action at once, a module that is being imported at
-    its end. ``importlib.reload`` of the module calls the action again, so it must be idempotent.
-    An import that fails is not touched: its error reaches the importer as it is.
+    If the module is imported already, the action runs at once. If its import is in progress, the
+    action runs at the end of the import. ``importlib.reload`` of the module runs the action again,
+    so the action must be idempotent. If the import fails, the importer gets its error unchanged.
 
     Args:
         name: The module's full name.
-        action: It runs in the thread that imports the module. What it raises, the import raises.
+        action: It runs in the thread that imports the module. An error in it makes the import fail.
     """
     _actions[name] = action
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -51,10 +51,10 @@ class _Finder(importlib.abc.MetaPathFinder):
         if fullname not in _actions:
             return None
         finders = iter(list(sys.meta_path))
-        if self not in finders:  # this also moves the iterator behind self
+        if self not in finders:  # the search also moves the iterator behind self
             return None
         for finder in finders:
-            find_spec = getattr(finder, "find_spec", None)  # a legacy finder has none
+            find_spec = getattr(finder, "find_spec", None)  # legacy finders have none
             spec = None if find_spec is None else find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
@@ -64,9 +64,9 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """A module's loader, followed by the action.
+    """Wraps a module's loader to run the action after it.
 
-    While the module runs, its own loader is back in place: modules and tools look at it.
+    While the module runs, ``__loader__`` is the module's own loader: modules and tools read it.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -79,7 +79,7 @@ class _Loader(importlib.abc.Loader):
         spec: Any = module.__spec__
         spec.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        # a module may have put another object in its place, which is then what importers get
+        # a module may replace itself in sys.modules; importers then get the replacement
         _actions[spec.name](sys.modules.get(spec.name, module))
 
     def __getattr__(self, name: str) -> Any:  # get_source, get_code, ... for runpy and inspect
@@ -89,8 +89,8 @@ class _Loader(importlib.abc.Loader):
 class _UnfinishedSpec(ModuleSpec):
     """The spec of a module whose import began before ``after_import`` was called.
 
-    No loader of ours is in place. But importlib marks the end of each import, failed or not, by
-    ``spec._initializing = False``, in every Python from 3.10 to 3.13.
+    It is too late to wrap the module's loader. But in every Python from 3.10 to 3.13, importlib
+    marks the end of each import, failed or not, by ``spec._initializing = False``.
     """
 
     @property
@@ -103,6 +103,6 @@ class _UnfinishedSpec(ModuleSpec):
         try:
             if not value and module is not None:  # a failed import has removed its module
                 _actions[self.name](module)
-        finally:  # last, so that other threads wait for the action, too
+        finally:  # last: other threads wait for the action, too
             self.__class__ = ModuleSpec  # type: ignore[assignment]
             self._initializing = value

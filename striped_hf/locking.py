@@ -48,7 +48,8 @@ def lock_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             holder.unlink()
-            (folder / _LOCK).unlink()  # before the release, so as not to delete the next one's lock
+            # before the release: afterwards the file may be the next process's lock
+            (folder / _LOCK).unlink()
         lock.release()
 
 

@@ -52,7 +52,7 @@ def new_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def _quiet(model: PreTrainedModel) -> PreTrainedModel:
-    """Sets ``loss_type`` to the causal language model's loss, or transformers would warn."""
+    """Sets ``loss_type`` to the causal language model's loss; otherwise transformers warns."""
     if getattr(model, "loss_type", None) is None:
         model.loss_type = "ForCausalLM"
     return model
@@ -121,9 +121,9 @@ def check_tokens(
         same = not Path(data_dir, "meta.pkl").exists() and gpt2.items() <= vocabulary.items()
     if not same:
         raise UserError(
-            f"--data_dir {data_dir} is not in the tokens of {name_or_path}: prepare it with the "
-            "model's tokenizer (data_scripts/shakespeare.py --tokenizer), or pass a model with the "
-            "data's"
+            f"--data_dir {data_dir} does not have the tokens of {name_or_path}: prepare it with "
+            "the model's tokenizer (data_scripts/shakespeare.py --tokenizer), or pass a model with "
+            "the data's tokenizer"
         )
 
 
@@ -145,7 +145,7 @@ def check_length(flag: str, length: int, name: str, config: PretrainedConfig) ->
     longest = getattr(config, "max_position_embeddings", None) or length
     if length > longest:
         raise UserError(
-            f"{flag} {length} is more than {name} was made for: pass {flag} {longest} or less"
+            f"{flag} {length} exceeds the context of {name}: pass {flag} {longest} or less"
         )
 
 

@@ -110,7 +110,7 @@ def begin_results(
     resume: bool,
     device_type: str | None = None,
 ) -> dict[str, Any]:
-    """Begins the results of a long measurement, or resumes those of an earlier run.
+    """Begins the results of a long measurement, or resumes the results of an earlier run.
 
     Args:
         path: The results file; an earlier run may have written it.
@@ -131,8 +131,8 @@ def begin_results(
         now = {key: value for key, value in settings.items() if value != []}
         if found := differences({key: results.get(key) for key in now}, now):
             raise UserError(
-                f"--resume: {path} has results of other settings ({found}): pass what they had, "
-                "name another file with --results, or leave --resume out to begin anew"
+                f"--resume: {path} has results with other settings ({found}): pass the same "
+                "settings, name another file with --results, or leave --resume out to begin anew"
             )
         return results
     return {"environment": environment(device_type), **settings}
@@ -156,7 +156,7 @@ def is_measured(
             before = {key: row[key] for key in measured if key in row}
             if found := differences(before, {key: measured[key] for key in before}):
                 raise UserError(
-                    f"--resume: {' '.join(names.values())} has been measured on something else "
+                    f"--resume: {' '.join(names.values())} was measured with other inputs "
                     f"({found}): leave --resume out to begin anew, or name another file with "
                     "--results"
                 )

@@ -1,13 +1,13 @@
-"""Programs that do not import striped_hf, run unchanged with its optimizers' names known.
+"""Runs unchanged programs, which do not import striped_hf, with its optimizer names known.
 
     striped-hf-run trl sft --optim striped_adamw_8bit ...
     python -m striped_hf train.py --optim striped_adamw_8bit ...
     accelerate launch -m striped_hf train.py --optim striped_adamw_8bit ...
 
-The first is for every command, such as one that starts the training in child processes. It adds
-one folder to PYTHONPATH, whose ``sitecustomize`` imports striped_hf in each Python process below
-it. The second runs a script or a module in this process, as ``python SCRIPT`` and ``python -m
-MODULE`` would. The processes that it starts know the names as well.
+``striped-hf-run`` runs any command, also one that trains in child processes. It adds a folder to
+PYTHONPATH. The folder's ``sitecustomize`` imports striped_hf in each Python process of the command.
+``python -m striped_hf`` runs a script or a module in this process, like ``python SCRIPT`` or
+``python -m MODULE``. Child processes of the program know the names, too.
 """
 
 import io
@@ -23,8 +23,8 @@ STARTUP = str(Path(__file__).parent / "startup")
 USAGE = """\
 usage: striped-hf-run COMMAND [ARGUMENT ...]
 
-Runs COMMAND with striped_adamw, striped_adamw_8bit and striped_adamw_4bit as names of optimizers
-in transformers, in its own process and in all that it starts:
+Runs COMMAND and its child processes. In all of them transformers knows the optimizers
+striped_adamw, striped_adamw_8bit and striped_adamw_4bit:
 
     striped-hf-run trl sft --optim striped_adamw_8bit ...
     striped-hf-run accelerate launch train.py --optim striped_adamw_8bit ...
@@ -33,20 +33,20 @@ PROGRAM_USAGE = """\
 usage: python -m striped_hf SCRIPT [ARGUMENT ...]
        python -m striped_hf -m MODULE [ARGUMENT ...]
 
-Runs the script or the module as python would, with striped_adamw, striped_adamw_8bit and
-striped_adamw_4bit as names of optimizers in transformers.
+Runs the script or the module as python would. transformers knows the optimizers striped_adamw,
+striped_adamw_8bit and striped_adamw_4bit in it.
 """
 
 
 def main() -> None:
-    """The console command ``striped-hf-run``: becomes the command that it is given."""
+    """The console command ``striped-hf-run``: replaces its process by the given command."""
     command = sys.argv[1:]
     _print_usage(USAGE, command)
     _reach_children()
     try:
         os.execvp(command[0], command)
     except OSError as error:
-        # the statuses that a shell gives
+        # the exit statuses of a shell
         status = 127 if isinstance(error, FileNotFoundError) else 126
         print(f"striped-hf-run: {command[0]}: {error.strerror}", file=sys.stderr)
         raise SystemExit(status) from None
@@ -61,7 +61,7 @@ def run_program(arguments: Sequence[str]) -> None:
     _print_usage(PROGRAM_USAGE, arguments[1:] if arguments[:1] == ["-m"] else arguments)
     _reach_children()
     if arguments[0] == "-m":
-        # as `python -m`: the module's file takes the place of "-m" when it is found
+        # as with `python -m`: runpy replaces "-m" by the module's file when it has found it
         sys.argv[:] = ["-m", *arguments[2:]]
         _without_our_frames(lambda: _run_module(arguments[1]))
     else:
@@ -88,7 +88,7 @@ def _reach_children() -> None:
 def _new_main() -> dict[str, object]:
     """Empties the namespace of ``__main__``, which pickle and multiprocessing look at."""
     namespace = sys.modules["__main__"].__dict__
-    # all that a new __main__ has; the second one only up to Python 3.13
+    # the names in a new __main__; __annotations__ only up to Python 3.13
     kept = ("__builtins__", "__annotations__")
     new = {key: value for key, value in namespace.items() if key in kept}
     namespace.clear()
@@ -98,8 +98,8 @@ def _new_main() -> dict[str, object]:
 
 def _run_module(name: str) -> None:
     _new_main()
-    # what the interpreter itself calls for -m; runpy.run_module would restore sys.argv and
-    # __main__ at its end, while the program's threads and exit handlers still run
+    # The interpreter calls this function for -m. runpy.run_module would restore sys.argv and
+    # __main__ at its end, while the program's threads and exit handlers still run.
     runpy._run_module_as_main(name)  # type: ignore[attr-defined]
 
 
@@ -128,7 +128,7 @@ def _run_script(path: str) -> None:
 
 
 def _without_our_frames(program: Callable[[], None]) -> None:
-    """Calls ``program``; an error that nothing catches is printed as without this package."""
+    """Calls ``program``; the traceback of an uncaught error has no frames of this package."""
     try:
         program()
     except (Exception, KeyboardInterrupt) as error:

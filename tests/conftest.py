@@ -1,4 +1,4 @@
-"""What the tests of every room share."""
+"""Fixtures and hooks of all tests."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# Without a GPU, Triton's kernels run in its interpreter: it must know before anything imports it.
+# Without a GPU, Triton's interpreter runs the kernels. Triton reads this when it is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -23,19 +23,19 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 Script = Callable[..., subprocess.CompletedProcess[str]]
 
 
-# with the longest files; the other files come after them
+# the folders with the longest files; the other files come after them
 LONGEST = ("distributed", "recipes", "benchmarks", "trainer")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Orders files, and skips the tests that install packages, unless they are asked for.
+    """Orders files, and skips the tests that install packages unless ``-m compat`` is given.
 
-    A worker takes file after file: long ones at the end would leave the others without work.
+    A worker runs one file after another. Long files at the end would leave other workers idle.
     """
     items.sort(key=lambda item: [item.path.parent.name != name for name in LONGEST])
     if "compat" in config.getoption("markexpr"):
         return
-    skip = pytest.mark.skip(reason="installs packages: ask for it by pytest -m compat")
+    skip = pytest.mark.skip(reason="installs packages: run it with pytest -m compat")
     for item in items:
         if item.get_closest_marker("compat"):
             item.add_marker(skip)
@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def test_data() -> Path:
-    """The folder of real data; a test that needs it is skipped where there is none."""
+    """The folder of real data; tests that need it are skipped without it."""
     folder = os.environ.get("STRIPED_HF_TEST_DATA")
     if not folder:
         pytest.skip("STRIPED_HF_TEST_DATA is not set to the folder of real data")
@@ -52,7 +52,7 @@ def test_data() -> Path:
 
 @pytest.fixture(scope="session")
 def run_script() -> Script:
-    """Runs a script of the repository in a process of its own and returns its output.
+    """Runs a script of the repository in a separate process and returns its output.
 
     ``run_script("recipes/sample.py", "out/run", cwd=folder, status=0, FLAG="1")``: keywords other
     than ``cwd`` and ``status``, the exit status to expect, are environment variables. A name that
@@ -69,7 +69,8 @@ def run_script() -> Script:
             env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
             capture_output=True,
             text=True,
-            timeout=1200,  # only what hangs: a busy machine takes minutes for seconds
+            # only a hang reaches this: a busy machine takes minutes for seconds of work
+            timeout=1200,
         )
         assert finished.returncode == status, finished.stdout + finished.stderr
         return finished
@@ -118,11 +119,10 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_here(monkeypatch, capsys, tmp_path) -> Callable[..., str]:
-    """Runs a script in this process, in ``tmp_path``; returns what it printed.
+    """Runs a script in this process, in ``tmp_path``; returns its output.
 
-    A script is named as ``run_script`` takes it. It has to end with the error message ``fails``
-    where that is given. (Starting a process takes seconds; for scripts that are called with many
-    arguments.)
+    The script has a name as for ``run_script``. If ``fails`` is given, the script must end with
+    this error message. This fixture is for many calls, because starting a process takes seconds.
     """
 
     def run(script: str, *arguments: object, fails: str | None = None) -> str:

@@ -1,11 +1,12 @@
-"""A hub of one's own: an HTTP server that speaks as much of the hub's protocol as the tests need.
+"""A local hub: an HTTP server with the parts of the hub's protocol that the tests need.
 
     with serve_hub() as hub:
         hub.add("someone/model", folder)
-        environment = hub.environment(tmp_path)  # for a process that is to use it
+        environment = hub.environment(tmp_path)  # for a process that uses this hub
 
-Repositories of models with one branch, whose every commit replaces the one before. Files are served
-whole or from a byte on; uploads come in the commit itself, or through the LFS batch API first.
+It has repositories of models with one branch. Every commit replaces the one before. It serves
+whole files, or files from a byte on. Uploads come in the commit itself, or before it through the
+LFS batch API.
 """
 
 import base64
@@ -23,39 +24,39 @@ TOKEN = "hf_of_the_tests"
 
 
 class Hub(ThreadingHTTPServer):
-    """Its repositories, and what was asked of it.
+    """The repositories of the hub, and the requests to it.
 
-    ``drop`` is the name of a file of which the first download breaks off in the middle.
-    ``requests`` has (method, path, where the bytes asked for begin).
+    ``drop`` is the name of a file whose first download ends in the middle. ``requests`` has
+    (method, path, first requested byte).
     """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repositories: dict[str, dict[str, bytes]] = {}
-        self.messages: list[str] = []  # of the commits
-        self.blobs: dict[str, bytes] = {}  # what came through LFS, by sha256
+        self.messages: list[str] = []  # the number of commits
+        self.blobs: dict[str, bytes] = {}  # files uploaded through LFS, by sha256
         self.requests: list[tuple[str, str, int]] = []
         self.drop: str | None = None
 
     def add(self, name: str, folder: Path) -> None:
-        """Gives the hub a repository with a folder's files, without those of its folders."""
+        """Adds a repository with a folder's files, without its subfolders."""
         files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
         self.repositories[name] = files
 
     def environment(self, home: Path) -> dict[str, str]:
-        """Returns what a process needs in its environment to take this for the hub."""
+        """Returns the environment variables with which a process uses this hub."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
             "HF_TOKEN": TOKEN,
             "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",  # another protocol, to another server
+            "HF_HUB_DISABLE_XET": "1",  # this would be another protocol to another server
             "no_proxy": "127.0.0.1",
         }
 
     def commit_hash(self, name: str) -> str:
-        """Returns a repository's commit, which changes when its files do."""
+        """Returns a repository's commit, which changes with its files."""
         files = sorted(self.repositories[name].items())
         return hashlib.sha1(repr(files).encode()).hexdigest()
 
@@ -169,7 +170,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if not send:
             return
-        if path == self.server.drop:  # promise all, send half, hang up
+        # announces the whole file, sends half, and closes the connection
+        if path == self.server.drop:
             self.server.drop = None
             content = content[: len(content) // 2]
             self.close_connection = True
@@ -200,7 +202,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _upload_mode(file: dict[str, Any]) -> dict[str, Any]:
-    """The hub takes weights and other binaries through LFS, and text in the commit."""
+    """Returns the way to upload a file: LFS for weights and other binaries, the commit for text."""
     binary = file["path"].endswith((".safetensors", ".bin"))
     mode = "lfs" if binary else "regular"
     return {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}

@@ -1,7 +1,7 @@
 """The striped update a second time: float64 NumPy, written as the equations read.
 
-It is what the tests hold the optimizer against, so it shares no code with the package, knows
-nothing of storage formats, chunks or batches, and prefers loops that can be read to speed.
+The tests compare the optimizer with it. It shares no code with the package, and knows nothing of
+storage formats, chunks or batches. Its loops are written to be read, not to be fast.
 
 For a parameter of shape [..., R, C] with gradient g at step t (counted from 1)::
 

@@ -46,7 +46,7 @@ SMALL = {
         *("--rounds", "1", "--steps", "2", "--variants", "recipe", "--results", "step.json"),
     ),
 }
-# model, dataset and trainer, which a reader of an example has already
+# the examples use model, dataset and trainer without defining them
 GIVEN = """
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from striped_hf.data import ContiguousBlocks, open_split
@@ -55,7 +55,7 @@ blocks = ContiguousBlocks(open_split({data!r}, "val"), 32)
 dataset = [{{k: v for k, v in blocks[i].items() if k != "shift_labels"}} for i in (0, 1)]
 trainer = Trainer(model, TrainingArguments("out", logging_steps=1), train_dataset=dataset)
 """
-# assertions after a page's examples
+# assertions that run after the examples of a page
 THEN = {
     "README.md": "assert optimizer.param_groups[0]['momentum_dtype'] == 'int8'",
     "docs/index.md": "assert args.optim == 'striped_adamw_8bit'",
@@ -72,7 +72,7 @@ def results(name: str) -> dict[str, Any]:
 
 
 def words(page: str) -> str:
-    """A page's text in one line, without the marks of a list."""
+    """A page's text in one line, without list marks."""
     return " ".join(PAGES[page].split())
 
 
@@ -80,7 +80,7 @@ def test_readme_is_short():
     assert len(PAGES["README.md"].splitlines()) <= 250
 
 
-def test_tables_are_those_of_the_results_files():
+def test_tables_match_the_results_files():
     texts = {REPOSITORY / page: text for page, text in PAGES.items()}
     for page, text in render_tables.render(texts).items():
         assert text == texts[page], page
@@ -103,7 +103,9 @@ def test_each_table_has_one_place(change: str):
         render_tables.render(texts)
 
 
-def test_a_run_that_was_cut_off_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_table_of_a_run_that_was_cut_off_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     cut_off = {**results("training_step_cpu_cpu"), "complete": False}
     name = "training_step_gpt2_cuda"
     (tmp_path / f"{name}.json").write_text(json.dumps(cut_off), encoding="utf-8")
@@ -117,7 +119,7 @@ def spread(values: list[float], digits: int = 3) -> str:
     return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
 
 
-def test_losses_in_the_text_are_those_of_the_results_file():
+def test_losses_in_the_text_match_the_results_files():
     comparison = results("shakespeare_char_cpu_quality")
     means = mean_losses(comparison)
 
@@ -132,8 +134,8 @@ def test_losses_in_the_text_are_those_of_the_results_file():
     ours, adamw = ("striped_adamw", "striped_adamw_8bit"), "adamw_torch_fused"
     val, train = (behind(kind, ours, adamw) for kind in ("eval_loss", "train_loss"))
     readme, benchmarks = words("README.md"), words("docs/benchmarks.md")
-    assert f"validation loss is {spread(val)} above AdamW's" in readme
-    assert f"mean training loss {spread(train)} above" in readme
+    assert f"validation loss is {spread(val)} higher than AdamW's" in readme
+    assert f"mean training loss {spread(train)} higher" in readme
     assert f"validation loss is {spread(val)} higher" in benchmarks
     assert f"mean training loss {spread(train)} higher" in benchmarks
 
@@ -150,31 +152,34 @@ def test_losses_in_the_text_are_those_of_the_results_file():
         a, b, c = (f"{loss:.3f}" for loss in behind("eval_loss", (name,), "striped_adamw"))
         return f"{a}, {b} and {c}"
 
-    assert f"mean validation loss by {listed('striped_adamw_8bit')} at the three" in benchmarks
+    assert (
+        f"8 bits changed the mean validation loss by {listed('striped_adamw_8bit')}" in benchmarks
+    )
     assert f"4 bits by {listed('striped_adamw_4bit')}" in benchmarks
     assert f"`lagged=true` by {listed('striped_adamw (lagged=true)')}" in benchmarks
 
     sweep = mean_losses(results("shakespeare_char_cpu_sweep"))
     column = ("train_loss", 0.004)
     difference = f"{sweep['striped_adamw_8bit'][column] - sweep[adamw][column]:.3f}"
-    assert f"8 bits were {difference} behind at rate 0.004" in readme
-    assert f"8 bits at rate 0.004 are {difference} behind" in benchmarks
+    assert f"it was {difference} higher with 8 bits at rate 0.004" in readme
+    assert f"with 8 bits at rate 0.004 is {difference} higher than AdamW's" in benchmarks
 
     history = results("finetune_stories260k")["runs"][0]["history"]
     assert history["eval_steps"][0] == 0
     assert f"begins at {history['eval_losses'][0]:.2f}" in benchmarks
 
 
-def test_times_and_memory_in_the_text_are_those_of_the_results_files():
+def test_times_and_memory_in_the_text_match_the_results_files():
     one_die, two_dies = (
         {row["name"]: row.get("step_ms") for row in results(name)["optimizers"]}
         for name in (render_tables.ONE_DIE, render_tables.TWO_DIES)
     )
     less = {name: 1 - ms / one_die[name] for name, ms in two_dies.items()}
     adamw = less.pop("adamw_fused")
-    text = f"takes {adamw:.0%} less time there, and the striped steps {min(less.values()):.0%}"
-    text = f"{text.removesuffix('%')} to {max(less.values()):.0%} less"
-    assert text in words("docs/benchmarks.md")
+    text = words("docs/benchmarks.md")
+    assert f"takes {adamw:.0%} less time than on one die" in text
+    least, most = (f"{share:.0%}" for share in (min(less.values()), max(less.values())))
+    assert f"The striped steps take {least.removesuffix('%')} to {most} less" in text
 
     scale = results("memory_gpt2_xl_cpu")
     gathered = scale["gathered"]
@@ -185,8 +190,8 @@ def test_times_and_memory_in_the_text_are_those_of_the_results_files():
 
     saved = {row["name"]: saved_gib(row["state"]) for row in scale["optimizers"]}
     assert (
-        f"saves StripedAdamW another {saved['striped_int8']} GiB per device, and AdamW "
-        f"{saved['adamw_fused']}." in words("docs/distributed.md")
+        f"saves {saved['striped_int8']} GiB per device with 8-bit StripedAdamW, and "
+        f"{saved['adamw_fused']} GiB with AdamW." in words("docs/distributed.md")
     )
     small = next(m for m in results("state_bytes")["models"] if m["name"] == "gpt2")
     gib = (8 * small["parameters"] + small["adamw"]) / 2**30
@@ -239,7 +244,7 @@ def test_python_examples_run(page: str, tiny_run: Path, docs_data: Path, tmp_pat
 
 
 def commands() -> list[str]:
-    """Every command of every page once, in the order in which a reader meets them."""
+    """Every command of every page once, in the order of the pages."""
     lines = [
         line
         for page in PAGES
@@ -261,8 +266,8 @@ def of_the_repository(word: str) -> bool:
 def test_commands_run(test_data: Path, tmp_path: Path):
     """Every command, in order, in a reader's working folder.
 
-    What needs a GPU, a network or an installation is not run: the tests of the scripts cover it.
-    Downloads of data are replaced by --input.
+    Commands that need a GPU, a network or an installation are not run: the tests of the scripts
+    cover them. --input replaces downloads of data.
     """
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     targets = re.findall(r"^([\w-]+):", makefile, flags=re.M)
@@ -278,7 +283,7 @@ def test_commands_run(test_data: Path, tmp_path: Path):
     for line in commands():
         command, _, needs = line.partition("#")
         words = shlex.split(command)
-        if words[0] == "make":  # the demo, the tests themselves, and what installs
+        if words[0] == "make":  # the demo, the tests themselves, and installations
             assert words[1] in targets, line
             continue
         scripts = [word for word in words if of_the_repository(word)]
@@ -288,10 +293,10 @@ def test_commands_run(test_data: Path, tmp_path: Path):
         prepares_data = bool(scripts) and scripts[0].startswith("data_scripts/")
         if re.search("GPU|installs", needs) or ("network" in needs and not prepares_data):
             continue
-        assert scripts, f"{line}: is no command of this repository and has no mark"
+        assert scripts, f"{line}: is not a command of this repository and has no mark"
         script = next(word.rpartition("/")[2] for word in scripts if not word.endswith(".yaml"))
         if script == "benchmarks.render_tables":
-            continue  # it writes into the repository; the test of the tables runs it
+            continue  # it would write into the repository; the test of the tables runs it
         if words[:2] == ["accelerate", "launch"]:
             words[:2] = ["python", "-m", "accelerate.commands.launch"]
         assert words[0] == "python", line

@@ -1,4 +1,4 @@
-"""The exact loss: every target weighs the same, on one process and on two."""
+"""The exact loss: every target has the same weight, on one process and on two."""
 
 import json
 import math
@@ -50,7 +50,7 @@ def batch(*targets):
     return {"input_ids": labels.clamp(min=0), "shift_labels": labels}
 
 
-def test_targets_weigh_the_same_in_unequal_batches(model):
+def test_targets_have_the_same_weight_in_unequal_batches(model):
     batches = [batch([1, 2, 3, 4], [5, 6, -100, -100]), batch([7, -100, -100, -100])]
     result = evaluate_loss(model, batches, Accelerator(cpu=True))
     losses = []
@@ -70,7 +70,7 @@ def large_vocabulary(kind):
     if kind == "gpt2":
         config = GPT2Config(n_positions=64, n_layer=1, n_head=1, n_embd=8, **sizes)
         return GPT2LMHeadModel(config)
-    # its logits are capped before the loss, so they have to be the model's own
+    # this model caps its logits before the loss, so the loss must use the model's logits
     heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
     sizes |= {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, **heads}
     return Gemma2ForCausalLM(Gemma2Config(final_logit_softcapping=0.5, **sizes))
@@ -78,7 +78,7 @@ def large_vocabulary(kind):
 
 @pytest.fixture
 def own_accelerator():
-    """A process has one precision for all of its accelerators, and this test's is its own."""
+    """A new accelerator; all accelerators of a process share the precision that this test sets."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -87,8 +87,8 @@ def own_accelerator():
 @pytest.mark.usefixtures("own_accelerator")
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2"])
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-def test_chunks_of_a_large_vocabulary_have_the_losses_of_the_whole(kind, mixed_precision):
-    """More than one chunk of positions; sequences without a target are among them."""
+def test_losses_in_chunks_equal_the_losses_from_whole_logits(kind, mixed_precision):
+    """There are several chunks of positions, and sequences without a target."""
     accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
     model = accelerator.prepare_model(large_vocabulary(kind).eval(), evaluation_mode=True)
     labels = torch.randint(50_257, (16, 64))
@@ -98,7 +98,7 @@ def test_chunks_of_a_large_vocabulary_have_the_losses_of_the_whole(kind, mixed_p
     found = evaluate_loss(model, [inputs], accelerator)
     with torch.no_grad():
         logits = model(inputs["input_ids"]).logits
-    assert logits.shape == (16, 64, 50_257)  # the output layer is in its place again
+    assert logits.shape == (16, 64, 50_257)  # the model has its output layer again
     assert model.loss_function is before
     losses = torch.nn.functional.cross_entropy(
         logits.double().flatten(0, 1), labels.flatten(), reduction="none"
@@ -126,7 +126,7 @@ print(temporary_bytes(torch.device("cpu"), lambda: evaluate_loss(model, [batch],
 
 
 @pytest.mark.slow
-def test_logits_are_never_whole_in_memory():
+def test_the_whole_logits_are_never_in_memory():
     here = Path(__file__).parent
     run = subprocess.run(
         [sys.executable, "-c", MEMORY],
@@ -143,28 +143,28 @@ def test_logits_are_never_whole_in_memory():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_leaves_the_mode_as_it_was(model, training):
+def test_the_training_mode_stays_the_same(model, training):
     model.train(training)
     evaluate_loss(model, [batch([1, 2])], Accelerator(cpu=True))
     assert model.training is training
 
 
-def test_no_targets(model):
+def test_data_without_targets_is_an_error(model):
     with pytest.raises(ValueError, match="no targets"):
         evaluate_loss(model, [batch([-100, -100])], Accelerator(cpu=True))
 
 
-def test_no_batches(model):
+def test_data_without_batches_is_an_error(model):
     with pytest.raises(ValueError, match="no targets"):
         evaluate_loss(model, [], Accelerator(cpu=True))
 
 
-def test_metric_weighs_tokens_and_not_batches():
+def test_the_metric_weights_tokens_not_batches():
     metric = TokenLoss(keep_in_memory=True)
     metric.add_batch(losses=[2.0, 12.0], tokens=[1, 4])
-    metric.add_batch(losses=[6.0, 0.0], tokens=[3, 0])  # the last one is masked all over
+    metric.add_batch(losses=[6.0, 0.0], tokens=[3, 0])  # the last sequence has no targets
     found = metric.compute()
-    # 20 nats of 8 tokens; residuals of the three sequences: -0.5, 2 and -1.5
+    # 20 nats over 8 tokens; residuals of the three sequences: -0.5, 2 and -1.5
     assert found["loss"] == 2.5
     assert found["tokens"] == 8
     assert found["perplexity"] == pytest.approx(math.exp(2.5))
@@ -172,7 +172,7 @@ def test_metric_weighs_tokens_and_not_batches():
 
 
 def test_standard_error_is_the_scatter_of_repeated_samples():
-    """The tokens of a sequence have much in common: one by one they would tell too little."""
+    """Tokens of a sequence are not independent: their scatter would be too small."""
     torch.manual_seed(0)
     means, errors = [], []
     for _ in range(150):
@@ -191,7 +191,7 @@ def test_one_sequence_has_no_standard_error():
     assert found["standard_error"] is None
 
 
-def test_perplexity_of_a_diverged_model():
+def test_the_perplexity_of_a_diverged_model_is_infinite():
     found = mean_token_loss([1e4, 1e4], [1, 1])
     assert found["perplexity"] == math.inf
 
@@ -222,12 +222,12 @@ def test_batches_shrink_until_they_fit(model, blocks):
     whole = evaluate_data_set(model, blocks, 8, accelerator, "val")
     model.register_forward_pre_hook(device, with_kwargs=True)
     found = evaluate_data_set(model, blocks, 8, accelerator, "val")
-    assert sizes == [13, 11, 9, 4]  # and then all of the blocks
+    assert sizes == [13, 11, 9, 4]  # and then all blocks
     assert found["tokens"] == whole["tokens"] == 99
     assert found["loss"] == pytest.approx(whole["loss"], abs=1e-6)
 
 
-def test_other_errors_are_no_reason_for_smaller_batches(model, blocks):
+def test_other_errors_do_not_make_batches_smaller(model, blocks):
     def broken(module, args, kwargs):
         raise RuntimeError("another one")
 
@@ -240,13 +240,13 @@ def test_other_errors_are_no_reason_for_smaller_batches(model, blocks):
     ("block_size", "width", "expected"),
     [(64, 65, 64), (1024, 50257, 1), (512, 5000, 34), (8192, 128256, 1)],
 )
-def test_largest_batch_of_a_cpu_has_a_gibibyte_of_logits(block_size, width, expected):
+def test_the_largest_batch_on_a_cpu_has_a_gibibyte_of_logits(block_size, width, expected):
     assert largest_batch(block_size, width, torch.device("cpu")) == expected
 
 
 @pytest.mark.slow
 def test_two_processes_agree_with_one(tiny_run, docs_data, tmp_path):
-    """7 blocks, the last one padded, over 2 processes with batches of 2: one block is a copy."""
+    """2 processes with batches of 2 evaluate 7 blocks: the last is padded, and one is a copy."""
     (tmp_path / "two_processes.py").write_text(SCRIPT, encoding="utf-8")
     results = []
     for processes in (1, 2):

@@ -31,16 +31,16 @@ def pushed(hub, docs_data, run_script, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_push_uploads_the_finished_run(hub, pushed):
+def test_a_push_uploads_the_finished_run(hub, pushed):
     uploaded = hub.repositories["someone/finetuned"]
     files = {path.name: path for path in pushed.iterdir() if path.is_file()}
-    assert set(uploaded) == set(files)  # no checkpoints, nothing that is left over
+    assert set(uploaded) == set(files)  # no checkpoints and no temporary files
     assert {"model.safetensors", "config.json", "tokenizer.json", "run.json"} < set(files)
     assert all(uploaded[name] == path.read_bytes() for name, path in files.items())
 
 
 @pytest.mark.slow
-def test_pushed_card_is_the_recipe_s(hub, pushed):
+def test_the_pushed_card_is_the_recipes_card(hub, pushed):
     text = hub.repositories["someone/finetuned"]["README.md"].decode()
     assert "finetune_shakespeare.py" in text
     data = ModelCard(text).data
@@ -52,8 +52,8 @@ def test_pushed_card_is_the_recipe_s(hub, pushed):
 
 
 @pytest.mark.slow
-def test_samples_by_name_though_the_connection_drops(hub, tiny_run, run_script, tmp_path):
-    """Half of 26 MB arrives; the client keeps the pieces of 10 MiB that it has written."""
+def test_sampling_by_name_survives_a_broken_connection(hub, tiny_run, run_script, tmp_path):
+    """Half of 26 MB arrives. The client keeps the pieces of 10 MiB that it has written."""
     config = GPT2Config.from_pretrained(tiny_run, n_layer=2, n_embd=512)
     folder = tmp_path / "model"
     GPT2LMHeadModel(config).save_pretrained(folder)
@@ -78,7 +78,7 @@ def test_samples_by_name_though_the_connection_drops(hub, tiny_run, run_script, 
 
 
 @pytest.mark.slow
-def test_refused_push_says_so_before_the_training(hub, docs_data, run_script, tmp_path):
+def test_a_refused_push_is_an_error_before_the_training(hub, docs_data, run_script, tmp_path):
     begun = len(hub.requests)
     refused = run_script(
         *("recipes/train_shakespeare_char.py", *TINY, *STEPS, *QUIET, "--data_dir", docs_data),

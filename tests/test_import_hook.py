@@ -1,4 +1,4 @@
-"""Acting on a module when its import has finished: every way to import it."""
+"""Actions after the import of a module, for every way to import it."""
 
 import importlib
 import inspect
@@ -19,7 +19,7 @@ Write = Callable[..., str]
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request) -> Write:
-    """Writes a module that can be imported, and returns its name, another one in each test."""
+    """Writes a module that can be imported, and returns its name, which is new in each test."""
     monkeypatch.syspath_prepend(tmp_path)
     name = "_".join(
         ["hooked", *"".join(c if c.isalnum() else " " for c in request.node.name).split()]
@@ -35,12 +35,12 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request) -> Write:
 
 
 def mark(module: ModuleType) -> None:
-    """The hook's action: counts its calls, and keeps its observations."""
+    """The hook's action: counts its calls, and keeps observations."""
     module.ran = getattr(module, "ran", 0) + 1
     module.seen = getattr(module, "last_line", None)
 
 
-def test_a_later_import(write: Write) -> None:
+def test_an_import_after_the_call(write: Write) -> None:
     name = write(
         """
         loader = type(__loader__), type(__spec__.loader)
@@ -52,7 +52,7 @@ def test_a_later_import(write: Write) -> None:
     assert name not in sys.modules
     module = importlib.import_module(name)
     assert (module.ran, module.seen) == (1, 1)
-    # nothing of the hook is left in the module, nor was there anything while it ran
+    # the module has no trace of the hook, neither now nor while it ran
     assert module.loader == (SourceFileLoader, SourceFileLoader)
     assert (type(module.__loader__), type(module.__spec__)) == (SourceFileLoader, ModuleSpec)
     assert module.__spec__.loader is module.__loader__
@@ -60,13 +60,13 @@ def test_a_later_import(write: Write) -> None:
     assert importlib.util.find_spec(name) is module.__spec__
 
 
-def test_an_earlier_import(write: Write) -> None:
+def test_an_import_before_the_call(write: Write) -> None:
     module = importlib.import_module(write("last_line = 1"))
     after_import(module.__name__, mark)
     assert (module.ran, module.seen) == (1, 1)
 
 
-def test_an_unfinished_import(write: Write) -> None:
+def test_an_import_in_progress(write: Write) -> None:
     name = write(
         """
         from striped_hf.import_hook import after_import
@@ -85,7 +85,7 @@ def test_an_unfinished_import(write: Write) -> None:
     assert module.ran == 1
 
 
-def test_reloading_acts_again(write: Write) -> None:
+def test_reloading_runs_the_action_again(write: Write) -> None:
     module = importlib.import_module(write("last_line = 1"))
     after_import(module.__name__, mark)
     write("last_line = 'another'\n")
@@ -111,13 +111,13 @@ def test_a_failing_import_fails_as_before(write: Write, begun: bool) -> None:
     assert name not in sys.modules
     after_import(name, ran.append)
     assert ran == []
-    # and once it is repaired
+    # and after a repair
     write("last_line = 'repaired'\n")
     assert ran == [importlib.import_module(name)]
 
 
 def test_a_module_that_replaces_itself(write: Write) -> None:
-    """As transformers/__init__.py does."""
+    """transformers/__init__.py does this."""
     name = write(
         """
         import sys
@@ -160,14 +160,14 @@ def test_threads_that_import_together_wait_for_the_action(write: Write, begun: b
     go_on.set()
     for thread in threads:
         thread.join(60)
-    # each thread that got the module got it with the action done
+    # each thread got the module after the action
     assert seen == [1] * 4
 
 
 running, go_on = threading.Event(), threading.Event()
 
 
-def test_other_imports_do_not_notice(write: Write) -> None:
+def test_other_imports_are_unchanged(write: Write) -> None:
     after_import("some_other_module", mark)
     module = importlib.import_module(write("last_line = 1"))
     assert not hasattr(module, "ran")

@@ -34,7 +34,7 @@ def expected(hidden, weight, labels):
 
 @pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_values_and_gradients_are_those_of_torch(dtype):
+def test_values_and_gradients_equal_torchs(dtype):
     hidden, weight, labels = tensors(dtype)
     loss = linear_cross_entropy(hidden, weight, labels)
     whole = cross_entropy(hidden @ weight.T, labels, reduction="sum")
@@ -46,7 +46,7 @@ def test_values_and_gradients_are_those_of_torch(dtype):
 
 
 class _Again(torch.autograd.Function):
-    """Computes loss and gradients anew for each backward pass, of which gradcheck makes many."""
+    """Computes loss and gradients again for each backward pass: gradcheck needs many."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels):
@@ -69,7 +69,7 @@ def test_gradcheck():
 
 
 @pytest.mark.usefixtures("chunk")
-def test_in_bfloat16_nothing_is_lost_but_what_the_products_lose():
+def test_in_bfloat16_only_the_products_are_rounded():
     exact = tensors(torch.float64, rows=96, width=24, vocab_size=200)
     hidden, weight, labels = (x.detach() for x in exact)
     inputs = hidden.float().requires_grad_(), weight.float().requires_grad_()
@@ -86,7 +86,7 @@ def test_in_bfloat16_nothing_is_lost_but_what_the_products_lose():
         assert (mine - true).norm() < 1.1 * (other - true).norm()
 
 
-def test_only_the_gradients_that_are_needed():
+def test_only_required_gradients_are_computed():
     hidden, weight, labels = tensors()
     weight.requires_grad_(False)
     linear_cross_entropy(hidden, weight, labels).backward()
@@ -96,7 +96,7 @@ def test_only_the_gradients_that_are_needed():
         assert not linear_cross_entropy(hidden, weight, labels).requires_grad
 
 
-def test_a_row_without_target_counts_for_nothing_even_where_it_is_not_finite():
+def test_a_row_without_target_does_not_count_even_if_it_is_not_finite():
     hidden, weight, labels = tensors()
     with torch.no_grad():
         hidden[0] = float("nan")
@@ -106,7 +106,7 @@ def test_a_row_without_target_counts_for_nothing_even_where_it_is_not_finite():
     assert hidden_grad[0].eq(0).all()
 
 
-def test_a_second_backward_pass_is_refused():
+def test_a_second_backward_pass_is_an_error():
     hidden, weight, labels = tensors()
     loss = linear_cross_entropy(hidden, weight, labels)
     loss.backward(retain_graph=True)
@@ -114,7 +114,7 @@ def test_a_second_backward_pass_is_refused():
         loss.backward()
 
 
-def test_compiled_it_is_one_graph(monkeypatch):
+def test_it_compiles_to_one_graph(monkeypatch):
     monkeypatch.setattr(losses, "_CHUNK_LOGITS", 3 * VOCAB_SIZE)
     hidden, weight, labels = tensors(torch.float32)
     compiled = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
@@ -151,7 +151,7 @@ print(temporary_bytes(cpu, ours) or 0, temporary_bytes(cpu, whole) or 0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no counter of a call's memory elsewhere")
-def test_memory_is_that_of_one_chunk():
+def test_memory_is_for_one_chunk_of_logits():
     printed = subprocess.check_output([sys.executable, "-c", MEMORY], text=True)
     ours, whole = map(int, printed.split())
     logits = 4 * 512 * 50257
@@ -160,7 +160,7 @@ def test_memory_is_that_of_one_chunk():
     assert ours < 0.3 * logits + 4 * 50257 * 32 + (8 << 20)
 
 
-def test_small_vocabularies_stay_with_torch():
+def test_small_vocabularies_use_torchs_loss():
     assert not is_worthwhile(12 * 64, 65)
     assert not is_worthwhile(64 * 256, 65)
     assert is_worthwhile(1024, 50257)

@@ -15,7 +15,7 @@ import striped_hf
 from striped_hf.extras import EXTRAS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# torch and what it needs itself
+# torch and its dependencies
 TORCH = ("torch", "torchgen", "typing_extensions.py", "sympy", "mpmath", "networkx", "jinja2")
 TORCH += ("markupsafe", "filelock", "fsspec", "numpy", "numpy.libs")
 
@@ -37,7 +37,7 @@ optimizer.step()
 assert (weight < 1).all()
 """
     run = subprocess.run(
-        [sys.executable, "-S", "-c", script],  # -S: no site-packages but those above
+        [sys.executable, "-S", "-c", script],  # -S: only the packages above
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -72,7 +72,7 @@ def test_a_missing_extra_is_named_in_one_line(script, missing, extra, tmp_path):
     assert run.stderr == message
 
 
-# what these tools require exactly, or the newest that they allow
+# the versions that these tools require, or the newest versions that they allow
 NEIGHBOURS = {
     "axolotl 0.19.0": "accelerate 1.13.0, datasets 4.8.4, evaluate 0.4.1, transformers 5.16.1",
     "llamafactory 0.9.5": "accelerate 1.11.0, datasets 4.0.0, transformers 5.6.0",
@@ -80,7 +80,7 @@ NEIGHBOURS = {
 
 
 @pytest.mark.parametrize("tool", NEIGHBOURS)
-def test_other_tools_can_be_installed_beside(tool):
+def test_other_tools_can_be_installed_too(tool):
     config = configparser.ConfigParser()
     config.read(REPOSITORY / "setup.cfg")
     lines = config["options"]["install_requires"] + config["options.extras_require"]["recipes"]
@@ -100,7 +100,7 @@ def test_every_extra_that_a_script_explains_exists():
 
 
 def test_there_is_one_version():
-    """The package's, the citation's and the newest in the list of changes."""
+    """The package, the citation and the newest entry of the changelog have the same version."""
     citation = (REPOSITORY / "CITATION.cff").read_text()
     changes = (REPOSITORY / "CHANGELOG.md").read_text()
     assert re.search(r"^version: (.+)$", citation, re.M).group(1) == striped_hf.__version__
@@ -110,7 +110,7 @@ def test_there_is_one_version():
 def test_dependencies_point_one_way():
     """benchmarks -> recipes -> trainer, data, evaluation -> optim, and optim imports torch only.
 
-    The Triton backend may import more: it is imported only where it is chosen.
+    The Triton backend may import more, because only its own use imports it.
     """
     for path in (REPOSITORY / "striped_hf" / "optim").rglob("*.py"):
         imported = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), flags=re.M))

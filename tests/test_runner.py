@@ -1,4 +1,4 @@
-"""Programs run by ``python -m striped_hf`` and ``striped-hf-run``: as if run directly.
+"""``python -m striped_hf`` and ``striped-hf-run`` run programs as if they were run directly.
 
 Real training programs are in tests/trainer/test_unchanged_programs.py.
 """
@@ -17,7 +17,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PYTHON = (sys.executable,)
-# the two ways to run `python ARGUMENTS`; an install makes the second a console command
+# the two ways to run `python ARGUMENTS`; installation makes the second one a console command
 WAYS = {
     "python -m striped_hf": (sys.executable, "-m", "striped_hf"),
     "striped-hf-run": (
@@ -75,7 +75,7 @@ def assert_same(way: tuple[str, ...], *arguments: object, cwd: Path, **environme
     return expected
 
 
-# what a program sees
+# the program's view
 
 
 @ways
@@ -92,7 +92,7 @@ def assert_same(way: tuple[str, ...], *arguments: object, cwd: Path, **environme
     ],
     ids=" ".join,
 )
-def test_a_program_sees_what_it_would_see(way, arguments, tmp_path: Path) -> None:
+def test_a_program_sees_the_same_as_when_run_directly(way, arguments, tmp_path: Path) -> None:
     here = tmp_path / "here"
     for name in ("program.py", "sub/program.py", "package/__init__.py", "package/__main__.py"):
         script(here, DESCRIBE if "__init__" not in name else "", name)
@@ -113,7 +113,7 @@ def test_an_absolute_path(way, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python has no safe path yet")
-def test_a_safe_path_stays_safe(tmp_path: Path) -> None:
+def test_the_safe_path_option_is_kept(tmp_path: Path) -> None:
     path = script(tmp_path, DESCRIBE)
     command = (sys.executable, "-P")
     expected = json.loads(run(command, path, cwd=tmp_path).stdout)
@@ -122,7 +122,7 @@ def test_a_safe_path_stays_safe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("before", [None, "", "a", "a:b:", ":a"])
-def test_pythonpath_gets_one_entry_more(before: str | None, tmp_path: Path) -> None:
+def test_pythonpath_gets_one_more_entry(before: str | None, tmp_path: Path) -> None:
     path = script(tmp_path, "import os, sys; print(os.environ.get('PYTHONPATH')); print(sys.path)")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {} if before is None else {"PYTHONPATH": before}
@@ -140,14 +140,14 @@ def test_pythonpath_gets_one_entry_more(before: str | None, tmp_path: Path) -> N
     assert outputs[1][1] == outputs[0][1]  # sys.path is as before
 
 
-def test_running_it_twice_is_running_it_once(tmp_path: Path) -> None:
+def test_running_it_inside_itself_changes_nothing(tmp_path: Path) -> None:
     path = script(tmp_path, "import os; print(os.environ['PYTHONPATH'])")
     way = WAYS["striped-hf-run"]
     once, twice = (run(command, path, cwd=tmp_path).stdout for command in (way, way[:-1] + way))
     assert once == twice
 
 
-# how a program ends
+# the end of a program
 
 ENDS = {
     "an error": """
@@ -198,7 +198,7 @@ ENDS = {
 
 @ways
 @pytest.mark.parametrize("end", ENDS)
-def test_a_program_ends_as_it_would_end(way, end: str, tmp_path: Path) -> None:
+def test_a_program_ends_as_when_run_directly(way, end: str, tmp_path: Path) -> None:
     script(tmp_path, ENDS[end])
     finished = assert_same(way, "program.py", cwd=tmp_path)
     assert finished.stderr.strip() or finished.returncode or end == "exit handlers and threads"
@@ -207,7 +207,7 @@ def test_a_program_ends_as_it_would_end(way, end: str, tmp_path: Path) -> None:
 
 @ways
 @pytest.mark.parametrize("arguments", [("missing.py",), ("-m", "missing"), ("sub",)], ids=" ".join)
-def test_what_is_not_there(way, arguments, tmp_path: Path) -> None:
+def test_a_missing_program_is_an_error(way, arguments, tmp_path: Path) -> None:
     if arguments == ("sub",) and "-m" in way:
         pytest.skip("a folder with a __main__.py is run by striped-hf-run only")
     (tmp_path / "sub").mkdir()
@@ -215,7 +215,7 @@ def test_what_is_not_there(way, arguments, tmp_path: Path) -> None:
 
 
 def test_the_command_becomes_the_program(tmp_path: Path) -> None:
-    """The same process: signals, job control and waiting reach the program itself."""
+    """Command and program are the same process: signals and waiting reach the program itself."""
     path = script(
         tmp_path,
         """
@@ -237,7 +237,7 @@ def test_the_command_becomes_the_program(tmp_path: Path) -> None:
     assert process.wait(60) == 7
 
 
-def test_commands_that_are_no_python(tmp_path: Path) -> None:
+def test_commands_other_than_python(tmp_path: Path) -> None:
     command = WAYS["striped-hf-run"][:-1]
     finished = run(command, "sh", "-c", 'echo "$0 $1"; exit 4', "a b", "--help", cwd=tmp_path)
     assert (finished.returncode, finished.stdout) == (4, "a b --help\n")
@@ -306,7 +306,9 @@ def test_the_environments_own_sitecustomize_runs(way, tmp_path: Path) -> None:
 
 @ways
 @pytest.mark.parametrize("source", ["import no_such_module", "raise ValueError('wrong')"])
-def test_an_error_in_the_own_sitecustomize_stays(way, source: str, tmp_path: Path) -> None:
+def test_an_error_in_the_environments_sitecustomize_is_reported(
+    way, source: str, tmp_path: Path
+) -> None:
     mine = script(tmp_path, source, "own/sitecustomize.py").parent
     script(tmp_path, "import sys; print(sys.path, 'sitecustomize' in sys.modules)")
     paths = f"{mine}{os.pathsep}{REPOSITORY}"
@@ -315,7 +317,7 @@ def test_an_error_in_the_own_sitecustomize_stays(way, source: str, tmp_path: Pat
     )
     assert expected.stderr.startswith("Error in sitecustomize")
     assert result.stdout == expected.stdout
-    # once for each process that starts: striped-hf-run itself is one
+    # once for each process, including striped-hf-run
     assert set(result.stderr.splitlines()) == set(expected.stderr.splitlines())
 
 
@@ -325,8 +327,8 @@ def other_pythons() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("python", [sys.executable, *other_pythons()])
-def test_a_python_without_striped_hf_does_not_notice(python: str, tmp_path: Path) -> None:
-    """Any Python may be below the command, also one that could not run this package."""
+def test_a_python_without_striped_hf_runs_as_usual(python: str, tmp_path: Path) -> None:
+    """The command may start any Python, also one that cannot run this package."""
     mine = script(tmp_path, "import sys; sys.mine = 1", "own/sitecustomize.py").parent
     startup = str(REPOSITORY / "striped_hf" / "startup")
     program = "import sys; print(sys.path); print(getattr(sys, 'mine', 0))"

@@ -53,7 +53,7 @@ def run(*command: object, **settings: object) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the source distribution and the wheel, which is made from it."""
+    """A folder with the source distribution, and the wheel that was built from it."""
     pytest.importorskip("build")
     if shutil.which("cc") is None:
         pytest.skip("there is no C compiler")
@@ -64,7 +64,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(REPOSITORY / name, source / name)
     folder = tmp_path_factory.mktemp("dist")
-    # without isolation it uses the setuptools that is installed, and needs no package index
+    # without isolation it uses the installed setuptools, and needs no package index
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source)
     return folder
 
@@ -108,10 +108,10 @@ def test_the_wheel_needs_no_compiler(built: Path, tmp_path: Path) -> None:
     venv.create(environment, with_pip=False, symlinks=True)
     python = environment / "bin" / "python"
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps")
-    # nothing of this checkout, and no compiler
+    # neither this checkout nor a compiler
     variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PATH": ""}
     run(*pip, wheel, cwd=tmp_path, env=variables)
-    # torch and the others are this environment's
+    # torch and the other dependencies come from this environment
     (packages,) = environment.glob("lib/python*/site-packages")
     (packages / "others.pth").write_text("\n".join(site.getsitepackages()))
     run(python, "-c", TRAIN, cwd=tmp_path, env=variables)

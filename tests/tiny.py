@@ -1,4 +1,4 @@
-"""Flags that make a recipe small enough for a test, and what a run leaves."""
+"""Flags that make a recipe small enough for a test, and the files of a run."""
 
 import json
 from pathlib import Path

@@ -225,7 +225,7 @@ def collate(batch: Batch | list[Batch]) -> Batch:
         return batch
     if isinstance(batch[0], str):
         raise ValueError(
-            "got the names of a batch's columns in place of the batch: pass "
-            "remove_unused_columns=False to TrainingArguments (it would drop shift_labels)"
+            "got the names of a batch's columns instead of the batch: pass "
+            "remove_unused_columns=False to TrainingArguments (Trainer would drop shift_labels)"
         )
     return default_collate(batch)

@@ -100,8 +100,8 @@ def _builder(data_files: Sequence[str]) -> tuple[str, dict[str, str]]:
     }
     if len(kinds) != 1 or (kind := kinds.pop()) is None:
         raise UserError(
-            f"--data_files {' '.join(data_files)}: pass files of one kind, by the ends of their "
-            f"names: {', '.join(_BUILDERS)}"
+            f"--data_files {' '.join(data_files)}: pass files of one kind, with one of "
+            f"these extensions: {', '.join(_BUILDERS)}"
         )
     return _BUILDERS[kind]
 
@@ -222,8 +222,8 @@ def write_documents(
                     progress.update(position["row"] - progress.n)
         except BrokenProcessPool as error:
             raise UserError(
-                f"a process that encodes was killed after {progress.n:,} documents, perhaps for "
-                "want of memory: start the same command again, which goes on there; a smaller "
+                f"a process that encodes was killed after {progress.n:,} documents, perhaps "
+                "because memory ran out: start the same command again to continue there; a smaller "
                 "--num_proc needs less memory"
             ) from error
         return writer.finish(source=source, tokenizer_name="gpt2", tokenizer=tokenizer)

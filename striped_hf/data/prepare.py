@@ -1,4 +1,4 @@
-"""Shared by the scripts in ``data_scripts/``: sources, tokenizers, and writing."""
+"""Helpers of the scripts in ``data_scripts/``: sources, tokenizers, and writing."""
 
 from __future__ import annotations
 
@@ -267,8 +267,8 @@ def _write(
     counts = (vocab_size, len(train), len(val))
     if expected is not None and counts != expected:
         raise UserError(
-            f"got {counts} as vocabulary size, train and val tokens of {source['name']}, where "
-            f"{expected} are known to be right: nothing was written"
+            f"{source['name']} has {counts} as vocabulary size, train tokens and val tokens, "
+            f"but the known numbers are {expected}: nothing was written"
         )
     meta = write_data_set(
         output_dir,

@@ -1,8 +1,9 @@
 """The blocks of each parameter: kept by parameter, because other code reorders ``params``.
 
-A group's ``blocks`` are one pair for all of its parameters or a list with a pair for each. A list
-is read by position once, when the optimizer first sees a parameter. After that the parameter keeps
-its blocks, and the list follows the group's parameters.
+A group's ``blocks`` are one value for all of its parameters or a list with a value for each: a pair
+(br, bc), or how a parameter of more than two dimensions is read, "kernel" or "stack"
+(``matrix.py``). A list is read by position once, when the optimizer first sees a parameter. After
+that the parameter keeps its blocks, and the list follows the group's parameters.
 """
 
 import sys
@@ -12,14 +13,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from striped_hf.optim.interface import Blocks, Group, State
-from striped_hf.optim.options import is_list_of_blocks
+from striped_hf.optim.interface import Blocks, BlocksOption, Group, State
+from striped_hf.optim.options import as_blocks, is_list_of_blocks
 
 _MARK = "_striped_hf_blocks"
 _WHOLE: Blocks = (1, 1)
 
 
-def mark_blocks(param: Tensor, blocks: Blocks) -> None:
+def mark_blocks(param: Tensor, blocks: BlocksOption) -> None:
     """Marks a parameter with its blocks, for every optimizer and in any group.
 
     Whoever builds the groups, such as a subclass of ``Trainer``, then need not know of blocks. The
@@ -29,9 +30,10 @@ def mark_blocks(param: Tensor, blocks: Blocks) -> None:
 
     Args:
         param: A parameter.
-        blocks: (br, bc).
+        blocks: (br, bc); or of three or more dimensions "kernel", for the kernel of a convolution,
+            or "stack", for a stack of matrices.
     """
-    setattr(param, _MARK, tuple(blocks))
+    setattr(param, _MARK, as_blocks(blocks))
 
 
 def is_marked(param: Tensor) -> bool:
@@ -39,11 +41,10 @@ def is_marked(param: Tensor) -> bool:
     return hasattr(param, _MARK)
 
 
-def blocks_of(group: Group, position: int) -> Blocks:
+def blocks_of(group: Group, position: int) -> BlocksOption:
     """Returns the blocks of one parameter, from a group whose ``blocks`` follow its ``params``."""
     blocks: Any = group["blocks"]
-    row_blocks, column_blocks = blocks[position] if is_list_of_blocks(blocks) else blocks
-    return row_blocks, column_blocks
+    return as_blocks(blocks[position] if is_list_of_blocks(blocks) else blocks)
 
 
 class _Known(NamedTuple):
@@ -51,7 +52,7 @@ class _Known(NamedTuple):
 
     kind: type
     shape: tuple[int, ...]
-    blocks: Blocks
+    blocks: BlocksOption
 
 
 class ParameterBlocks:
@@ -105,7 +106,7 @@ class ParameterBlocks:
             if blocks:
                 group["blocks"] = blocks if as_lists else blocks[0]
 
-    def _find(self, param: Tensor, states: Mapping[Tensor, State]) -> Blocks | None:
+    def _find(self, param: Tensor, states: Mapping[Tensor, State]) -> BlocksOption | None:
         """Returns the blocks of a parameter that was seen before."""
         old = self._known.get(id(param))
         if old is None:
@@ -116,10 +117,12 @@ class ParameterBlocks:
         return None
 
 
-def _mark_of(param: Tensor, default: Blocks) -> Blocks:
-    mark = getattr(param, _MARK, None)
+def _mark_of(param: Tensor, default: BlocksOption) -> BlocksOption:
+    mark: BlocksOption | None = getattr(param, _MARK, None)
     if mark is None or is_lazy(param):
         return default if mark is None else mark
+    if isinstance(mark, str):
+        return mark if param.dim() >= 3 else _WHOLE
     divides = mark == _WHOLE or (
         param.dim() >= 2
         and all(size % n == 0 for size, n in zip(param.shape[-2:], mark, strict=True))
@@ -132,8 +135,8 @@ def _shape(param: Tensor) -> tuple[int, ...]:
 
 
 def _blocks_of_group(
-    index: int, group: Group, known: list[Blocks | None], states: Mapping[Tensor, State]
-) -> list[Blocks] | None:
+    index: int, group: Group, known: list[BlocksOption | None], states: Mapping[Tensor, State]
+) -> list[BlocksOption] | None:
     """Returns the blocks of a group's parameters; None where nothing has changed.
 
     Args:
@@ -146,8 +149,12 @@ def _blocks_of_group(
     if not is_list_of_blocks(given):
         if known.count(given) == len(known):
             return None
-        pair = tuple(given)
+        pair = as_blocks(given)
         blocks = [_mark_of(p, pair) if pair == _WHOLE else pair for p in params]
+        if pair == _WHOLE:  # says nothing of a reading that is known
+            blocks = [
+                old if isinstance(old, str) else new for old, new in zip(known, blocks, strict=True)
+            ]
         for param, old, new in zip(params, known, blocks, strict=True):
             if old not in (None, new) and states.get(param) and param.dim() >= 2:
                 raise RuntimeError(
@@ -159,18 +166,16 @@ def _blocks_of_group(
     if known == given:
         return None
     # a list that contradicts what is known is of other parameters
-    listed: list[Blocks] = [(rows, columns) for rows, columns in given]
+    listed = [as_blocks(each) for each in given]
     if len(listed) != len(params) or any(
         old not in (None, pair) for old, pair in zip(known, listed, strict=True)
     ):
-        listed = len(params) * [_WHOLE]
-    marked: list[Blocks] = [
-        _mark_of(param, pair) for param, pair in zip(params, listed, strict=True)
-    ]
+        listed = [_WHOLE for _ in params]
+    marked = [_mark_of(param, pair) for param, pair in zip(params, listed, strict=True)]
     return [old or new for old, new in zip(known, marked, strict=True)]
 
 
-def _check_not_flattened(groups: list[Group], known: list[list[Blocks | None]]) -> None:
+def _check_not_flattened(groups: list[Group], known: list[list[BlocksOption | None]]) -> None:
     """Raises RuntimeError where DeepSpeed put one flat buffer in a group's parameters' place.
 
     ZeRO 1 and 2 do not mark the buffer, so its module must be there and the buffer new. It is

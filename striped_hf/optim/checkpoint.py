@@ -1,18 +1,20 @@
 """Loading state dicts: of a StripedAdamW, and of a ``torch.optim.AdamW``, which is converted."""
 
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from striped_hf.optim import momentum
-from striped_hf.optim.export import SHARED_WITH_ADAMW
-from striped_hf.optim.interface import Group, State
+from striped_hf.optim.export import SHARED_WITH_ADAMW, expand
+from striped_hf.optim.interface import Blocks, Group, State
+from striped_hf.optim.matrix import readings
 from striped_hf.optim.options import check_options, is_list_of_blocks
 from striped_hf.optim.plain import has_values
-from striped_hf.optim.sharded.layout import is_sharded, sharded_dim, wrap
+from striped_hf.optim.sharded.layout import by_rows, is_sharded, sharded_dim, wrap
 from striped_hf.optim.state import Description, blocks_of, description_of, name_of, zero_state
+from striped_hf.optim.views import as_stepped
 
 # the keys of a group that are not taken from a state dict: its blocks are the same, perhaps as one
 # pair for all
@@ -66,8 +68,10 @@ def prepare_state_dict(state_dict: dict[str, Any], groups: list[Group]) -> dict[
             name = name_of(group, i, group_index)
             _check_same_storage(saved, group, i, name)
             if saved_ids[position] in state_dict["state"]:
+                description = description_of(group, i)
                 loaded = state_dict["state"][saved_ids[position]]
-                zeros = zero_state(description_of(group, i), torch.device("meta"))
+                loaded = _as_read_here(loaded, description, name)
+                zeros = zero_state(description, torch.device("meta"))
                 states[position] = _checked_state(loaded, zeros, name)
             position += 1
         loaded_options = {key: value for key, value in saved.items() if key not in _NOT_LOADED}
@@ -105,7 +109,7 @@ def _check_same_storage(saved: Group, group: Group, position: int, name: str) ->
         if key == "blocks" and _is_of_others(saved):
             continue  # the shapes of its stripes tell
         here, there = (
-            blocks_of(side, position) if key == "blocks" else side[key] for side in (group, saved)
+            _pair_of(side, position) if key == "blocks" else side[key] for side in (group, saved)
         )
         if there != here:
             raise ValueError(
@@ -114,10 +118,50 @@ def _check_same_storage(saved: Group, group: Group, position: int, name: str) ->
             )
 
 
+def _pair_of(group: Group, position: int) -> Blocks:
+    blocks = blocks_of(group, position)
+    return (1, 1) if isinstance(blocks, str) else blocks  # how it is read may change
+
+
 def _is_of_others(saved: Group) -> bool:
     """Whether ``blocks`` are a list of other parameters, as after other code took some away."""
     blocks = saved["blocks"]
     return is_list_of_blocks(blocks) and len(blocks) != len(saved["params"])
+
+
+def _as_read_here(loaded: dict[str, Any], description: Description, name: str) -> dict[str, Any]:
+    """Returns a state that was saved when its parameter was read in another way, read as here.
+
+    Kernels of convolutions were once saved as stacks of matrices [..., R, C]. The second moment is
+    expanded from the saved stripes and reduced to the new ones, and the momentum is encoded anew.
+    A state that fits already, or in no reading, is returned itself.
+    """
+    shape = description.shape
+    if len(shape) < 3 or description.blocks != (1, 1) or _fits(loaded, description):
+        return loaded
+    for stepped, stored in product(readings(shape).values(), momentum.MOMENTUM_DTYPES):
+        saved = Description(shape, stepped, stored, (1, 1), None)
+        if stepped == description.stepped or not _fits(loaded, saved):
+            continue
+        for key in saved.keys:
+            problem = _problem_of_values(key, loaded[key])
+            if problem is not None:
+                raise ValueError(f"{name}: {key!r} in the state dict {problem}")
+        whole = {
+            key: loaded[key].full_tensor() if is_sharded(loaded[key]) else loaded[key]
+            for key in saved.keys
+        }
+        expanded = expand(whole, shape)
+        return _state_from_adamw({**loaded, **expanded}, description, name)
+    return loaded
+
+
+def _fits(loaded: dict[str, Any], description: Description) -> bool:
+    values = [(loaded.get(key), shape, dtype) for key, shape, dtype in description.tensors]
+    return all(
+        isinstance(value, Tensor) and value.shape == shape and value.dtype == dtype
+        for value, shape, dtype in values
+    )
 
 
 def _problem_of_values(key: str, value: Tensor) -> str | None:
@@ -221,20 +265,36 @@ def _state_from_adamw(loaded: dict[str, Any], description: Description, name: st
                 f"{name}: {key!r} in the AdamW state dict is {loaded[key].dtype}, which are codes "
                 "of another optimizer: convert it to float32 first"
             )
+    exp_avg = _in_state_shape(loaded["exp_avg"], description)
     state = {
         "step": torch.as_tensor(loaded["step"], dtype=torch.float32),
-        **_coded(loaded["exp_avg"], description.momentum_dtype),
+        **_coded(exp_avg, description.momentum_dtype),
     }
     exp_avg_sq = loaded["exp_avg_sq"].float()
-    if len(description.shape) < 2:
+    if len(description.stepped) < 2:
         state["exp_avg_sq"] = exp_avg_sq
     else:
         if is_sharded(exp_avg_sq):  # the means of its parts, which need not hold whole blocks
             exp_avg_sq = exp_avg_sq.full_tensor()
+        exp_avg_sq = exp_avg_sq.reshape(description.stepped)
         row_blocks, column_blocks = description.blocks
         state["exp_avg_sq_row"] = exp_avg_sq.unflatten(-1, (column_blocks, -1)).mean(-1)
         state["exp_avg_sq_col"] = exp_avg_sq.unflatten(-2, (row_blocks, -1)).mean(-2)
     return state
+
+
+def _in_state_shape(exp_avg: Tensor, description: Description) -> Tensor:
+    """Returns a momentum of the parameter's shape in that of the state; whole, if it must be."""
+    shape, dims = description.state_shape, len(description.state_shape)
+    if dims == exp_avg.dim():
+        return exp_avg
+    if is_sharded(exp_avg):
+        placements = tuple(exp_avg.placements)
+        if placements == by_rows(placements, exp_avg.dim()):
+            local = as_stepped(exp_avg.to_local().contiguous(), dims)
+            return wrap(local, shape, exp_avg.device_mesh, placements)
+        exp_avg = exp_avg.full_tensor()
+    return exp_avg.reshape(shape)
 
 
 def _coded(exp_avg: Tensor, momentum_dtype: str) -> State:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from striped_hf.optim.blocks import blocks_of, is_marked
-from striped_hf.optim.interface import Group, State
-from striped_hf.optim.options import check_options, is_list_of_blocks
-from striped_hf.optim.plain import is_plain
+from striped_hf.optim.interface import BlocksOption, Group, State
+from striped_hf.optim.options import as_blocks, check_options, is_list_of_blocks
+from striped_hf.optim.plain import has_memory, is_expanded, is_plain
 from striped_hf.optim.sharded.layout import is_sharded
 from striped_hf.optim.state import Description, name_of
 
@@ -35,9 +35,9 @@ def check_group(group: Group, group_index: int) -> None:
     group["betas"] = tuple(float(beta) for beta in group["betas"])
     blocks, params = group["blocks"], group["params"]
     if not is_list_of_blocks(blocks):
-        group["blocks"] = tuple(blocks)
+        group["blocks"] = as_blocks(blocks)
     elif len(blocks) == len(params):
-        group["blocks"] = [tuple(pair) for pair in blocks]
+        group["blocks"] = [as_blocks(each) for each in blocks]
     elif all(is_marked(param) for param in params):
         group["blocks"] = (1, 1)  # other code dealt out the parameters: their marks count
     else:
@@ -72,8 +72,10 @@ def _problem_of_dtype(param: Tensor) -> str | None:
     )
 
 
-def _problem_of_blocks(shape: Sequence[int], blocks: tuple[int, int]) -> str | None:
-    if len(shape) < 2 or (shape[-2] % blocks[0] == 0 and shape[-1] % blocks[1] == 0):
+def _problem_of_blocks(shape: Sequence[int], blocks: BlocksOption) -> str | None:
+    if len(shape) < 2 or isinstance(blocks, str):
+        return None
+    if shape[-2] % blocks[0] == 0 and shape[-1] % blocks[1] == 0:
         return None
     return (
         f"is not divided by blocks={blocks}: pass counts that divide its last two dimensions, or "
@@ -102,6 +104,8 @@ def is_ordinary(param: Tensor, grad: Tensor, state: State, description: Descript
         or grad.shape != shape
         or grad.get_device() != device
         or not (param.data_ptr() and grad.data_ptr())
+        or is_expanded(param)
+        or not (has_memory(param) and has_memory(grad))
         or param.is_neg()
         or grad.is_neg()
         or hasattr(param, "_fsdp_flattened")
@@ -120,6 +124,8 @@ def is_ordinary(param: Tensor, grad: Tensor, state: State, description: Descript
             or value.shape != size
             or value.get_device() != device
             or not value.data_ptr()
+            or not value.is_contiguous()
+            or value.untyped_storage().nbytes() - value.storage_offset() * 4 < value.nbytes
             or value.is_neg()
         ):
             return False
@@ -164,15 +170,20 @@ def problem_of_gradient(param: Tensor, grad: Tensor, capturable: bool) -> str | 
             "gradient again"
         )
     part, grad_part = (t.to_local() if is_sharded(t) else t for t in (param, grad))
-    if _is_freed(part) or _is_freed(grad_part):
-        return "or its gradient has no memory, because its storage was freed: step before that"
+    if _is_freed(part) or _is_freed(grad_part) or part._is_zerotensor():
+        return (
+            "or its gradient has no memory, because its storage was freed or made smaller: step "
+            "before that"
+        )
+    if is_expanded(part):
+        return "is expanded, so that its elements share memory: replace it by its clone()"
     return _FLATTENED if _is_flattened(param) else None
 
 
 def _is_freed(tensor: Tensor) -> bool:
-    if not is_plain(tensor) or tensor._is_zerotensor():
+    if not is_plain(tensor) or tensor._is_zerotensor() or tensor.is_meta:
         return False
-    return not tensor.data_ptr() and tensor.numel() > 0 and not tensor.is_meta
+    return not has_memory(tensor)
 
 
 def problem_of_state(param: Tensor, state: State, description: Description) -> str | None:
@@ -203,7 +214,9 @@ def problem_of_state(param: Tensor, state: State, description: Description) -> s
             or value.device != device
             or value.layout is not torch.strided
             or value.is_neg()
+            or value._is_zerotensor()
             or _is_freed(value)
+            or is_expanded(value)
         ):
             return _misfit(key, value, shape, dtype, description, device)
     return None
@@ -219,6 +232,9 @@ def _misfit(
 ) -> str:
     if isinstance(value, Tensor):
         kind = "" if is_plain(value) else f"a {type(value).__name__}, "
+        if value.layout is torch.strided:
+            kind += "without its memory, " if _is_freed(value) or value._is_zerotensor() else ""
+            kind += "expanded, " if is_expanded(value) else ""
         found = f"is {kind}{value.dtype} of shape {tuple(value.shape)} on {value.device}"
     else:
         found = "is missing" if value is None else f"is a {type(value).__name__}"

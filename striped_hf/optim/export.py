@@ -66,16 +66,27 @@ def _expanded(state: State, param: Tensor) -> State:
     whole = {
         key: value.full_tensor() if is_sharded(value) else value for key, value in state.items()
     }
-    codes, scale = whole["exp_avg"], whole.get("exp_avg_scale")
-    momentum_dtype = "int4" if codes.dtype == torch.uint8 else "int8"  # where it has a scale
-    columns = param.shape[-1] if param.dim() else 1
-    expanded = {"exp_avg": momentum.decode(codes, scale, momentum_dtype, columns)}
-    if "exp_avg_sq" in whole:
-        expanded["exp_avg_sq"] = whole["exp_avg_sq"]
-    else:
-        expanded["exp_avg_sq"] = _second_moment(whole["exp_avg_sq_row"], whole["exp_avg_sq_col"])
-    expanded = {key: _as_param(value, param) for key, value in expanded.items()}
+    expanded = {key: _as_param(value, param) for key, value in expand(whole, param.shape).items()}
     return {"step": whole["step"].to("cpu", copy=True), **expanded}
+
+
+def expand(state: State, shape: torch.Size) -> State:
+    """Returns ``exp_avg`` and ``exp_avg_sq``, float32 of a parameter's shape, of its whole state.
+
+    Args:
+        state: As ``state.zero_state`` describes it, for any matrix as which the parameter can be
+            read.
+        shape: The parameter's.
+    """
+    codes, scale = state["exp_avg"], state.get("exp_avg_scale")
+    momentum_dtype = "int4" if codes.dtype == torch.uint8 else "int8"  # where it has a scale
+    if "exp_avg_sq" in state:
+        exp_avg_sq, columns = state["exp_avg_sq"], codes.shape[-1] if codes.dim() else 1
+    else:
+        row, col = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
+        exp_avg_sq, columns = _second_moment(row, col), col.shape[-1]
+    exp_avg = momentum.decode(codes, scale, momentum_dtype, columns)
+    return {"exp_avg": exp_avg.reshape(shape), "exp_avg_sq": exp_avg_sq.reshape(shape)}
 
 
 def _second_moment(row: Tensor, col: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
 """What a backend gets and gives: the contract between the optimizer and what computes its step."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
 State = dict[str, Tensor]  # of one parameter, by the names that a state dict has
 Blocks = tuple[int, int]  # (br, bc)
+# what a param group's ``blocks`` say of a parameter: ``matrix.py``
+BlocksOption = Blocks | Literal["kernel", "stack"]
 Group = dict[str, Any]  # a param group
 
 Sums = tuple[Tensor, Tensor]  # of squares: by row [..., R, bc] and by column [..., br, C], float32
@@ -33,7 +35,7 @@ class Settings:
 
 
 class Entry(NamedTuple):
-    """A parameter, or a part of one, that a backend steps.
+    """A parameter, or a part of one, that a backend steps, in the shape that ``matrix.py`` decides.
 
     A step changes ``param`` and the tensors of ``state`` in place.
 

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from striped_hf.optim.interface import Group, Settings
+from striped_hf.optim.interface import BlocksOption, Group, Settings
 from striped_hf.optim.momentum import MOMENTUM_DTYPES
 
 # the smallest eps: a step must not be 0/0 where the gradient was always zero
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+_READINGS = ("kernel", "stack")  # of a parameter of three or more dimensions: ``matrix.py``
 
 
 class Option(NamedTuple):
@@ -58,9 +59,14 @@ def _check_momentum_dtype(name: str, value: Any) -> None:
 
 
 def _check_blocks(name: str, value: Any) -> None:
-    for pair in value if is_list_of_blocks(value) else [value]:
-        if not _is_pair(pair) or not all(isinstance(b, int) and b > 0 for b in pair):
-            raise ValueError(f"{name}={pair} is not a pair of counts: pass two integers >= 1")
+    for each in value if is_list_of_blocks(value) else [value]:
+        if isinstance(each, str) and each in _READINGS:
+            continue
+        if not _is_pair(each) or not all(isinstance(b, int) and b > 0 for b in each):
+            raise ValueError(
+                f"{name}={each!r} is not a pair of counts: pass two integers >= 1, or one of "
+                f"{_READINGS}"
+            )
 
 
 def _check_one_of(*allowed: bool | None) -> Callable[[str, Any], None]:
@@ -76,8 +82,13 @@ def _is_pair(value: Any) -> bool:
 
 
 def is_list_of_blocks(blocks: Any) -> bool:
-    """Whether a group's ``blocks`` are a list with one pair for each of its parameters."""
-    return isinstance(blocks, list) and all(isinstance(pair, (tuple, list)) for pair in blocks)
+    """Whether a group's ``blocks`` are a list with one value for each of its parameters."""
+    return isinstance(blocks, list) and all(isinstance(b, (tuple, list, str)) for b in blocks)
+
+
+def as_blocks(value: Any) -> BlocksOption:
+    """Returns a valid value of ``blocks`` for one parameter as (br, bc), "kernel" or "stack"."""
+    return value if isinstance(value, str) else tuple(value)  # type: ignore[return-value]
 
 
 _check_bool = _check_one_of(True, False)

@@ -23,6 +23,27 @@ def has_values(tensor: Tensor) -> bool:
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the storage of a strided tensor has all of its elements.
+
+    Other code may have freed it, or made it smaller, behind the tensor's back.
+    """
+    if tensor.is_contiguous():
+        elements = tensor.numel()
+    else:
+        sizes = zip(tensor.shape, tensor.stride(), strict=True)
+        elements = 1 + sum((size - 1) * stride for size, stride in sizes)
+    end = (tensor.storage_offset() + elements) * tensor.itemsize
+    return not tensor.numel() or end <= tensor.untyped_storage().nbytes()
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether elements of a strided tensor share memory, so that none can be written."""
+    if tensor.is_contiguous():
+        return False
+    return any(n > 1 and not s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def plain_gradient(grad: Tensor) -> Tensor:
     """Returns a gradient as a plain tensor: itself, or a copy of a wrapper or a lazy view.
 

@@ -1,6 +1,6 @@
 """What the state of one parameter is: decided once from its shape and its group's options."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import torch
@@ -11,8 +11,9 @@ from torch.nn.parameter import is_lazy
 
 from striped_hf.optim import momentum
 from striped_hf.optim.blocks import blocks_of
-from striped_hf.optim.interface import Blocks, Group, State
-from striped_hf.optim.sharded.layout import Layout, is_sharded, layout_of
+from striped_hf.optim.interface import Blocks, BlocksOption, Group, State
+from striped_hf.optim.matrix import stepped_shape
+from striped_hf.optim.sharded.layout import Layout, by_rows, is_sharded, layout_of
 
 
 @dataclass(frozen=True)
@@ -20,16 +21,23 @@ class Description:
     """What is decided about a parameter before its first step, and holds in every step.
 
     Attributes:
-        shape: [..., R, C], or [n], or [].
+        shape: The parameter's.
+        stepped: The shape as which backends see it: [..., R, C], or [n], or [].
         momentum_dtype: The format in which its momentum is stored.
         blocks: (br, bc).
         layout: How this process steps its part of a DTensor; None for a plain tensor.
     """
 
     shape: torch.Size
+    stepped: torch.Size
     momentum_dtype: str
     blocks: Blocks
     layout: Layout | None
+
+    @property
+    def state_shape(self) -> torch.Size:
+        """The shape of its momentum, apart from codes: a vector keeps the parameter's."""
+        return self.stepped if len(self.stepped) >= 2 else self.shape
 
     @cached_property
     def tensors(self) -> tuple[tuple[str, torch.Size, torch.dtype], ...]:
@@ -48,13 +56,13 @@ def description_of(group: Group, position: int) -> Description:
     return describe(group["params"][position], group["momentum_dtype"], blocks_of(group, position))
 
 
-def describe(param: Tensor, momentum_dtype: str, blocks: Blocks) -> Description:
+def describe(param: Tensor, momentum_dtype: str, blocks: BlocksOption) -> Description:
     """Describes a parameter.
 
     Args:
         param: Only its shape counts, and where it is a DTensor its mesh and placements.
         momentum_dtype: The format that its param group asks for.
-        blocks: (br, bc).
+        blocks: (br, bc), "kernel" or "stack".
     """
     if is_sharded(param):
         mesh, placements = param.device_mesh, tuple(param.placements)
@@ -66,13 +74,20 @@ def describe(param: Tensor, momentum_dtype: str, blocks: Blocks) -> Description:
 def _describe(
     shape: torch.Size,
     momentum_dtype: str,
-    blocks: Blocks,
+    blocks: BlocksOption,
     mesh: DeviceMesh | None = None,
     placements: tuple[Placement, ...] = (),
 ) -> Description:
-    stored = momentum.storage_format(shape, momentum_dtype)
-    layout = layout_of(shape, mesh, placements, stored, blocks) if mesh is not None else None
-    return Description(shape, stored, blocks, layout)
+    stepped = stepped_shape(shape, blocks)
+    stored = momentum.storage_format(stepped, momentum_dtype)
+    pair = blocks if isinstance(blocks, tuple) else (1, 1)
+    description = Description(shape, stepped, stored, pair, None)
+    if mesh is None:
+        return description
+    if len(stepped) != len(shape):
+        placements = by_rows(placements, len(shape))
+    layout = layout_of(description.state_shape, mesh, placements, stored, pair)
+    return replace(description, layout=layout)
 
 
 def name_of(group: Group, position: int, group_index: int | None = None) -> str:
@@ -86,21 +101,20 @@ def name_of(group: Group, position: int, group_index: int | None = None) -> str:
 
 
 def init_state(
-    param: Tensor, momentum_dtype: str, blocks: Blocks, device: torch.device | None = None
+    param: Tensor, momentum_dtype: str, blocks: BlocksOption, device: torch.device | None = None
 ) -> State:
     """Returns the zero state of one whole parameter.
 
     Args:
         param: Only its shape and device count.
         momentum_dtype: The format that its param group asks for.
-        blocks: (br, bc).
+        blocks: (br, bc), "kernel" or "stack".
         device: Where to allocate, instead of on the parameter's device.
 
     Returns:
         As ``zero_state``.
     """
-    stored = momentum.storage_format(param.shape, momentum_dtype)
-    description = Description(param.shape, stored, blocks, None)
+    description = _describe(param.shape, momentum_dtype, blocks)
     return zero_state(description, param.device if device is None else device)
 
 
@@ -110,15 +124,15 @@ def zero_state(description: Description, device: torch.device) -> State:
     Returns:
         ``step``: [] float32, on the CPU; ``exp_avg`` and perhaps ``exp_avg_scale`` as
         ``momentum.init`` returns them; for a matrix ``exp_avg_sq_row`` [..., R, bc] and
-        ``exp_avg_sq_col`` [..., br, C], for other shapes ``exp_avg_sq`` of the parameter's shape,
-        all float32.
+        ``exp_avg_sq_col`` [..., br, C], for what is exact ``exp_avg_sq`` of the parameter's shape,
+        all float32. [..., R, C] is the matrix as which the parameter is stepped.
     """
-    shape = description.shape
+    shape = description.state_shape
     # dtypes are spelled out: torch.set_default_dtype must not change what the state is
     step_device = "meta" if device.type == "meta" else "cpu"
     state = {"step": torch.zeros((), dtype=torch.float32, device=step_device)}
     state |= momentum.init(shape, description.momentum_dtype, device)
-    if len(shape) < 2:
+    if len(description.stepped) < 2:
         state["exp_avg_sq"] = torch.zeros(shape, dtype=torch.float32, device=device)
         return state
     *matrices, rows, columns = shape

@@ -18,7 +18,7 @@ from striped_hf.optim.checks import (
     problem_of_gradient,
     problem_of_state,
 )
-from striped_hf.optim.interface import Backend, Batch, Blocks, Entry, Group, State
+from striped_hf.optim.interface import Backend, Batch, BlocksOption, Entry, Group, State
 from striped_hf.optim.options import OPTIONS, check_options, settings_of
 from striped_hf.optim.plain import (
     has_values,
@@ -32,6 +32,7 @@ from striped_hf.optim.sharded import step as sharded_step
 from striped_hf.optim.sharded.layout import is_sharded
 from striped_hf.optim.sharded.step import Matrix, MatrixBatch
 from striped_hf.optim.state import Description, description_of, name_of, zero_state
+from striped_hf.optim.views import entry_of, step_batch
 
 _ONE = torch.tensor(1.0, dtype=torch.float32, device="cpu")
 
@@ -53,17 +54,19 @@ class StripedAdamW(Optimizer):
     """AdamW at a fraction of its memory: a factored second moment and a momentum in fewer bits.
 
     The second moment of a matrix [..., R, C] is stored as the means of its rows and of its columns:
-    R + C numbers instead of R x C. The momentum is AdamW's, optionally in fewer bits. Learning
-    rate, schedule and weight decay carry over from AdamW. ``backends/reference.py`` has the
-    equations and their sources.
+    R + C numbers instead of R x C. The kernel of a convolution [out, in, k...] is the matrix
+    [out, in k...]. The momentum is AdamW's, optionally in fewer bits. Learning rate, schedule and
+    weight decay carry over from AdamW. ``backends/reference.py`` has the equations and their
+    sources, and ``matrix.py`` says how parameters of three or more dimensions are read.
 
     Beside the weight decay no element of a matrix moves further than AdamW might move it, which is
     7.3 learning rates at betas 0.9 and 0.999 (docs/algorithm.md).
 
     The state of a parameter is created at its first gradient: ``step``; ``exp_avg``, and
     ``exp_avg_scale`` for the integer formats; ``exp_avg_sq_row`` [..., R, bc] and
-    ``exp_avg_sq_col`` [..., br, C] for matrices, ``exp_avg_sq`` for 0-D and 1-D parameters. The
-    latter keep AdamW's exact second moment and a float32 momentum.
+    ``exp_avg_sq_col`` [..., br, C] for matrices, ``exp_avg_sq`` for 0-D and 1-D parameters and
+    where stripes would be no smaller. The latter keep AdamW's exact second moment and a float32
+    momentum. The state of a kernel has the shapes of its matrix.
 
     A ``torch.optim.AdamW`` state dict can be loaded: its second moments are reduced to the means.
 
@@ -79,9 +82,11 @@ class StripedAdamW(Optimizer):
             matrices is stored (4, 2, 1.03 and 0.53 bytes per element).
         blocks: (br, bc): divide each matrix of the group into br x bc equal blocks, each with its
             own row and column means. For a matrix that packs several projections along its rows or
-            columns, such as GPT-2's ``c_attn``: (1, 3). 0-D and 1-D parameters ignore it. A param
-            group may instead have a list with one such tuple for each of its parameters, which then
-            follows them. A mark (``blocks.mark_blocks``) precedes the list and (1, 1).
+            columns, such as GPT-2's ``c_attn``: (1, 3). 0-D and 1-D parameters ignore it. Or how
+            parameters of three or more dimensions are read, where their shapes are not to decide:
+            "kernel" or "stack". A param group may instead have a list with one such value for each
+            of its parameters, which then follows them. A mark (``blocks.mark_blocks``) precedes the
+            list and (1, 1).
         backend: What computes the step: ``"auto"``, the fastest that can run, or one by name.
         stochastic_rounding: Round updates of bfloat16 and float16 parameters stochastically instead
             of to nearest. None means True. Float32 parameters ignore it.
@@ -106,7 +111,7 @@ class StripedAdamW(Optimizer):
         *,
         maximize: bool = False,
         momentum_dtype: str = "float32",
-        blocks: Blocks = (1, 1),
+        blocks: BlocksOption = (1, 1),
         backend: str = "auto",
         stochastic_rounding: bool | None = None,
         nesterov: bool = False,
@@ -184,8 +189,8 @@ class StripedAdamW(Optimizer):
     @torch.compiler.disable  # a compiled training step calls it between two of its graphs
     def _update(self) -> None:
         batches, matrix_batches, copies = self._collect()
-        for backend, settings, entries in batches:
-            backend.step(entries, settings)
+        for batch in batches:
+            step_batch(batch)
         sharded_step.step(matrix_batches)
         for target, copy in copies:
             target.copy_(copy)
@@ -248,15 +253,15 @@ class StripedAdamW(Optimizer):
                     continue
                 real = ordinary or has_values(param)
                 of_device = entries.setdefault((param.device, real), [])
-                storage = (description.momentum_dtype, description.blocks)
                 if ordinary:
-                    of_device.append(Entry(param, grad, state, *storage, step))
+                    of_device.append(entry_of(param, grad, state, description, step))
                     continue
                 if len(state) > 1 + len(description.tensors):  # other code's entries
                     state = {key: state[key] for key in ("step", *description.keys)}
                 if not is_sharded(param):
                     plain = plain_parameter(param)
-                    of_device.append(Entry(plain, plain_gradient(grad), state, *storage, step))
+                    plain_grad = plain_gradient(grad)
+                    of_device.append(entry_of(plain, plain_grad, state, description, step))
                     if plain is not param:
                         copies.append((param, plain))
                     continue

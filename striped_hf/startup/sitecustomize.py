@@ -1,10 +1,10 @@
-"""What ``striped-hf-run`` brings into every Python process below it, through PYTHONPATH.
+"""Every Python process that ``striped-hf-run`` starts imports this file, through PYTHONPATH.
 
-Python imports ``sitecustomize`` when it starts. This one imports striped_hf where there is one:
-milliseconds, because torch and transformers are not imported. Then it steps aside: it leaves
-``sys.path`` as it would be without it, and runs the environment's own ``sitecustomize``.
+Python imports ``sitecustomize`` when it starts. This one imports striped_hf if it is installed,
+which takes milliseconds: torch and transformers are not imported. Then it restores ``sys.path`` and
+runs the environment's own ``sitecustomize``.
 
-Any Python may be below the command, so the code is valid in all versions, 2.7 included.
+The command may start any Python, so the code is valid in all versions, including 2.7.
 """
 
 import os

@@ -33,7 +33,7 @@ _DEFAULTS: dict[str, Any] = {
     "report_to": "none",  # transformers 4 reports to all installed trackers
     "log_level_replica": "error",  # the main process logs the rest
     "log_on_each_node": False,
-    # these models have none, and the search costs time in every step; DDP reports any it meets
+    # the models use all parameters, and a search costs time in every step; DDP reports unused ones
     "ddp_find_unused_parameters": False,
 }
 # Under FSDP each accumulated pass reduces its gradients to shards. Otherwise every device would
@@ -121,7 +121,7 @@ def parse_arguments(
     if fsdp and args.use_cpu:
         parser.error(
             "FSDP needs GPUs, and there is none or --use_cpu was passed: accelerate would run DDP "
-            "in its place; launch with recipes/accelerate/ddp.yaml"
+            "instead; launch with recipes/accelerate/ddp.yaml"
         )
     try:
         _find_checkpoint(args)
@@ -135,7 +135,7 @@ def _find_checkpoint(args: TrainingArguments) -> None:
     given = args.resume_from_checkpoint
     if given is None or given.lower() == "false":
         args.resume_from_checkpoint = None
-    elif given == "last" or given.lower() == "true":  # Trainer's own word for it
+    elif given == "last" or given.lower() == "true":  # Trainer accepts true for it
         found = last_checkpoint(args.output_dir or "")
         if found is None:
             raise UserError(

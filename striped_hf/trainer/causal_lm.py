@@ -112,7 +112,7 @@ class CausalLMTrainer(WholeCheckpoints):
             name = self.args.hub_model_id or Path(self.args.output_dir or "").resolve().name
             raise UserError(
                 f"--push_to_hub cannot make {name} on the hub: log in with `hf auth login` or set "
-                f"HF_TOKEN, and pass a name of yours with --hub_model_id ({one_line(error)})"
+                f"HF_TOKEN, and pass a repository of yours with --hub_model_id ({one_line(error)})"
             ) from error
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

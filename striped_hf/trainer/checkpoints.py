@@ -56,7 +56,7 @@ class WholeCheckpoints(Trainer):
         whole = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         partial = run_dir / _PARTIAL / whole.name
         if self.args.should_save:
-            shutil.rmtree(partial.parent, ignore_errors=True)  # what a killed run left
+            shutil.rmtree(partial.parent, ignore_errors=True)  # left by a killed run
         self.accelerator.wait_for_everyone()
         self._writes_partial = True
         try:
@@ -72,16 +72,17 @@ class WholeCheckpoints(Trainer):
         finally:
             self._writes_partial = False
 
-        if self.state.best_global_step:  # Trainer looked for the best one in the partial folder
+        # Trainer looked for the best checkpoint in the partial folder
+        if self.state.best_global_step:
             best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
             if best == whole or best.is_dir():
                 self.state.best_model_checkpoint = str(best)
             if self.args.should_save:
                 self.state.save_to_json(str(partial / "trainer_state.json"))
-        self.accelerator.wait_for_everyone()  # all have written
+        self.accelerator.wait_for_everyone()  # all processes have written
         if self.args.should_save:
             self._name(partial, whole)
-        self.accelerator.wait_for_everyone()  # the checkpoint is there for all
+        self.accelerator.wait_for_everyone()  # all processes see the checkpoint
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(whole))
 

@@ -1,7 +1,7 @@
 """FLOPs of a training step and peak FLOPS of a device: the numerator and denominator of MFU.
 
-MFU, model FLOPs utilization, is the number of operations that the tokens of training need, divided
-by the number that the device could have done in the same time (Chowdhery et al. 2022, appendix B).
+MFU, model FLOPs utilization, is a ratio: the operations that the tokens of training need, divided
+by the operations that the device could do in the same time (Chowdhery et al. 2022, appendix B).
 """
 
 import re

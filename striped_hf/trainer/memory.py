@@ -50,7 +50,7 @@ def peak_memory_mib() -> float:
     """Returns the peak memory in MiB: of the GPU's allocations, or without a GPU of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    if sys.platform == "win32":  # has no `resource`
+    if sys.platform == "win32":  # Windows has no `resource`
         import psutil
 
         return float(psutil.Process().memory_info().peak_wset) / 2**20

@@ -1,4 +1,4 @@
-"""From ``TrainingArguments`` and a model to what ``StripedAdamW`` is built with."""
+"""Makes the keyword arguments of ``StripedAdamW`` from ``TrainingArguments`` and a model."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,12 +7,12 @@ from torch import nn
 from striped_hf.optim import StripedAdamW
 from striped_hf.optim.backends import BACKENDS
 from striped_hf.optim.momentum import MOMENTUM_DTYPES
-from striped_hf.trainer.param_groups import mark_packed
+from striped_hf.trainer.param_groups import mark_matrices
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-# the names, formed as transformers forms its own, and the momentum's format of each
+# the names, in the style of transformers' names, and the momentum format of each
 OPTIMIZERS = {
     "striped_adamw": "float32",
     "striped_adamw_8bit": "int8",
@@ -28,7 +28,7 @@ _OPTIM_ARGS: dict[str, dict[str, Any]] = {
     "lagged": _BOOLEANS,
     "stochastic_rounding": {**_BOOLEANS, "none": None},
 }
-# what optim_args must not set, and where to set it
+# the keys that optim_args must not set, and where to set them
 _ELSEWHERE = {
     "lr": "set TrainingArguments.learning_rate",
     "learning_rate": "set TrainingArguments.learning_rate",
@@ -51,17 +51,18 @@ def optimizer_cls_and_kwargs(
 ) -> tuple[type[StripedAdamW], dict[str, Any]]:
     """Returns the value for ``Trainer(optimizer_cls_and_kwargs=...)``, which needs no names.
 
-    Use it where the names cannot be used, and where ``args.optim`` must keep its value. Trainer,
-    or its subclass, builds the param groups.
+    Use it where the names cannot be used, or where ``args.optim`` must keep its value. Trainer
+    or its subclass builds the param groups.
 
     Args:
         args: The function reads ``learning_rate``, ``adam_beta1``, ``adam_beta2``,
-            ``adam_epsilon`` and ``weight_decay``. If ``optim`` is one of this package's names, it
-            sets the momentum's format, else the format is float32. ``optim_args`` overrides it:
-            comma-separated ``key=value`` with the keys ``momentum_dtype``, ``backend``,
-            ``maximize``, ``nesterov``, ``lagged`` and ``stochastic_rounding``.
-        model: The model to train. Its packed projections are marked, here and again when Trainer
-            creates the optimizer, so that each part gets stripes of its own.
+            ``adam_epsilon``, ``weight_decay``, ``optim`` and ``optim_args``. If ``optim`` is one of
+            this package's names, it sets the momentum format; otherwise the format is float32.
+            ``optim_args`` overrides the format. It has comma-separated ``key=value`` with the keys
+            ``momentum_dtype``, ``backend``, ``maximize``, ``nesterov``, ``lagged`` and
+            ``stochastic_rounding``.
+        model: The model to train. The function marks its packed projections, and Trainer marks them
+            again when it creates the optimizer, so that each projection has separate stripes.
 
     Returns:
         ``StripedAdamW`` and its keyword arguments.
@@ -70,7 +71,7 @@ def optimizer_cls_and_kwargs(
         ValueError: ``optim_args`` has an unknown key, a repeated key or an invalid value.
     """
     if model is not None:
-        mark_packed(model)
+        mark_matrices(model)
     return StripedAdamW, {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),

@@ -1,13 +1,17 @@
-"""Param groups for StripedAdamW: which parameters decay, and which matrices pack several."""
+"""Param groups for StripedAdamW: which parameters decay, and how matrices are read.
+
+Packed projections have blocks, and the kernels of convolutions are one matrix each.
+"""
 
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from striped_hf.optim.blocks import mark_blocks
-from striped_hf.optim.interface import Blocks
+from striped_hf.optim.interface import Blocks, BlocksOption
 
 
 def _fused_experts(module: Any) -> Blocks:
@@ -165,6 +169,17 @@ _PACKED: tuple[tuple[str, Blocks | Callable[[Any], Blocks], str], ...] = (
 )
 
 
+# their kernels are [out, in / groups, ...], of transposed ones [in, out / groups, ...]
+_CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
 def packed_blocks(model: nn.Module) -> dict[nn.Parameter, Blocks]:
     """Finds the parameters of a model that pack several projections of one size.
 
@@ -205,8 +220,8 @@ def packed_blocks(model: nn.Module) -> dict[nn.Parameter, Blocks]:
     return found
 
 
-def mark_packed(model: nn.Module) -> None:
-    """Marks the parameters that pack several projections, for a StripedAdamW built afterwards.
+def mark_matrices(model: nn.Module) -> None:
+    """Marks packed projections and kernels of convolutions, for a StripedAdamW built afterwards.
 
     Whoever builds the groups need not know of blocks then. The marks are lost where parameters are
     replaced, as in a deep copy of the model; mark the copy, too.
@@ -214,8 +229,20 @@ def mark_packed(model: nn.Module) -> None:
     Args:
         model: As for ``packed_blocks``.
     """
-    for param, blocks in packed_blocks(model).items():
+    for param, blocks in _marks(model).items():
         mark_blocks(param, blocks)
+
+
+def _marks(model: nn.Module) -> dict[nn.Parameter, BlocksOption]:
+    """Finds the parameters of a model whose modules tell how they are read."""
+    kernels: dict[nn.Parameter, BlocksOption] = {
+        param: "kernel"
+        for module in model.modules()
+        if isinstance(module, _CONVOLUTIONS)
+        for param in module.parameters()  # a parametrization's, too
+        if is_lazy(param) or param.dim() >= 3
+    }
+    return {**kernels, **packed_blocks(model)}
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -237,7 +264,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
     # the method uses nothing of its Trainer, and there is none yet
     decaying = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
-    packed = packed_blocks(model)
+    packed, marks = packed_blocks(model), _marks(model)
     groups = []
     for decays in (True, False):
         named = [
@@ -246,7 +273,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
             if param.requires_grad and (name in decaying) == decays
         ]
         for _, param in named:  # other code may deal the parameters out in another order
-            mark_blocks(param, packed.get(param, (1, 1)))
+            mark_blocks(param, marks.get(param, (1, 1)))
         group: dict[str, Any] = {
             "params": named,
             "weight_decay": weight_decay if decays else 0.0,

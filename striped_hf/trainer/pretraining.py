@@ -1,9 +1,9 @@
-"""A Trainer for long runs: windows in their own order, and batches that grow with the tokens.
+"""A Trainer for long runs: windows in the data set's order, and batches that grow with the tokens.
 
-``Trainer`` has one ``gradient_accumulation_steps`` for the whole run. The end of a step, the
-batches that a resumed run skips, the length of the run and the learning rate all depend on it, so
-it cannot change during the run. With a growing batch, the data loader therefore gives Trainer the
-whole batch of a step as one batch. ``training_step`` splits it and accumulates the gradients.
+``Trainer`` has one ``gradient_accumulation_steps``, which cannot change during the run: the end of
+a step, the batches that a resumed run skips, the length of the run and the learning rate depend on
+it. With a growing batch, the data loader therefore gives Trainer the whole batch of a step as one
+batch. ``training_step`` splits it and accumulates the gradients.
 """
 
 import copy
@@ -48,7 +48,7 @@ def growing_accumulation(full: int, total: int, warmup: float) -> NDArray[np.int
 
 
 class WindowBatches:
-    """One process's part of each batch: windows in their own order.
+    """One process's part of each batch: windows in the data set's order.
 
     A ``batch_sampler`` for ``DataLoader``. It yields ranges, so a resumed run skips millions of
     batches in seconds, and no permutation of all windows is in memory.
@@ -74,7 +74,7 @@ class WindowBatches:
 
 
 class PretrainingTrainer(CausalLMTrainer):
-    """A Trainer that reads random windows in their own order, on any number of processes.
+    """A Trainer that reads random windows in the data set's order, on any number of processes.
 
     ``state.num_input_tokens_seen`` and every log count the tokens of training over all processes,
     without the synchronization of ``include_num_input_tokens_seen``.
@@ -104,9 +104,10 @@ class PretrainingTrainer(CausalLMTrainer):
         **kwargs: Any,
     ) -> None:
         self._full_steps, self._full = args.max_steps, args.gradient_accumulation_steps
-        self._rounds: NDArray[np.int64] | None = None  # of each step, if the batch grows
+        self._rounds: NDArray[np.int64] | None = None  # the rounds of each step, if the batch grows
         if batch_size_warmup:
-            tokens = args.train_batch_size * args.world_size * train_dataset.block_size  # a round
+            # tokens in a round
+            tokens = args.train_batch_size * args.world_size * train_dataset.block_size
             total = self._full_steps * self._full
             if not 0 < batch_size_warmup <= total * tokens:
                 raise ValueError(
@@ -120,14 +121,14 @@ class PretrainingTrainer(CausalLMTrainer):
                     "per_device_train_batch_size, or pass batch_size_warmup=0"
                 )
             self._rounds = growing_accumulation(self._full, total, batch_size_warmup / tokens)
-            args = copy.copy(args)  # do not change the caller's
+            args = copy.copy(args)  # do not change the caller's arguments
             args.max_steps, args.gradient_accumulation_steps = len(self._rounds), 1
         super().__init__(args=args, train_dataset=train_dataset, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Returns this process's batches. They need no preparation by accelerate."""
         args = self.args
-        if self._rounds is None:  # all sizes are the same: no array of millions
+        if self._rounds is None:  # all sizes are the same: the view needs no array of millions
             batches = args.max_steps * args.gradient_accumulation_steps
             sizes = np.broadcast_to(np.int64(args.train_batch_size), batches)
         else:
@@ -145,16 +146,17 @@ class PretrainingTrainer(CausalLMTrainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: Optimizer | None = None
     ) -> LRScheduler:
-        """Makes the schedule. Growing batches get the full batches' rate at the same tokens."""
+        """Makes the schedule, with the learning rate of full batches at each token."""
         if self._rounds is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         scheduler = super().create_scheduler(self._full_steps, optimizer)
         if not isinstance(scheduler, LambdaLR):
             raise ValueError(
-                f"lr_scheduler_type={self.args.lr_scheduler_type}: its rate is no function of the "
-                "step, and batch_size_warmup needs one: pass another, or batch_size_warmup=0"
+                f"lr_scheduler_type={self.args.lr_scheduler_type}: batch_size_warmup needs a "
+                "learning rate that is a function of the step: pass another schedule, or "
+                "batch_size_warmup=0"
             )
-        # the full step with this step's first token: a schedule may accept only whole steps
+        # the full step that has this step's first token: a schedule may accept only whole steps
         full_step = np.concatenate(([0], self._rounds.cumsum())) // self._full
 
         def by_tokens(rate: Callable[[int], float]) -> Callable[[int], float]:
@@ -170,7 +172,7 @@ class PretrainingTrainer(CausalLMTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Accumulates a batch's gradients, one micro-batch at a time; returns the batch's loss."""
-        if self.args.include_num_input_tokens_seen in (False, "no"):  # otherwise Trainer counts
+        if self.args.include_num_input_tokens_seen in (False, "no"):  # else Trainer counts
             self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
         if self._rounds is None:
             return super().training_step(model, inputs, num_items_in_batch)

@@ -5,16 +5,16 @@ name, in every version from 4.57 to 5.23:
 
 - the enum ``OptimizerNames`` in ``transformers.training_args``: ``TrainingArguments`` converts
   ``optim`` to a member, ``HfArgumentParser`` offers the values as choices when it is built, and
-  ``training_args.bin`` calls the enum when it is unpickled. Only its private maps let it grow.
+  ``training_args.bin`` calls the enum when it is unpickled. New members go into its private maps.
 - ``Trainer.get_optimizer_cls_and_kwargs(args, model)``, a static method that turns the name into a
   class and its arguments. It uses an if-chain up to transformers 5.1 and a private table of
-  handlers since then. Wrapping the method serves both. The wrapper also reads ``optim_args``
-  before transformers splits it, which loses duplicates and fails without a message on a missing
-  "=". It marks the model's packed projections and leaves the param groups to Trainer and its
-  subclasses, which build them as for AdamW.
+  handlers since then. A wrapper of the method works with both. The wrapper also parses
+  ``optim_args`` itself: transformers' parser loses duplicates, and fails without a message on a
+  missing "=". The wrapper marks the model's packed projections. Trainer and its subclasses build
+  the param groups as for AdamW.
 
-``Trainer.create_optimizer`` is wrapped, too. It marks the model that is trained, also where
-``Trainer(optimizer_cls_and_kwargs=...)`` was passed.
+``Trainer.create_optimizer`` is wrapped, too. This wrapper marks the packed projections of the
+trained model. It does so with ``Trainer(optimizer_cls_and_kwargs=...)``, too.
 
 ``striped_hf/__init__.py`` calls ``add_names`` and ``extend_trainer`` when the import of each of
 the two modules has finished. This file therefore imports nothing from transformers.
@@ -32,7 +32,7 @@ from torch import nn
 
 from striped_hf.optim import StripedAdamW
 from striped_hf.trainer.optimizer_kwargs import OPTIMIZERS, optimizer_cls_and_kwargs
-from striped_hf.trainer.param_groups import mark_packed
+from striped_hf.trainer.param_groups import mark_matrices
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -79,7 +79,7 @@ def _wrap_trainer(trainer: Any) -> None:
         if args.optim not in OPTIMIZERS:
             return get_original(args, model, *rest, **kwargs)
         optimizer_cls, optimizer_kwargs = optimizer_cls_and_kwargs(args, model)
-        # as for AdamW: groups that set no decay of their own get the optimizer's default
+        # as for AdamW: a group without a decay gets the optimizer's default
         del optimizer_kwargs["weight_decay"]
         return optimizer_cls, optimizer_kwargs
 
@@ -87,8 +87,8 @@ def _wrap_trainer(trainer: Any) -> None:
     def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = self.optimizer_cls_and_kwargs
         if self.args.optim in OPTIMIZERS or (given is not None and given[0] is StripedAdamW):
-            # a caller of the method above may have left out the model, or changed it since
-            mark_packed(self.model)
+            # the call of the method above may have had no model, or the model has changed since
+            mark_matrices(self.model)
         return create_original(self, *args, **kwargs)
 
     get_optimizer_cls_and_kwargs._striped_hf_wraps = get_original  # type: ignore[attr-defined]
@@ -110,14 +110,15 @@ def _add_member(enum: EnumMeta, name: str, value: str) -> None:
     member._value_ = value
     member.__objclass__ = enum
     member._sort_order_ = len(enum._member_names_)  # 3.11 and later
-    setattr(enum, name, member)  # before the maps: the metaclass refuses to rebind a member
+    # before the maps: the metaclass forbids the assignment of an existing member
+    setattr(enum, name, member)
     enum._member_names_.append(name)
     enum._member_map_[name] = member
     enum._value2member_map_[value] = member
     if hasattr(enum, "_hashable_values_"):  # 3.13.1 and later
         enum._hashable_values_.append(value)
     if enum(value) is not member or member not in list(enum):  # type: ignore[call-overload]
-        raise TypeError(f"{enum.__name__} did not take the member {name}")
+        raise TypeError(f"{enum.__name__} did not accept the member {name}")
 
 
 def _give_up(training_args: ModuleType | None, error: Exception) -> None:
@@ -126,18 +127,18 @@ def _give_up(training_args: ModuleType | None, error: Exception) -> None:
 
     message = (
         f"striped_hf cannot add {', '.join(OPTIMIZERS)} to transformers {__version__}, whose "
-        f"internals differ from those it knows ({type(error).__name__}: {error}): pass "
+        f"internals differ from the known versions ({type(error).__name__}: {error}): pass "
         "Trainer(optimizer_cls_and_kwargs=striped_hf.optimizer_cls_and_kwargs(args, model)) "
-        "instead, the public way, which needs none of them"
+        "instead, which is public and needs no internals"
     )
     warnings.warn(message, stacklevel=2)
-    # without the enum no name can be used by mistake
+    # if there is no enum, transformers accepts no name anyway
     with contextlib.suppress(AttributeError, TypeError):
         _refuse_names(training_args.OptimizerNames, message)  # type: ignore[union-attr]
 
 
 def _refuse_names(enum: Any, message: str) -> None:
-    """Makes our names raise ``message``, by the hook that enums have for unknown values."""
+    """Makes our names raise ``message``, with the enum's hook for unknown values."""
     for value in OPTIMIZERS:
         member = enum._value2member_map_.pop(value, None)
         if member is not None:

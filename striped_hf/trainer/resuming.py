@@ -1,4 +1,4 @@
-"""Checks before a run resumes: the checkpoint is whole, and it is of the same run."""
+"""Checks before a run resumes: the checkpoint is whole, and it belongs to the same run."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from striped_hf.cli import UserError, is_main_process, one_line
 from striped_hf.data import ContiguousBlocks, RandomWindows
 from striped_hf.differences import differences
 
-IDENTITY = "run_identity.json"  # in each checkpoint
+IDENTITY = "run_identity.json"  # a file in each checkpoint
 _STATE = "trainer_state.json"
 # Arguments that a checkpoint overrides silently, or that would make its counts and windows wrong.
 # `optim` is not among them: a run may continue with another optimizer.
@@ -74,14 +74,14 @@ def windows_per_step(args: TrainingArguments) -> int:
 
 
 def check_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:
-    """Checks that a checkpoint is of this run.
+    """Checks that a checkpoint belongs to this run.
 
     Args:
         checkpoint: A folder that :func:`check_whole` has accepted.
         identity: This run's identity, from :func:`run_identity`.
 
     Raises:
-        UserError: The checkpoint is of another run; the message names the differences.
+        UserError: The checkpoint belongs to another run; the message names the differences.
     """
     path = checkpoint / IDENTITY
     if not path.exists():
@@ -93,18 +93,19 @@ def check_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:
     before, now = json.loads(path.read_text(encoding="utf-8")), dict(identity)
     steps = before.pop("max_steps", None), now.pop("max_steps", None)
     before.pop("save_only_model", None)
-    # a configuration's entries that another version of transformers adds do not count
+    # ignore configuration entries that another version of transformers adds
     shared = before.get("model", {}).keys() & now["model"].keys()
     for each in (before, now):
         each["model"] = {key: each.get("model", {})[key] for key in sorted(shared)}
     if found := differences(before, now):
         raise UserError(
-            f"--resume_from_checkpoint {checkpoint} is of another run ({found}): pass what it had "
-            "to go on with it, or leave the flag out and pass another --output_dir to start anew"
+            f"--resume_from_checkpoint {checkpoint} belongs to another run ({found}): pass the "
+            "settings of that run to continue it, or leave the flag out and pass another "
+            "--output_dir to start anew"
         )
     if steps[0] != steps[1]:
         _note(
-            f"going on from {checkpoint}: its run had {steps[0]} steps, and this one has {steps[1]}"
+            f"continuing from {checkpoint}: its run had {steps[0]} steps, this run has {steps[1]}"
         )
 
 
@@ -121,7 +122,7 @@ def last_checkpoint(output_dir: str) -> Path | None:
     wrong = None
     for checkpoint in reversed(found):
         if wrong is not None:
-            _note(f"{wrong}; going on from {checkpoint}, the one before it")
+            _note(f"{wrong}; continuing from {checkpoint}, the checkpoint before it")
         try:
             check_whole(checkpoint)
         except UserError as error:
@@ -165,7 +166,7 @@ def check_whole(checkpoint: Path) -> None:
     if lacking and (inside := checkpoints(checkpoint)):
         raise UserError(f"{flag} is a run's folder: pass its checkpoint, such as {inside[-1]}")
     if _STATE not in lacking and lacking and _saved_only_model(checkpoint):
-        _note(f"{checkpoint} was saved by --save_only_model: optimizer and schedule begin anew")
+        _note(f"{checkpoint} was saved by --save_only_model: optimizer and schedule start anew")
     elif lacking:
         raise UserError(
             f"{flag} lacks {' and '.join(lacking)}, without which a run begins anew: pass a "
@@ -176,8 +177,8 @@ def check_whole(checkpoint: Path) -> None:
             _check_file(path)
         except (OSError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
             raise UserError(
-                f"{path} is damaged ({one_line(error)}): delete {checkpoint}, and go on from an "
-                "earlier checkpoint"
+                f"{path} is damaged ({one_line(error)}): delete {checkpoint}, and continue from "
+                "an earlier checkpoint"
             ) from error
 
 

@@ -15,6 +15,7 @@ from transformers.training_args import OptimizerNames
 
 from striped_hf.cli import UserError, is_main_process, one_line
 from striped_hf.data import ContiguousBlocks, TokenSplit
+from striped_hf.fingerprint import file_fingerprint
 from striped_hf.locking import lock_folder
 from striped_hf.results import environment, loss_text, markdown_table, write_json, write_text
 from striped_hf.trainer.callbacks import RunMeasurements
@@ -81,8 +82,8 @@ def train(trainer: CausalLMTrainer, args: TrainingArguments, **options: Any) -> 
         options: The recipe's own settings that are part of the run's identity.
 
     Raises:
-        UserError: The checkpoint is of another run, a checkpoint cannot be written, or a tracker of
-            ``args.report_to`` fails.
+        UserError: The checkpoint belongs to another run, a checkpoint cannot be written, or a
+            tracker of ``args.report_to`` fails.
     """
     trainer.identity = run_identity(trainer, args, **options)
     folder = Path(args.output_dir or "")
@@ -92,8 +93,9 @@ def train(trainer: CausalLMTrainer, args: TrainingArguments, **options: Any) -> 
         trainer.replaced = (*found, folder / "run.json", folder / "trainer_state.json")
         if is_main_process():
             print(
-                f"{folder} has an earlier run's checkpoints, up to {found[-1].name}: the first one "
-                "of this run replaces them (--resume_from_checkpoint last goes on with them)",
+                f"{folder} has an earlier run's checkpoints, up to {found[-1].name}: this "
+                "run's first checkpoint replaces them (--resume_from_checkpoint last continues "
+                "from them)",
                 flush=True,
             )
     try:
@@ -103,7 +105,7 @@ def train(trainer: CausalLMTrainer, args: TrainingArguments, **options: Any) -> 
         if tracker not in (args.report_to or ()):
             raise
         raise UserError(
-            f"--report_to {tracker} cannot begin ({one_line(error)}): log in to it, or leave the "
+            f"--report_to {tracker} cannot start ({one_line(error)}): log in to it, or leave the "
             "flag out"
         ) from error
 
@@ -128,11 +130,11 @@ def finish_run(
 
     Returns:
         The content of ``run.json``: ``optim``, ``learning_rate``, ``seed``, ``processes``,
-        ``steps``, ``tokens`` of training, ``parameters`` and their ``dtype``, the optimizer's
-        ``state_bytes`` and ``state_bytes_per_param`` over all processes, this process's
-        ``peak_memory_mib``, ``median_step_ms``, ``train_loss``, ``eval_loss`` (nats per token),
-        ``eval_tokens`` and more. Values that are not finite, such as the losses of a run that
-        diverged, are None.
+        ``steps``, ``tokens`` of training, ``data`` (its files and their fingerprints),
+        ``parameters`` and their ``dtype``, the optimizer's ``state_bytes`` and
+        ``state_bytes_per_param`` over all processes, this process's ``peak_memory_mib``,
+        ``median_step_ms``, ``train_loss``, ``eval_loss`` (nats per token), ``eval_tokens`` and
+        more. Values that are not finite, such as the losses of a run that diverged, are None.
 
     Raises:
         UserError: The folder is not writable.
@@ -168,6 +170,7 @@ def finish_run(
         # Trainer's count, if it has one: steps may differ in their tokens
         "tokens": trainer.state.num_input_tokens_seen
         or trainer.state.global_step * windows_per_step(args) * blocks.block_size,
+        "data": {str(path): file_fingerprint(path) for path in (train.path, blocks.split.path)},
         "parameters": parameters,
         "dtype": _dtype(model, args),
         **measured,
@@ -184,7 +187,7 @@ def finish_run(
     }
     if trainer.is_world_process_zero():
         write_json(folder / "run.json", run)
-        architecture = type(model).__name__.removeprefix("FSDP")  # FSDP2 makes a class of its own
+        architecture = type(model).__name__.removeprefix("FSDP")  # FSDP2 changes the model's class
         card = _card(folder.resolve().name, architecture, run, train, blocks, base_model)
         write_text(folder / "README.md", card)
     if args.push_to_hub:

@@ -1,4 +1,4 @@
-"""``make gpu``: order, failures, time limits, and results that survive whatever happens."""
+"""``make gpu``: the order of the parts, failures, time limits, and results that are never lost."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def test_all_parts_pass(tmp_path, capfd):
     assert "== summary: all parts passed" in capfd.readouterr().out
 
 
-def test_a_part_is_ended_at_its_limit_with_its_children_and_keeps_its_results(tmp_path, capfd):
+def test_a_part_ends_at_its_limit_with_its_children_and_keeps_its_results(tmp_path, capfd):
     late, results = tmp_path / "late", tmp_path / f"{FIRST}.json"
     child = f"import time, pathlib; time.sleep(4); pathlib.Path({str(late)!r}).touch()"
     code = writes(results, complete=False, passed=7, failed=0, skipped=0, failures=[])
@@ -68,12 +68,12 @@ def test_a_part_is_ended_at_its_limit_with_its_children_and_keeps_its_results(tm
     assert not gpu.run_parts(parts, tmp_path, tmp_path, 60)
     assert ended(tmp_path) == {FIRST: "ended after its limit of 2 s", SECOND: "passed"}
     assert read(tmp_path)["results"][FIRST]["passed"] == 7
-    assert "| until they were cut off | 7 | 0 | 0 |" in capfd.readouterr().out
+    assert "| before the run was cut off | 7 | 0 | 0 |" in capfd.readouterr().out
     time.sleep(max(0, begin + 6 - time.monotonic()))
     assert not late.exists()
 
 
-def test_the_budget_of_all_parts_holds(tmp_path, capfd, monkeypatch):
+def test_all_parts_together_end_within_the_budget(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(gpu, "SHORTEST_S", 1)
     parts = [part(FIRST, "import time; time.sleep(60)", 60), part(SECOND, "pass", 60)]
     assert not gpu.run_parts(parts, tmp_path, tmp_path, 3)
@@ -83,15 +83,16 @@ def test_the_budget_of_all_parts_holds(tmp_path, capfd, monkeypatch):
     }
 
 
-def test_a_part_may_take_the_time_that_others_left(tmp_path, capfd):
+def test_a_part_may_use_the_time_that_others_left(tmp_path, capfd):
     code = "import time; time.sleep(1.5)"
     assert gpu.run_parts([part(FIRST, code, 1, takes_the_rest=True)], tmp_path, tmp_path, 60)
     assert not gpu.run_parts([part(FIRST, code, 1)], tmp_path, tmp_path, 60)
 
 
-def test_a_failing_table_loses_nothing(tmp_path, capfd):
+def test_a_table_that_fails_loses_no_results(tmp_path, capfd):
     parts = [
-        part(FIRST, writes(tmp_path / f"{FIRST}.json", figure=1)),  # no table can be made of it
+        # without the entries that a table needs
+        part(FIRST, writes(tmp_path / f"{FIRST}.json", figure=1)),
         part(SECOND, "print('goes on')"),
     ]
     assert gpu.run_parts(parts, tmp_path, tmp_path, 60)
@@ -101,16 +102,16 @@ def test_a_failing_table_loses_nothing(tmp_path, capfd):
     assert read(tmp_path)["results"] == {FIRST: {"figure": 1}}
 
 
-def test_the_given_python_path_stays(tmp_path, monkeypatch, capfd):
-    """Packages may have been carried along, outside of the environment."""
+def test_parts_keep_the_given_python_path(tmp_path, monkeypatch, capfd):
+    """It may be the path of packages outside of the environment."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(("/carried", "/too")))
     code = "import os; print('path', os.environ['PYTHONPATH'])"
     gpu.run_parts([part(FIRST, code)], tmp_path, tmp_path, 60)
     assert f"path {REPOSITORY}{os.pathsep}/carried{os.pathsep}/too\n" in capfd.readouterr().out
 
 
-def test_a_kill_at_any_moment_keeps_what_was_measured(tmp_path):
-    """Of the parts that ended, and of the one that is running."""
+def test_a_kill_at_any_moment_keeps_the_measurements(tmp_path):
+    """The results of finished parts and of the running part stay."""
     first, second = (tmp_path / f"{name}.json" for name in (FIRST, SECOND))
     codes = (writes(first, figure=1), writes(second, figure=2) + "import time; time.sleep(60)")
     run = (
@@ -127,7 +128,7 @@ def test_a_kill_at_any_moment_keeps_what_was_measured(tmp_path):
     while time.monotonic() < deadline:
         time.sleep(0.2)
         if (tmp_path / "out" / "gpu.json").is_file():
-            written = read(tmp_path / "out")  # at every moment whole JSON
+            written = read(tmp_path / "out")  # the file is whole JSON at every moment
             if SECOND in written["results"]:
                 break
     time.sleep(2 * random.random())
@@ -160,13 +161,13 @@ def test_the_plan_fits_into_its_time(tmp_path, listed, rehearsal):
             assert "cpu" not in part.command
 
 
-def test_the_finetune_is_the_one_whose_memory_the_origin_measured(tmp_path):
+def test_the_finetune_has_the_settings_of_the_origins_measurement(tmp_path):
     (finetune,) = [p for p in gpu_parts.full(tmp_path, False) if p.name.startswith("finetune")]
     assert "gpt2-xl" in finetune.command
     assert "--accumulation" not in finetune.command
 
 
-def test_collected_results_go_where_the_tables_are_made_from(tmp_path, monkeypatch, capsys):
+def test_collected_results_go_into_the_files_of_the_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results")
     path = tmp_path / "gpu.json"
     results = {FIRST: {"figure": 1}, "../elsewhere": {"figure": 2}}
@@ -186,7 +187,7 @@ def test_collected_results_go_where_the_tables_are_made_from(tmp_path, monkeypat
         ('{"rehearsal": true, "results": {}}', "a rehearsal measures nothing"),
     ],
 )
-def test_what_is_no_result_is_not_collected(tmp_path, text, message):
+def test_other_files_and_rehearsals_are_not_collected(tmp_path, text, message):
     path = tmp_path / "gpu.json"
     path.write_text(text)
     with pytest.raises(gpu.UserError, match=message):
@@ -194,10 +195,10 @@ def test_what_is_no_result_is_not_collected(tmp_path, text, message):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_gpu_it_says_so(run_script, tmp_path):
+def test_without_a_gpu_the_command_ends_with_an_error(run_script, tmp_path):
     done = run_script("benchmarks.gpu", cwd=tmp_path, status=1, OUT=str(tmp_path / "out"))
     assert done.stderr.splitlines()[-1] == (
-        "gpu.py: error: there is no CUDA device here: run it where there is one, or rehearse it "
+        "gpu.py: error: there is no CUDA device: run this on a machine with a GPU, or rehearse it "
         "with `make gpu-check`"
     )
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The parts of ``make gpu`` that only it has: what they write, as far as a CPU can show it."""
+"""The results of the parts that only ``make gpu`` has, as far as a CPU can test them."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ from benchmarks import gpu_kernels, gpu_losses, gpu_parts, gpu_tests
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-# outcomes of every kind, the last after the file was written once more
+# every kind of outcome
 SUITE = """
 import pytest
 
@@ -95,7 +95,7 @@ def test_kernel_times_have_a_row_for_every_step(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted here")
-def test_kernel_times_end_in_time(tmp_path):
+def test_no_row_of_kernel_times_begins_after_the_limit(tmp_path):
     found = gpu_kernels.measure(kernel_arguments(tmp_path, seconds=0.0))
     assert [row["optimizer"] for row in found["rows"]] == ["adamw_fused"]
     assert not found["complete"]
@@ -109,13 +109,13 @@ def loss_arguments(tmp_path, **changes):
     return argparse.Namespace(**defaults)
 
 
-def test_losses_are_compared_from_the_same_start(tmp_path):
+def test_optimizers_start_from_the_same_weights(tmp_path):
     found = gpu_losses.compare(loss_arguments(tmp_path))
     assert read(tmp_path / "losses.json") == found
     assert found["steps"] == 40
     losses = {row["optim"]: row["train_losses"] for row in found["optimizers"]}
     for name, (first, second) in losses.items():
-        # log 96 = 4.56 where nothing is learnt; random tokens have nothing more than frequencies
+        # log 96 = 4.56 without learning; random tokens have no structure but their frequencies
         assert second < first < 4.7, name
         assert first == pytest.approx(losses["adamw_torch_fused"][0], abs=0.02)
     assert "one seed" in gpu_losses.render(found)

@@ -1,4 +1,4 @@
-"""What a benchmark measures: memory of a call, bytes of a state, the size of a checkpoint."""
+"""Measurements of a call: its memory, the bytes of a state, the size of a checkpoint."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from striped_hf.trainer.memory import tensor_bytes
 CPU = torch.device("cpu")
 MIB = 2**20
 
-# in a process of its own: what other tests have left in malloc's hands would count
+# in a separate process: memory that malloc kept from other tests would count
 SCRIPT = """
 import ctypes, json, torch
 from benchmarks.measuring import return_freed_memory, temporary_bytes
@@ -56,7 +56,7 @@ print(json.dumps(measured))
 
 @pytest.fixture(scope="module")
 def mib() -> dict[str, float]:
-    """MiB that each of the calls takes."""
+    """The temporary memory of each call, in MiB."""
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=1200
     )
@@ -73,17 +73,17 @@ def test_temporary_memory_of_c_code(mib):
         assert mib[f"{size} MiB of C"] == pytest.approx(size, abs=0.3)
 
 
-def test_temporary_memory_of_tensors_is_the_largest_at_a_time(mib):
+def test_temporary_memory_of_tensors_is_the_peak(mib):
     assert mib["tensors"] == pytest.approx(5, abs=0.4)
 
 
-def test_foreach_adamw_takes_a_copy_of_everything_and_fused_adamw_nothing(mib):
+def test_foreach_adamw_needs_a_copy_of_everything_and_fused_adamw_nothing(mib):
     assert mib["foreach"] == pytest.approx(16, abs=1.5)
     assert mib["fused"] < 0.3
 
 
 class Halved(torch.Tensor):
-    """Stands for float32, stores one byte an element, as coded states of other packages do."""
+    """Looks like float32 and stores one byte per element, like coded states of other packages."""
 
     @staticmethod
     def __new__(cls, codes):
@@ -100,7 +100,7 @@ class Halved(torch.Tensor):
         return return_and_correct_aliasing(func, args, kwargs or {}, func(*args, **(kwargs or {})))
 
 
-def test_bytes_are_what_is_stored():
+def test_tensor_bytes_are_the_stored_bytes():
     shared = torch.zeros(256)
     state = {
         "step": 3,
@@ -119,13 +119,13 @@ def test_checkpoint_is_as_large_as_the_file():
     assert torch.serialization.get_crc32_options()
 
 
-def test_seconds_are_of_one_call():
+def test_seconds_are_the_time_of_one_call():
     calls = []
     assert 0 <= seconds(CPU, lambda: calls.append(1), 5) < 1
     assert len(calls) == 5
 
 
-def test_a_sharded_tensor_counts_what_this_process_has(tmp_path):
+def test_a_sharded_tensor_counts_with_this_processs_part(tmp_path):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
 
@@ -133,7 +133,7 @@ def test_a_sharded_tensor_counts_what_this_process_has(tmp_path):
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
-        # the part that one of four processes would have
+        # the part of one of four processes
         part = DTensor.from_local(
             torch.ones(2, 8), mesh, [Shard(0)], run_check=False, shape=(8, 8), stride=(8, 1)
         )

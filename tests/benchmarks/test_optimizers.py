@@ -17,7 +17,7 @@ from benchmarks import (
 
 SCRIPT = "benchmarks.optimizers"
 CPU = torch.device("cpu")
-# all but those that compile for a minute
+# all peers except those that compile for a minute
 QUICK = (
     *("adamw_foreach", "adafactor", "muon", "transformers_adafactor", "optimi_adamw"),
     *("bitsandbytes_adamw8bit", "flashoptim_adamw"),
@@ -29,11 +29,11 @@ MEASURED = ("state_bytes_per_param", "checkpoint_bytes", "first_step_s", "step_m
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory, run_script, tiny_config):
-    """The results of a real run over few rounds, and what it printed."""
+    """The results and the output of a real run over few rounds."""
     folder = tmp_path_factory.mktemp("bench")
     flags = ("--shapes", tiny_config, "--rounds", 3, "--results", "results.json")
     flags += ("--backend", "auto", "reference", "triton", "--optimizers", *QUICK)
-    done = run_script(SCRIPT, *flags, cwd=folder, TRITON_INTERPRET="0")  # as users have it
+    done = run_script(SCRIPT, *flags, cwd=folder, TRITON_INTERPRET="0")  # as for users
     return json.loads((folder / "results.json").read_text(encoding="utf-8")), done.stdout
 
 
@@ -65,7 +65,7 @@ def test_every_row_has_figures_or_a_reason(ran):
 
 
 @pytest.mark.slow
-def test_what_cannot_run_here_says_why(ran):
+def test_an_optimizer_that_cannot_run_has_a_reason(ran):
     results = rows(ran[0])
     for name, module in (("bitsandbytes_adamw8bit", "bitsandbytes"), ("optimi_adamw", "optimi")):
         if importlib.util.find_spec(module) is None:
@@ -77,7 +77,7 @@ def test_what_cannot_run_here_says_why(ran):
 
 
 @pytest.mark.slow
-def test_state_bytes_are_counted_right(ran, tiny_config):
+def test_state_bytes_are_correct(ran, tiny_config):
     results, _ = ran
     n, row = results["parameters"], rows(results)
     weights = model_shapes.meta_weights(model_shapes.meta_model(str(tiny_config)))
@@ -88,7 +88,7 @@ def test_state_bytes_are_counted_right(ran, tiny_config):
     assert n == in_matrices + vectors
     assert row["adamw_fused"]["state_bytes_per_param"] * n == pytest.approx(8 * n + steps)
     assert round(row["adamw_fused"]["state_bytes_per_param"], 2) == 8.00
-    # stripes: a row mean for each row, three for each of c_attn's (64, 192), and column means
+    # stripes: one row mean for each row, three for each row of c_attn (64, 192), and column means
     stripes = 4 * sum(sum(p.shape) for p in matrices) + 3 * 4 * 2 * 64
     rest = stripes + 8 * vectors + steps
     blocks = sum(p.shape[0] * -(-p.shape[1] // 128) for p in matrices)
@@ -102,7 +102,7 @@ def test_state_bytes_are_counted_right(ran, tiny_config):
             assert row[name]["state_bytes_per_param"] * n == pytest.approx(coded + rest), name
             assert row[name]["checkpoint_bytes"] > coded + rest
     assert row["striped_int8:reference"]["backend"] == "reference"
-    # Muon keeps a momentum of hidden matrices, and AdamW has the rest
+    # Muon keeps a momentum for hidden matrices, and AdamW steps the rest
     hidden = in_matrices - 512 * 64 - 64 * 64
     assert row["muon"]["state_bytes_per_param"] * n == pytest.approx(
         4 * hidden + 8 * (n - hidden), rel=1e-3
@@ -117,7 +117,7 @@ def test_coded_states_of_other_packages_count_as_stored():
     optimizer = AdamW8bit([param])
     param.grad = torch.zeros_like(param)
     state = {"exp_avg": optimizer._new_buffer(param, True)}
-    # a byte an element, a float32 scale for each 256, and a table of 256 codes
+    # one byte per element, a float32 scale for 256 elements, and a table of 256 codes
     assert memory_budget.tensor_bytes(state) == 256 * 512 * (1 + 4 / 256) + 256 * 4
 
 
@@ -146,8 +146,8 @@ def finished(*entries: optimizers.Contender) -> dict:
     }
 
 
-def test_ratios_are_taken_within_rounds():
-    """The machine becomes half as fast midway: the ratio is 2 in every round."""
+def test_ratios_compare_turns_of_the_same_round():
+    """The machine becomes half as fast midway, and the ratio is still 2 in every round."""
     results = finished(
         contender("adamw_fused", [0.010] * 5 + [0.011] * 5),
         contender("adamw_foreach", [0.020] * 5 + [0.022] * 5),
@@ -179,12 +179,12 @@ def test_an_unstable_baseline_makes_times_unusable(slow, usable, tmp_path):
         assert "varied by more than 15%" in table
 
 
-def test_the_limit_is_of_the_median():
+def test_the_limit_is_relative_to_the_median():
     assert optimizers.is_steady([1.0, 1.0, 1.15, 1.15, 1.15])
     assert not optimizers.is_steady([1.0, 1.0, 1.0, 1.16, 1.16])
 
 
-def test_slow_optimizers_take_fewer_turns_evenly_and_the_baseline_all():
+def test_slow_optimizers_have_fewer_turns_evenly_spread_and_the_baseline_has_all():
     class Counting:
         def __init__(self):
             self.calls = 0
@@ -224,7 +224,7 @@ def test_render_reads_a_results_file(tmp_path, run_here):
         (("--optimizers", "sgd"), "sgd is no optimizer here: choose among adamw_fused, "),
     ],
 )
-def test_mistakes_are_one_line(flags, message, run_script, tmp_path):
+def test_mistakes_end_with_one_line(flags, message, run_script, tmp_path):
     done = run_script(SCRIPT, *flags, cwd=tmp_path, status=1, HF_HUB_OFFLINE="1")
     assert "Traceback" not in done.stderr
     assert message in done.stderr.splitlines()[-1]
@@ -235,7 +235,7 @@ def arguments(**changes) -> argparse.Namespace:
     return argparse.Namespace(**values | {"backend": ["auto"], "optimizers": None} | changes)
 
 
-def test_shapes_that_do_not_fit_are_one_line(monkeypatch):
+def test_shapes_that_do_not_fit_end_with_one_line(monkeypatch):
     monkeypatch.setattr(optimizers, "available_bytes", lambda device: 20 << 30)
     with pytest.raises(
         optimizers.UserError, match=r"gpt2-xl .* takes 23.2 GiB .* 20.0 GiB are free"
@@ -247,7 +247,7 @@ def test_shapes_that_do_not_fit_are_one_line(monkeypatch):
 def test_optimizers_wait_for_room_with_a_baseline_in_every_group(
     monkeypatch, tiny_config, tmp_path
 ):
-    """Room for one beside the baseline: three groups, and one optimizer that never fits."""
+    """With room for one beside the baseline there are three groups; one optimizer never fits."""
     groups = []
     real = optimizers.time_in_turns
     monkeypatch.setattr(optimizers, "copy_gb_s", lambda device: 1.0)
@@ -316,13 +316,13 @@ def test_memory_budget_of_one_layer_predicts_all_of_them(tmp_path, run_script):
     assert by_name["adamw_fused"]["state"] == 8 * parameters + 4 * 148
     assert by_name["adamw_fused"]["step"] < 1 << 20
     assert by_name["adamw_foreach"]["step"] == pytest.approx(4 * parameters, rel=0.05)
-    assert by_name["adafactor"]["step"] < 3 * 4 * 50257 * 768  # of the largest matrix
+    assert by_name["adafactor"]["step"] < 3 * 4 * 50257 * 768  # temporaries of the largest matrix
 
 
 @pytest.mark.slow
 def test_memory_budget_against_a_real_finetune(tmp_path, run_script):
-    """A model of 17 million parameters: within 3% of the process's own growth, but for the 30 MiB
-    of code and buffers that it takes besides, whatever the model.
+    """With 17 million parameters the prediction is within 3% of the growth of the process, except
+    for 30 MiB of code and buffers, which every model needs.
     """
     model = tmp_path / "model"
     model.mkdir()
@@ -354,14 +354,14 @@ def test_memory_budget_against_a_real_finetune(tmp_path, run_script):
     assert "8 GiB" in table
 
 
-def test_smallest_card_leaves_room_for_the_context():
+def test_the_smallest_card_has_room_for_the_context():
     assert memory_budget.smallest_card(int(6.9 * 2**30)) == "8 GiB"
     assert memory_budget.smallest_card(int(7.1 * 2**30)) == "12 GiB"
     assert memory_budget.smallest_card(200 << 30) == "over 141 GiB"
 
 
 def test_memory_of_each_of_several_devices():
-    """By hand, in MiB: 400 + 400 + 100 or a share of it, with the step or with what is gathered."""
+    """In MiB: 400 + 400 + 100 or a share of it, plus temporaries or gathered tensors."""
     mib = 1 << 20
     results = {
         "model": "m",
@@ -382,8 +382,8 @@ def test_memory_of_each_of_several_devices():
     assert "`c`" not in table
 
 
-def test_what_is_gathered_is_counted_by_block(tiny_config):
-    """Outside GPT-2's blocks stand its embeddings and the last norm."""
+def test_gathered_bytes_are_counted_by_block(tiny_config):
+    """GPT-2 has its embeddings and the last norm outside its blocks."""
     block = 12 * 64**2 + 13 * 64
     outside = 512 * 64 + 64 * 64 + 128
     model = model_shapes.meta_model(str(tiny_config))

@@ -1,4 +1,4 @@
-"""The benchmark of tokenization measures what it says, on a few real documents."""
+"""The benchmark of tokenization, on a few real documents."""
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,13 +17,13 @@ def file(test_data, tmp_path, monkeypatch):
     return str(tmp_path / "texts.parquet")
 
 
-def test_measures_both_ways_and_memory(file):
+def test_measures_speed_and_memory(file):
     speed = tokenization.measure_speed(file, rounds=1)
     assert [row["num_proc"] for row in speed] == [0, 1, 2]
     for row in speed:
         (turn,) = row["turns"]
         assert turn["tokens"] > 200_000
-        # what the processes that encode take counts too: 5 million tokens a second is no core's
+        # the processes that encode count too: no core encodes 5 million tokens a second
         assert turn["tokens"] / turn["cpu_seconds"] < 5e6
     memory = tokenization.measure_memory(file, repeat=2)
     assert memory["text_bytes"] > 2e6

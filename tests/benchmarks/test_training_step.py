@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import training_step, turns
 
-# A stand-in for nanoGPT's train.py, with its flags, its data and its lines.
+# A stand-in for nanoGPT's train.py, with the same flags, data and output.
 STAND_IN = """\
 import os, pickle, sys, time
 import numpy as np
@@ -56,21 +56,22 @@ def arguments(**changes):
     return type("Arguments", (), {**TURNS, **changes})()
 
 
-def test_turns_are_timed_without_the_time_of_the_others(tmp_path):
-    # a bit longer than is asserted: what follows a line that arrives late is shorter
+def test_a_turns_time_excludes_the_turns_of_others(tmp_path):
+    # a little longer than the assertion: the step after a late line seems shorter
     fast, slow = script("fast", 0.023, tmp_path / "fast"), script("slow", 0.085, tmp_path / "slow")
     begin = time.perf_counter()
     turns.time_in_turns([fast, slow], **TURNS)
     took = time.perf_counter() - begin
     assert len(fast.ms) == len(slow.ms) == 3
-    assert 20 <= min(fast.ms) < 90  # on a busy machine some are longer; with the slow one's 100
+    # some are longer on a busy machine; with the slow variant's time they would be 100
+    assert 20 <= min(fast.ms) < 90
     assert 80 <= min(slow.ms) < 160
     assert took > 1.3  # in turns, 3 x 5 x (0.02 + 0.08) s; the slow one alone takes 1.2 s
-    # two to warm up and five a turn: it has stood still in the slow one's turns, which take 1.2 s
+    # two warm-up lines and five per turn: it was paused in the slow variant's turns of 1.2 s
     assert len((tmp_path / "fast").read_text()) < 17 + 15
 
 
-def test_a_benchmark_that_is_ended_leaves_no_process_behind(tmp_path):
+def test_a_terminated_benchmark_leaves_no_process(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     alive = tmp_path / "alive"
     threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -84,13 +85,13 @@ def test_a_benchmark_that_is_ended_leaves_no_process_behind(tmp_path):
     assert alive.stat().st_size == size > 0
 
 
-def test_a_process_that_fails_says_why():
+def test_a_failing_process_gives_its_error():
     broken = turns.Variant("broken", [sys.executable, "-c", "raise SystemExit('no such flag')"])
     with pytest.raises(training_step.UserError, match="broken ended: no such flag"):
         turns.time_in_turns([broken], **TURNS)
 
 
-def test_variants_take_one_thing_away_each():
+def test_each_variant_removes_one_feature():
     every = training_step.variants(
         arguments(preset="gpt2", device="cuda", variants=None, steps_per_line=10)
     )
@@ -126,14 +127,14 @@ def test_an_unsteady_baseline_is_not_quoted():
 
 
 @pytest.mark.slow
-def test_the_recipe_beside_nanogpt(run_script, checkout, tmp_path):
+def test_the_recipe_is_timed_beside_nanogpt(run_script, checkout, tmp_path):
     results = tmp_path / "results.json"
     printed = run_script(
         "benchmarks.training_step",
         *("--device", "cpu", "--rounds", 2, "--steps", 4, "--peak_tflops", 0.1),
         *("--variants", "recipe", "timed", "--against", checkout, "--results", results),
         cwd=tmp_path,
-        STAND_IN_S="0.0125",  # longer than is asserted, as above
+        STAND_IN_S="0.0125",  # longer than the assertion, as above
         OMP_NUM_THREADS="1",
     ).stdout
     measured = json.loads(results.read_text(encoding="utf-8"))
@@ -149,11 +150,11 @@ def test_the_recipe_beside_nanogpt(run_script, checkout, tmp_path):
     assert parts["forward and backward"] > 10 * parts["Trainer: floating_point_ops"]
     assert sum(parts.values()) == pytest.approx(timed["step_ms"], rel=0.8)
     assert "nanoGPT's `train.py`" in printed
-    assert not list(checkout.glob("data*"))  # a checkout is left as it is
+    assert not list(checkout.glob("data*"))  # the checkout is unchanged
 
 
 @pytest.mark.slow
-def test_a_profile(run_script, tmp_path):
+def test_a_profile_is_written(run_script, tmp_path):
     folder = tmp_path / "profile"
     run_script("benchmarks.training_step", "--device", "cpu", "--profile", folder, cwd=tmp_path)
     assert "aten::addmm" in (folder / "profile.txt").read_text(encoding="utf-8")
@@ -164,11 +165,11 @@ def test_a_profile(run_script, tmp_path):
     ("flags", "message"),
     [
         (["--against", "nowhere"], "has no train.py; pass a checkout of nanoGPT"),
-        (["--variants", "faster"], "no variant has that in its name"),
+        (["--variants", "faster"], "no variant has one of these texts in its name"),
         (["--rounds", "0"], "each must be at least 1"),
     ],
 )
-def test_wrong_flags_are_one_line(monkeypatch, flags, message):
+def test_wrong_flags_end_with_one_line(monkeypatch, flags, message):
     monkeypatch.setattr(sys, "argv", ["training_step.py", "--device", "cpu", *flags])
     with pytest.raises(training_step.UserError, match=message):
         training_step.main()

@@ -20,7 +20,7 @@ def corpus(test_data):
 
 @pytest.fixture
 def make_data(tmp_path):
-    """Write a data set from its train tokens, by default 0, 1, 2, ..., and return its folder."""
+    """Writes a data set from its train tokens, by default 0, 1, 2, ..., and returns its folder."""
 
     def make(train=1000, val=100, vocab_size=None):
         train, val = (
@@ -41,7 +41,7 @@ def make_data(tmp_path):
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Make every download fail at once, here and in processes started from here."""
+    """Makes every download fail at once, in this process and in its child processes."""
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -49,10 +49,10 @@ def no_network(monkeypatch):
 
 @pytest.fixture
 def run_here(monkeypatch, capsys, tmp_path):
-    """Run one of data_scripts/ in this process, in ``tmp_path``; return (stdout, stderr).
+    """Runs one of data_scripts/ in this process, in ``tmp_path``; returns (stdout, stderr).
 
-    It has to exit with the error message ``fails`` where that is given. (Starting a process
-    takes seconds; that the scripts work as processes is shown once for each.)
+    If ``fails`` is given, the script must end with this error message. Starting a process takes
+    seconds: one test for each script does it.
     """
 
     def run(name, *arguments, fails=None):
@@ -80,7 +80,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if self.path.startswith("/cut"):  # promise all, send half, hang up
+        # announces the whole file, sends half, and closes the connection
+        if self.path.startswith("/cut"):
             content = content[: len(content) // 2]
         self.wfile.write(content)
 
@@ -90,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """An HTTP server: set ``server.files["/name"]``; /cut/name breaks off in the middle."""
+    """An HTTP server of ``server.files["/name"]``; /cut/name ends in the middle of the file."""
     monkeypatch.setenv("no_proxy", "*")
     with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
         server.files, server.requests = {}, []

@@ -1,4 +1,4 @@
-"""The scripts in data_scripts/, without network: each once as a process, else in this one."""
+"""The scripts in data_scripts/, without network: each once as a separate process."""
 
 import hashlib
 import json
@@ -46,7 +46,7 @@ def test_python_docs(docs_data, run_here):
 
 
 @pytest.mark.slow
-def test_characters_of_an_own_file(run_script, run_here, own_text, tmp_path):
+def test_a_text_of_the_user_as_characters(run_script, run_here, own_text, tmp_path):
     arguments = ["--input", own_text, "--output_dir", tmp_path / "own"]
     run_script("data_scripts/shakespeare_char.py", *arguments, cwd=tmp_path)
     first = contents(tmp_path / "own")
@@ -55,7 +55,7 @@ def test_characters_of_an_own_file(run_script, run_here, own_text, tmp_path):
     assert meta["source"] == {"name": "own.txt", "url": None, "sha256": sha256}
     assert meta["tokenizer"] == "characters"
     symbols = sorted(set(TEXT))
-    # as nanoGPT's prepare.py makes them
+    # the same tokens as from nanoGPT's prepare.py
     expected = np.array([symbols.index(c) for c in TEXT[: int(len(TEXT) * 0.9)]], dtype=np.uint16)
     assert first["train.bin"] == expected.tobytes()
     run_here("shakespeare_char.py", *arguments)
@@ -63,7 +63,7 @@ def test_characters_of_an_own_file(run_script, run_here, own_text, tmp_path):
 
 
 @pytest.mark.slow
-def test_own_text_by_a_models_tokenizer(run_script, own_text, tmp_path):
+def test_a_text_of_the_user_in_a_models_tokens(run_script, own_text, tmp_path):
     prepare.character_tokenizer("".join(sorted(set(TEXT)))).save_pretrained(tmp_path / "model")
     arguments = ["--input", own_text, "--tokenizer", "model", "--output_dir", "out"]
     run_script("data_scripts/shakespeare.py", *arguments, cwd=tmp_path)
@@ -73,7 +73,7 @@ def test_own_text_by_a_models_tokenizer(run_script, own_text, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").decode(train.tokens[:9]) == TEXT[:9]
 
 
-def test_real_corpus_by_tiktoken(run_here, test_data, corpus, tmp_path, monkeypatch):
+def test_shakespeare_in_gpt2_tokens(run_here, test_data, corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(test_data / "tiktoken_cache"))
     out = run_here("shakespeare.py", "--input", corpus).out
     for count in ("50,257", "301,966", "36,059"):
@@ -88,7 +88,7 @@ def test_real_corpus_by_tiktoken(run_here, test_data, corpus, tmp_path, monkeypa
     ("name", "counts"),
     [("gpt2_tokenizer", (50_257, 301_966, 36_059)), ("stories260K", (512, 623_343, 70_021))],
 )
-def test_real_corpus_by_a_models_tokenizer(run_here, test_data, corpus, tmp_path, name, counts):
+def test_shakespeare_in_a_models_tokens(run_here, test_data, corpus, tmp_path, name, counts):
     folder = test_data / name
     run_here("shakespeare.py", "--input", corpus, "--tokenizer", folder, "--output_dir", "out")
     train, val = (open_split(tmp_path / "out", split) for split in ("train", "val"))
@@ -123,7 +123,7 @@ def test_openwebtext_from_files(run_here, documents, tmp_path):
     assert ((train.tokens == end).sum(), (val.tokens == end).sum()) == (1999, 2)
 
 
-def test_openwebtext_counts_beside_those_expected(run_here, documents):
+def test_openwebtext_prints_the_expected_counts(run_here, documents):
     run_here("openwebtext.py", "--num_proc", 0, fails="--num_proc 0: pass at least 1")
     # a folder of this name in the working directory replaces the hub's data set
     run_here("openwebtext.py", "--num_proc", 1, fails="counts differ from the known counts")
@@ -133,7 +133,7 @@ def test_openwebtext_counts_beside_those_expected(run_here, documents):
 
 
 @pytest.mark.slow
-def test_openwebtext_without_network_is_one_line(run_script, tmp_path):
+def test_openwebtext_without_network_ends_with_one_line(run_script, tmp_path):
     done = run_script(
         "data_scripts/openwebtext.py", cwd=tmp_path, status=1, HF_HOME=str(tmp_path / "hf")
     )

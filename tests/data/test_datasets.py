@@ -1,4 +1,4 @@
-"""Windows and blocks: which tokens they hold, and their way through DataLoader and Trainer."""
+"""Windows and blocks: their tokens, and their path through DataLoader and Trainer."""
 
 import multiprocessing
 
@@ -37,7 +37,7 @@ def split(make_data):
     return open_split(make_data(train=1000), "train")
 
 
-def test_window_holds_its_tokens_and_the_next_ones(split):
+def test_a_window_has_its_tokens_and_the_next_ones_as_targets(split):
     windows = RandomWindows(split, block_size=8, num_windows=50, seed=0)
     assert len(windows) == 50
     for index in range(50):
@@ -51,7 +51,7 @@ def test_window_holds_its_tokens_and_the_next_ones(split):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 1337, -1, 2**64 + 3, 2**100])
-def test_start_is_a_function_of_seed_and_index(split, seed):
+def test_the_start_depends_only_on_seed_and_index(split, seed):
     windows = RandomWindows(split, block_size=8, num_windows=10**12, seed=seed)
     for index in [0, 1, 2, 77, 10**12 - 1]:
         assert int(windows[index]["input_ids"][0]) == expected_start(seed, index, 1000 - 8)
@@ -67,7 +67,7 @@ def test_order_batches_and_number_of_windows_do_not_matter(split):
     assert (starts(RandomWindows(split, 8, 200, seed=4)) != inorder).mean() > 0.98
 
 
-def test_starts_are_uniform_over_all_valid_places(make_data):
+def test_starts_are_uniform_over_all_valid_positions(make_data):
     split = open_split(make_data(train=58), "train")
     drawn = starts(RandomWindows(split, block_size=8, num_windows=100_000, seed=0))
     counts = np.bincount(drawn)
@@ -86,7 +86,7 @@ def test_shortest_split_has_one_window(make_data):
 
 
 @pytest.mark.parametrize("make", [lambda s, n: RandomWindows(s, n, 5, 0), ContiguousBlocks])
-def test_too_short_a_split(make_data, make):
+def test_a_split_that_is_too_short_is_an_error(make_data, make):
     split = open_split(make_data(train=9), "train")
     with pytest.raises(
         ValueError, match=r"train\.bin holds 9 tokens, fewer than block_size \+ 1 ="
@@ -96,13 +96,13 @@ def test_too_short_a_split(make_data, make):
         make(split, 0)
 
 
-def test_number_of_windows_is_positive(split):
+def test_the_number_of_windows_must_be_positive(split):
     with pytest.raises(ValueError, match="num_windows=0"):
         RandomWindows(split, 8, 0, seed=0)
 
 
 @pytest.mark.parametrize("index", [-1, 5])
-def test_index_out_of_range(split, index):
+def test_an_index_out_of_range_is_an_error(split, index):
     windows = RandomWindows(split, 8, 5, seed=0)
     with pytest.raises(IndexError):
         windows[index]
@@ -113,7 +113,7 @@ def test_index_out_of_range(split, index):
 
 @pytest.mark.parametrize("count", [9, 10, 16, 17, 18, 1000])
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_blocks_hold_every_target_once_and_in_order(make_data, count, batch_size):
+def test_blocks_have_every_target_once_and_in_order(make_data, count, batch_size):
     split = open_split(make_data(train=count), "train")
     loader = DataLoader(ContiguousBlocks(split, 8), batch_size, collate_fn=collate)
     batches = list(loader)
@@ -124,7 +124,7 @@ def test_blocks_hold_every_target_once_and_in_order(make_data, count, batch_size
     assert inputs[counted].tolist() == list(range(count - 1))
     assert counted[: count - 1].all()  # the padding is at the end
     assert len(targets) - (count - 1) < 8
-    assert inputs.max() < count  # padded inputs too are valid ids
+    assert inputs.max() < count  # padded inputs are valid ids, too
     for batch in batches:
         assert torch.equal(batch["labels"], batch["shift_labels"])
 
@@ -140,7 +140,7 @@ def test_single_blocks_equal_the_batch(make_data):
     ("count", "window", "stride"),
     [(100, 16, 8), (100, 16, 15), (97, 16, 1), (16, 16, 8), (2, 16, 8)],
 )
-def test_strided_windows_hold_every_target_once_with_its_context(count, window, stride):
+def test_strided_windows_have_every_target_once_with_its_context(count, window, stride):
     windows = StridedWindows(np.arange(count, dtype=np.uint16), window, stride)
     found = []
     for index in range(len(windows)):
@@ -165,12 +165,12 @@ def test_strided_windows_hold_every_target_once_with_its_context(count, window, 
         (1, 16, 8, "tokens holds 1: pass a text of at least 2"),
     ],
 )
-def test_strided_windows_of_sizes_that_cannot_be(count, window, stride, message):
+def test_impossible_sizes_of_strided_windows_are_errors(count, window, stride, message):
     with pytest.raises(ValueError, match=message):
         StridedWindows(np.arange(count), window, stride)
 
 
-def test_windows_come_in_any_order_from_uint32_too(make_data):
+def test_windows_of_uint32_tokens_in_any_order(make_data):
     split = open_split(make_data(train=70_000), "train")
     assert split.dtype == "uint32"
     blocks = ContiguousBlocks(split, 64)
@@ -266,7 +266,7 @@ def test_trainer_evaluates_every_target_once(make_data, tmp_path):
     assert targets[targets != -100].tolist() == list(range(1, 100))
 
 
-def test_trainer_that_removes_columns_is_told_so(split, tmp_path):
+def test_a_trainer_that_removes_columns_is_an_error(split, tmp_path):
     windows = RandomWindows(split, 16, num_windows=24, seed=1)
     trainer = make_trainer(tmp_path, split, remove_unused_columns=True, train_dataset=windows)
     with pytest.raises(ValueError, match="remove_unused_columns=False"):

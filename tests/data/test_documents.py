@@ -53,7 +53,7 @@ def load(*paths):
 
 
 def plain(texts, rows):
-    """The tokens of some documents, as an obvious loop makes them."""
+    """The tokens of some documents, from a plain loop."""
     encoding = tiktoken.get_encoding("gpt2")
     return [i for row in rows for i in [*encoding.encode_ordinary(texts[row]), encoding.eot_token]]
 
@@ -81,7 +81,7 @@ def test_equals_the_plain_loop(tmp_path, ending):
 
 
 @pytest.mark.parametrize("count", [2, 1999, 2001, 80_137])
-def test_val_documents_are_nanogpts(count):
+def test_the_val_documents_are_the_same_as_nanogpts(count):
     rows = datasets.Dataset.from_dict({"row": range(count)})
     split = rows.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     assert val_rows(count).tolist() == sorted(split["test"]["row"])
@@ -101,7 +101,7 @@ def work(folder, documents, num_proc):
 
 
 def work_apart(*arguments):
-    # tqdm's own is shared with forks: one that is killed would leave it locked for this process
+    # tqdm shares its lock with forks: a killed fork would leave it locked in this process
     tqdm.set_lock(threading.RLock())
     work(*arguments)
 
@@ -127,7 +127,7 @@ def committed(folder):
 
 
 @pytest.mark.slow
-def test_killed_runs_go_on_where_they_were(novels, tmp_path):
+def test_killed_runs_continue_where_they_stopped(novels, tmp_path):
     documents = load(novels)
     folder = tmp_path / "data"
     row, first = 0, None
@@ -144,7 +144,7 @@ def test_killed_runs_go_on_where_they_were(novels, tmp_path):
         inode = (folder / ".unfinished" / "train.bin").stat().st_ino
         first = first or inode
         assert inode == first
-        # and something was written that is not committed
+        # the killed run wrote tokens that it did not commit
         with (folder / ".unfinished" / "train.bin").open("ab") as file:
             file.write(b"abc")
     assert not (folder / "meta.json").exists()
@@ -157,15 +157,15 @@ def test_killed_runs_go_on_where_they_were(novels, tmp_path):
 
 
 @pytest.mark.slow
-def test_memory_is_flat(novels, tmp_path):
-    """Four times the data, 33 MB of text in place of 8, in the memory of once the data."""
+def test_memory_does_not_grow_with_the_data(novels, tmp_path):
+    """33 MB of text need no more memory than 8 MB."""
     fork = multiprocessing.get_context("fork")
     texts = pq.read_table(novels)[:1000]
     results = fork.SimpleQueue()
 
     def measure(path, folder):
         return_freed_memory()
-        pa.set_memory_pool(pa.system_memory_pool())  # as malloc: nothing kept that is free
+        pa.set_memory_pool(pa.system_memory_pool())  # like malloc here: it keeps no freed memory
         cpu = torch.device("cpu")
         loading = temporary_bytes(cpu, lambda: load(path))
         documents = load(path)
@@ -186,7 +186,7 @@ def test_memory_is_flat(novels, tmp_path):
     assert writing_4 < writing + 6, peaks
 
 
-def test_another_data_set_does_not_go_on_there(novels, test_data, tmp_path):
+def test_another_data_set_does_not_continue_there(novels, test_data, tmp_path):
     process = begin(tmp_path / "data", load(novels))
     process.kill()
     process.join()
@@ -207,7 +207,7 @@ def test_another_data_set_does_not_go_on_there(novels, test_data, tmp_path):
         ({}, r"no\.parquet: there is no such file"),
     ],
 )
-def test_unusable_data_is_refused(tmp_path, files, message):
+def test_unusable_data_is_an_error(tmp_path, files, message):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message) as caught:
@@ -235,7 +235,7 @@ def test_document_without_text_is_named(tmp_path):
         ("a.parquet", b"PAR1" + bytes(90), "cannot load .*arquet magic bytes not found"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said(tmp_path, name, content, message):
+def test_the_error_names_the_damage_of_a_file(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
         load(tmp_path / name)
@@ -243,14 +243,14 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, name, content, message):
 
 
 @pytest.mark.parametrize("name", ["novel [draft].txt", "what?.txt", "a*.txt"])
-def test_names_of_files_are_no_patterns(tmp_path, name):
+def test_file_names_are_not_patterns(tmp_path, name):
     (tmp_path / name).write_text("One.\n\nTwo.")
     (tmp_path / "abc.txt").write_text("Three.")
     assert [text.strip() for text in load(tmp_path / name)["text"]] == ["One.", "Two."]
 
 
-def test_a_source_that_was_corrected_does_not_go_on(tmp_path):
-    """It has the name and length that it had, and half of it was read."""
+def test_a_changed_source_does_not_continue(tmp_path):
+    """The file keeps its name and length, and half of it was read before the change."""
     path, folder = tmp_path / "a.jsonl", tmp_path / "data"
     path.write_text('{"text": "old"}\n' * 5000)
     process = begin(folder, load(path), num_proc=1)
@@ -261,7 +261,7 @@ def test_a_source_that_was_corrected_does_not_go_on(tmp_path):
         write_documents(folder, load(path), SOURCE, num_proc=1)
 
 
-def test_val_share_is_chosen(tmp_path):
+def test_the_val_fraction_is_used(tmp_path):
     (tmp_path / "a.txt").write_text("\n\n".join(f"number {i}" for i in range(100)))
     documents = load(tmp_path / "a.txt")
     write_documents(tmp_path / "data", documents, SOURCE, num_proc=1, val_fraction=0.25)
@@ -272,12 +272,13 @@ def test_val_share_is_chosen(tmp_path):
         write_documents(tmp_path / "data", documents, SOURCE, num_proc=1, val_fraction=0.999)
 
 
-def test_killed_encoder_is_one_line(tmp_path, monkeypatch):
+def test_a_killed_encoder_ends_with_one_line(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("One.\n\nTwo.")
-    monkeypatch.setattr("striped_hf.data.documents._encode", die)  # forked, it has this too
+    # the forked process has this change, too
+    monkeypatch.setattr("striped_hf.data.documents._encode", die)
     with pytest.raises(UserError, match=r"process that encodes was killed .* the same command"):
         write_documents(tmp_path / "data", load(tmp_path / "a.txt"), SOURCE, num_proc=1)
 
 
 def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory runs out
+    os.kill(os.getpid(), signal.SIGKILL)  # like the system when memory runs out

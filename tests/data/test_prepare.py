@@ -1,4 +1,4 @@
-"""Downloads from a real local server, the tokenizers, and a model's folder that holds one."""
+"""Downloads from a real local server, the tokenizers, and a model's folder with a tokenizer."""
 
 import hashlib
 
@@ -31,7 +31,7 @@ def test_download(server, tmp_path, capfd):
     assert path.read_bytes() == CONTENT
     assert "100%" in capfd.readouterr().err  # the progress bar
     prepare.download(f"{server.url}/text", SHA256, path)
-    assert len(server.requests) == 1  # the second time it was there
+    assert len(server.requests) == 1  # the second call finds the file
     path.write_bytes(b"spoiled")
     prepare.download(f"{server.url}/text", SHA256, path)
     assert path.read_bytes() == CONTENT
@@ -56,7 +56,7 @@ def test_failed_download_leaves_nothing_and_says_what_to_do(server, tmp_path, ro
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_whole_script_over_the_network(server, corpus, monkeypatch, run_here):
+def test_a_whole_script_with_downloads(server, corpus, monkeypatch, run_here):
     server.files["/input.txt"] = corpus.read_bytes()
     monkeypatch.setitem(prepare.TINY_SHAKESPEARE, "url", f"{server.url}/input.txt")
     for _ in range(2):
@@ -71,7 +71,7 @@ def test_whole_script_over_the_network(server, corpus, monkeypatch, run_here):
     ("content", "message"),
     [(b"", "0 characters"), (b"x", "1 characters"), (b"ab\xff", "not UTF-8")],
 )
-def test_unusable_text(tmp_path, content, message):
+def test_unusable_text_is_an_error(tmp_path, content, message):
     (tmp_path / "text").write_bytes(content)
     with pytest.raises(UserError, match=message):
         prepare.read_text(tmp_path / "text")
@@ -81,14 +81,14 @@ def test_text_is_read_as_nanogpt_reads_it(tmp_path):
     content = "\ufeffa\r\nb\rc\n\u2028\x0c".encode()
     (tmp_path / "text").write_bytes(content)
     text, source = prepare.read_text(tmp_path / "text")
-    with (tmp_path / "text").open(encoding="utf-8") as file:  # as in its prepare.py
+    with (tmp_path / "text").open(encoding="utf-8") as file:  # as in nanoGPT's prepare.py
         assert text == file.read() == "\ufeffa\nb\nc\n\u2028\x0c"
     sha256 = hashlib.sha256(content).hexdigest()
     assert source == {"name": "text", "url": None, "sha256": sha256}
 
 
 @pytest.mark.parametrize("spelled", ["<|endoftext|>", "<|endoftext|>x<|endoftext|>"])
-def test_what_spells_a_special_token_is_text(test_data, tmp_path, monkeypatch, spelled):
+def test_a_special_token_in_the_text_is_text(test_data, tmp_path, monkeypatch, spelled):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(test_data / "tiktoken_cache"))
     text = f"one story.{spelled}another story. " * 20
     prepare.write_gpt2_tokens(tmp_path / "a", text, SOURCE)
@@ -97,7 +97,7 @@ def test_what_spells_a_special_token_is_text(test_data, tmp_path, monkeypatch, s
         one, other = (open_split(tmp_path / name, split).tokens.tolist() for name in "ab")
         assert one == other
         assert 50_256 not in one
-    # and the tokenizer that is saved with them reads it as before
+    # and the saved tokenizer still recognises the special token
     assert 50_256 in AutoTokenizer.from_pretrained(tmp_path / "b")(spelled)["input_ids"]
 
 
@@ -138,7 +138,7 @@ def test_unknown_character_is_an_error_not_dropped():
         tokenizer("cabd")
 
 
-def test_real_corpus_round_trip(corpus, tmp_path):
+def test_shakespeare_round_trip(corpus, tmp_path):
     text, source = prepare.read_text(corpus)
     prepare.write_characters(tmp_path, text, source)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
@@ -163,7 +163,7 @@ def test_gpt2_tokenizer_equals_tiktoken(test_data, corpus, tmp_path, monkeypatch
 
 
 def test_pipeline_on_a_models_folder(tmp_path):
-    symbols = "\n !',.?abn"  # whatever a clean-up of spaces would touch
+    symbols = "\n !',.?abn"  # everything that a clean-up of spaces would change
     config = GPT2Config(
         n_layer=1,
         n_head=1,
@@ -180,5 +180,6 @@ def test_pipeline_on_a_models_folder(tmp_path):
     prompt = "a  b\n\n . ' n"
     (result,) = generate(prompt, max_new_tokens=20, do_sample=True)
     assert result["generated_text"].startswith(prompt)
-    assert len(result["generated_text"]) == len(prompt) + 20  # a character a token, none lost
+    # one token per character, and none is lost
+    assert len(result["generated_text"]) == len(prompt) + 20
     assert set(result["generated_text"]) <= set(symbols)

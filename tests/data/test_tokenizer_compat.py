@@ -1,10 +1,14 @@
-"""The saved tokenizers in the other versions of transformers that the package supports."""
+"""The saved tokenizers in the other supported versions of transformers."""
 
 import os
 import subprocess
-import sys
+from pathlib import Path
 
 import pytest
+
+from benchmarks.overlay import make_overlay
+
+REPOSITORY = Path(__file__).parents[2]
 
 CODE = r"""
 import os, sys, tiktoken, transformers
@@ -57,18 +61,13 @@ if len(sys.argv) > 2:  # the real data are there
     ],
 )
 def test_tokenizers_in_another_transformers(version, companions, tmp_path):
-    packages = tmp_path / "packages"  # laid over this environment's
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", packages]
-    done = subprocess.run(
-        [*pip, f"transformers=={version}", *companions], capture_output=True, text=True
-    )
-    if done.returncode:
-        pytest.skip(f"cannot install transformers {version}: {done.stderr.strip()[-200:]}")
+    packages = (f"transformers=={version}", *companions)
+    python = make_overlay(tmp_path / "environment", packages, [str(REPOSITORY)])
     real_data = filter(None, [os.environ.get("STRIPED_HF_TEST_DATA")])
     done = subprocess.run(
-        [sys.executable, "-c", CODE, version, *real_data],
+        [python, "-c", CODE, version, *real_data],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=1200,

@@ -53,7 +53,7 @@ def test_round_trip_and_nanogpt_reads_it(tmp_path, vocab_size, dtype):
         "source": SOURCE,
         "tokenizer": "none",
     }
-    # as nanoGPT's train.py reads it
+    # like nanoGPT's train.py
     np.testing.assert_array_equal(np.memmap(tmp_path / "train.bin", dtype=dtype, mode="r"), train)
     split = open_split(tmp_path, "train")
     assert split.tokens.dtype == dtype
@@ -93,7 +93,7 @@ def test_writer_rejects(tmp_path, train, vocab_size, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_failed_write_leaves_the_older_data_as_it_was(tmp_path):
+def test_a_failed_write_leaves_the_older_data_unchanged(tmp_path):
     write(tmp_path, np.array([1, 2, 3]))
 
     def broken():
@@ -112,7 +112,7 @@ def writer(folder, vocab_size=300, job="numbers"):
     return DataSetWriter(folder, ("train", "val"), vocab_size=vocab_size, job={"of": job})
 
 
-def test_piecewise_writer_goes_on_after_its_last_commit(tmp_path):
+def test_piecewise_writer_continues_after_its_last_commit(tmp_path):
     write(tmp_path, np.array([9]))
     before = (tmp_path / "train.bin").read_bytes()
     with writer(tmp_path) as first:
@@ -128,7 +128,7 @@ def test_piecewise_writer_goes_on_after_its_last_commit(tmp_path):
         assert (tmp_path / "train.bin").read_bytes() == before
         meta = second.finish(source=SOURCE, tokenizer_name="none")
     assert meta["tokens"] == {"train": 3, "val": 1}
-    assert meta["largest_id"] == {"train": 258, "val": 7}  # of the ids before the stop
+    assert meta["largest_id"] == {"train": 258, "val": 7}  # the largest id before the stop
     assert open_split(tmp_path, "train").tokens.tolist() == [1, 258, 6]
     assert open_split(tmp_path, "val").meta == meta
     assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
@@ -153,7 +153,7 @@ def test_piecewise_writer_rejects(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_what_another_job_differs_in_is_named(tmp_path):
+def test_the_error_names_the_differences_of_another_job(tmp_path):
     def begun(**source):
         job = {"source": {"name": "a", "rows": 10} | source, "files": {"x": 5}}
         return DataSetWriter(tmp_path, ("train", "val"), vocab_size=300, job=job)
@@ -181,8 +181,8 @@ def test_what_another_job_differs_in_is_named(tmp_path):
         None,
     ],
 )
-def test_progress_file_is_not_believed(tmp_path, changes):
-    """The names in it become paths, and the writer truncates these files."""
+def test_the_progress_file_is_not_trusted(tmp_path, changes):
+    """Names in the file become paths of files that the writer truncates."""
     folder = tmp_path / "data"
     with writer(folder) as first:
         first.commit(1)
@@ -215,7 +215,7 @@ def test_two_processes_do_not_write_into_one_folder(tmp_path):
     for begin in (lambda: writer(tmp_path), lambda: write(tmp_path, np.array([1]))):
         with pytest.raises(UserError, match=rf"is in use by process {process.pid} on .*: wait"):
             begin()
-    process.kill()  # as a crash: the system releases the lock
+    process.kill()  # like a crash: the system releases the lock
     process.join()
     with writer(tmp_path) as second:
         assert (second.position, second.counts) == (1, {"train": 2, "val": 0})
@@ -228,7 +228,7 @@ def nanogpt_folder(folder, train, val):
 
 
 def test_nanogpt_folder_of_characters(tmp_path, caplog):
-    """A meta.pkl without characters, here one that would end the process, only says it is there."""
+    """A meta.pkl without characters only counts as present; if run, this one ends the process."""
     folder = nanogpt_folder(tmp_path, [1, 2, 3], [64, 5])
     (folder / "meta.pkl").write_bytes(b"cbuiltins\nexit\n(I1\ntR.")
     assert nanogpt_symbols(folder) is None
@@ -248,7 +248,7 @@ def test_nanogpt_folder_of_characters(tmp_path, caplog):
     [
         ({0: "\n", 1: "b", 2: "\u00e9"}, "\nb\u00e9"),
         (["a", "b"], "ab"),
-        ({1: "a", 2: "b"}, None),  # ids that are not the places
+        ({1: "a", 2: "b"}, None),  # ids that are not the positions
         ({0: "a", 1: "a"}, None),
         ({0: "the", 1: "a"}, None),
         ({0: 0}, None),
@@ -269,7 +269,7 @@ def test_nanogpts_characters(tmp_path, itos, symbols):
         assert tokenizer.decode(tokenizer(symbols)["input_ids"]) == symbols
 
 
-def test_ids_that_nanogpts_characters_lack_are_refused(tmp_path):
+def test_ids_beyond_nanogpts_characters_are_an_error(tmp_path):
     folder = nanogpt_folder(tmp_path, [0, 2], [1, 0])
     (folder / "meta.pkl").write_bytes(pickle.dumps({"itos": {0: "a", 1: "b"}}))
     with pytest.raises(ValueError, match=r"id 2, outside its tokenizer's .* 2: .*damaged"):
@@ -277,7 +277,7 @@ def test_ids_that_nanogpts_characters_lack_are_refused(tmp_path):
 
 
 def test_nanogpt_folder_of_gpt2s_tokens(tmp_path):
-    """There nanoGPT writes no meta.pkl, and takes the vocabulary to be GPT-2's."""
+    """nanoGPT writes no meta.pkl for them and assumes GPT-2's vocabulary."""
     folder = nanogpt_folder(tmp_path, [1, 50_256], [50_257])
     assert open_split(folder, "train").vocab_size == 50_257
     with pytest.raises(
@@ -286,7 +286,7 @@ def test_nanogpt_folder_of_gpt2s_tokens(tmp_path):
         open_split(folder, "val")
 
 
-def test_missing_folder_or_file_names_the_script(make_data, tmp_path):
+def test_the_error_of_a_missing_folder_or_file_names_the_script(make_data, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere does not exist.*shakespeare_char\.py"):
         open_split(tmp_path / "nowhere", "train")
     folder = make_data()
@@ -297,7 +297,7 @@ def test_missing_folder_or_file_names_the_script(make_data, tmp_path):
         open_split(folder, "test")
 
 
-def test_truncated_odd_sized_and_empty_files(make_data):
+def test_truncated_odd_sized_and_empty_files_are_errors(make_data):
     folder = make_data(train=1000)
     content = (folder / "train.bin").read_bytes()
     (folder / "train.bin").write_bytes(content[:-10])
@@ -331,7 +331,7 @@ def test_truncated_odd_sized_and_empty_files(make_data):
         ({"tokens": 1000}, "is not a count for each split"),
     ],
 )
-def test_wrong_meta(make_data, changes, message):
+def test_a_wrong_meta_is_an_error(make_data, changes, message):
     folder = make_data(train=1000)
     edit_meta(folder, **changes)
     with pytest.raises(ValueError, match=message):
@@ -339,7 +339,7 @@ def test_wrong_meta(make_data, changes, message):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\x00"])
-def test_meta_that_is_no_json_object(make_data, content):
+def test_a_meta_that_is_not_a_json_object_is_an_error(make_data, content):
     folder = make_data()
     (folder / "meta.json").write_text(content)
     with pytest.raises(ValueError, match=r"meta\.json.*data_scripts/"):
@@ -347,13 +347,13 @@ def test_meta_that_is_no_json_object(make_data, content):
 
 
 def beyond_the_start(make_data):
-    """A data set with a single nonzero id, beyond the tokens that opening checks."""
+    """A data set with one nonzero id, after the tokens that opening checks."""
     tokens = np.zeros((1 << 22) + 5, dtype=np.uint16)
     tokens[-1] = 99
     return make_data(train=tokens, val=10)
 
 
-def test_id_beyond_the_models_vocabulary_is_known_from_the_meta(make_data):
+def test_opening_finds_an_id_beyond_the_models_vocabulary_in_the_meta(make_data):
     folder = beyond_the_start(make_data)
     assert open_split(folder, "train", vocab_size=100).vocab_size == 100
     with pytest.raises(
@@ -363,8 +363,8 @@ def test_id_beyond_the_models_vocabulary_is_known_from_the_meta(make_data):
     assert len(open_split(folder, "val", vocab_size=99)) == 10
 
 
-def test_id_that_only_reading_finds_is_refused(make_data):
-    """For a meta.json made by hand, or a file that has changed since."""
+def test_reading_finds_an_id_that_opening_does_not(make_data):
+    """This happens with a meta.json made by hand, or with a file that has changed."""
     folder = beyond_the_start(make_data)
     edit_meta(folder, largest_id={})
     blocks = ContiguousBlocks(open_split(folder, "train", vocab_size=99), 1 << 21)
@@ -378,13 +378,13 @@ def test_id_that_only_reading_finds_is_refused(make_data):
 
 
 def test_opening_and_reading_of_gigabytes_is_cheap(make_data):
-    """OpenWebText's training split, but a hole: 18 GB to read, and none on the disk."""
+    """A sparse file with the size of OpenWebText's train split: 18 GB, but none on the disk."""
     folder, tokens = make_data(train=[50_256]), 9_035_582_198
     os.truncate(folder / "train.bin", 2 * tokens)
     edit_meta(folder, tokens={"train": tokens, "val": 100})
 
     def begin():
-        start = time.process_time()  # which a machine busy with other things does not lengthen
+        start = time.process_time()  # processor time, which does not grow on a busy machine
         windows = RandomWindows(open_split(folder, "train", vocab_size=50_304), 1024, 100, 0)
         assert windows.__getitems__(range(100))["input_ids"].shape == (100, 1024)
         assert time.process_time() - start < 0.5
@@ -393,7 +393,7 @@ def test_opening_and_reading_of_gigabytes_is_cheap(make_data):
     assert growth is None or growth < 64 << 20, f"{growth >> 20} MiB"
 
 
-def test_split_pickles_as_its_path(make_data):
+def test_a_pickled_split_has_its_path_not_its_tokens(make_data):
     split = open_split(make_data(train=50_000), "train")
     split.tokens.sum()
     content = pickle.dumps(split)

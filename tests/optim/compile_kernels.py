@@ -1,7 +1,7 @@
-"""Compiles the Triton kernels to PTX for GPUs that need not be there, and looks at what came out.
+"""Compiles the Triton kernels to PTX for GPUs that need not exist, and checks the PTX.
 
-Then takes steps whose launches are compiled and not run, to see that none is compiled anew. In a
-process of its own, without TRITON_INTERPRET; ``test_triton.py`` runs it.
+Then it takes steps whose launches are compiled but not run, and checks that later steps compile
+nothing. ``test_triton_compilation.py`` runs it in a separate process, without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import striped_hf  # before the next line, or other packages look for the device
+import striped_hf  # before the next line: otherwise other packages look for the device
 
 torch.cuda.is_available = lambda: True
 
@@ -34,12 +34,12 @@ from striped_hf.optim.backends.triton.arguments import (  # noqa: E402
 )
 from striped_hf.optim.backends.triton.workspace import tile_columns  # noqa: E402
 
-# Triton 3.3 and 3.6 convert layouts of whole tiles, which costs time and changes no result.
+# Triton 3.3 and 3.6 convert layouts of whole tiles. This costs time, and does not change results.
 CONVERTS_LAYOUTS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
 KERNELS = ("statistics", "combine", "stripes", "matrices", "vectors")
 
-# the types of what is no constant
+# the types of parameters that are not constants
 BUFFERS = Buffers("*i64", "*i64", "*fp32", "*fp32", "*i32", "*fp32")
 NUMBERS = Hyperparameters(*["fp32"] * len(Hyperparameters._fields))
 TYPES: dict[str, Any] = {
@@ -55,7 +55,7 @@ TYPES: dict[str, Any] = {
 
 
 def leaves(value: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Any]]:
-    """The fields of nested tuples, and where they are."""
+    """The fields of nested tuples, with their positions."""
     if isinstance(value, tuple):
         for i, item in enumerate(value):
             yield from leaves(item, (*path, i))
@@ -155,7 +155,8 @@ def check_matrices(
     )
     check(f"{variant} {flags}", ptx, loads)
     if variant.aligned and not variant.narrow and not CONVERTS_LAYOUTS:
-        # a conversion between layouts goes through shared memory: none but of columns and scales
+        # conversions between layouts go through shared memory: allow only those of columns and
+        # scales
         allowed = 8 if variant.fused_statistics else 4  # and of sums
         count = ptx.count("st.shared")
         assert count <= allowed, f"{variant} {flags}: layouts are converted, {count} stores"
@@ -219,7 +220,7 @@ def main() -> None:
 
 
 class Driver:
-    """One GPU, as far as compiling needs it."""
+    """One GPU, with the parts that compilation needs."""
 
     def get_current_device(self) -> int:
         return 0
@@ -232,7 +233,7 @@ class Driver:
 
 
 class Unlaunched:
-    """A kernel whose launches end when it is compiled; the tensors may lie on the CPU."""
+    """A kernel whose launches end after compilation; its tensors may be on the CPU."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
@@ -245,13 +246,13 @@ class Unlaunched:
 
 
 def check_that_steps_compile_nothing_anew() -> None:
-    """Not step 1 or 16, nor a rate of 0 or 1, nor a gradient that lies elsewhere."""
+    """Step 1 or 16, a rate of 0 or 1, or a gradient at another address compiles nothing."""
     triton.runtime.driver.set_active(Driver())
     unlaunched = [Unlaunched(getattr(kernels, f"{name}_kernel")) for name in KERNELS]
     for name, kernel in zip(KERNELS, unlaunched, strict=True):
         setattr(kernels, f"{name}_kernel", kernel)
     launch.DEVICE_TYPES = ("cpu",)
-    # for each way what the ones before it did not compile
+    # for each way of stepping, the kernels that earlier ways did not compile
     for capturable, lagged, new in (
         (False, False, 5),
         (False, True, 4),

@@ -40,7 +40,7 @@ def _same_random_numbers_in_every_test() -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=["reference", "cpu"])
 def every_backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Lets ``backend="auto"`` mean each of those that step parameters on a CPU, in turn."""
+    """Lets ``backend="auto"`` choose each backend for CPUs in turn."""
     try:
         backends.resolve(request.param, "cpu")
     except RuntimeError as error:

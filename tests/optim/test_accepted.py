@@ -1,4 +1,4 @@
-"""What AdamW takes and never steps, or steps without values, is taken here too."""
+"""Parameters that AdamW accepts but never steps, and steps without values."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def lazy_model() -> nn.Module:
     return nn.Sequential(nn.LazyLinear(6), nn.ReLU(), nn.LazyConv1d(4, 1), nn.LazyLinear(1))
 
 
-def test_lazy_parameters_are_known_when_they_are_made() -> None:
+def test_lazy_parameters_are_checked_when_they_are_initialized() -> None:
     torch.manual_seed(0)
     model = lazy_model()
     optimizer = StripedAdamW(model.named_parameters(), lr=1e-2)
@@ -94,7 +94,7 @@ PAIRS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("betas", PAIRS.values(), ids=PAIRS)
-def test_any_sequence_of_two_numbers_is_betas(betas: Any) -> None:
+def test_betas_may_be_any_sequence_of_two_numbers(betas: Any) -> None:
     moved = []
     for given in ((0.5, 0.75), betas):
         p = parameter(torch.ones(3, 5))
@@ -108,7 +108,7 @@ def test_any_sequence_of_two_numbers_is_betas(betas: Any) -> None:
 
 
 @pytest.mark.parametrize("betas", ["01", {0.5: 1, 0.6: 2}, np.array([[0.5], [0.6]]), [None, 0.5]])
-def test_what_is_no_pair_of_numbers(betas: Any) -> None:
+def test_betas_that_are_not_two_numbers_are_an_error(betas: Any) -> None:
     with pytest.raises(ValueError, match="betas"):
         StripedAdamW([parameter(torch.ones(2))], betas=betas)
 
@@ -138,7 +138,7 @@ def shapes_of_state(optimizer: StripedAdamW) -> list[Any]:
 def test_steps_without_values(
     momentum_dtype: str, settings: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    """Memory estimators take them: the state has the shapes and dtypes of a real one."""
+    """Memory estimators take such steps: the state has the shapes and dtypes of a real one."""
     real = train(momentum_dtype, dtype, "cpu", **settings)
     meta = train(momentum_dtype, dtype, "meta", **settings)
     with FakeTensorMode():

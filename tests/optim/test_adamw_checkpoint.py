@@ -1,4 +1,4 @@
-"""A run begun with ``torch.optim.AdamW`` goes on with StripedAdamW."""
+"""A run that began with ``torch.optim.AdamW`` continues with StripedAdamW."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def adamw_after(ps: list[Any], steps: int = 3, **settings: Any) -> torch.optim.A
 def assert_converted(
     state: dict[str, Any], adamw: dict[str, Any], blocks: tuple[int, int], momentum_dtype: str
 ) -> None:
-    """The stripes are the block means of the second moment; the momentum is the same, coded."""
+    """The stripes are the block means of the second moment; the momentum is AdamW's, in codes."""
     m, v = adamw["exp_avg"].double(), adamw["exp_avg_sq"].double()
     assert_same_bits(state["step"], adamw["step"])
     if m.ndim < 2:
@@ -104,7 +104,7 @@ def test_same_groups(dtype: torch.dtype, momentum_dtype: str, tmp_path: Path) ->
         assert group["weight_decay"] == weight_decay
         assert group["momentum_dtype"] == momentum_dtype
         assert group["blocks"] == (1, 1)
-        assert set(group) == GROUP_KEYS  # nothing of AdamW's own is left
+        assert set(group) == GROUP_KEYS  # no key of AdamW alone is left
     for index, state in kept["state"].items():
         for key, value in state.items():
             assert_same_bits(saved["state"][index][key], value, key)
@@ -113,7 +113,8 @@ def test_same_groups(dtype: torch.dtype, momentum_dtype: str, tmp_path: Path) ->
         p.grad = torch.randn_like(p)
     optimizer.step()
     again = StripedAdamW(groups, momentum_dtype=momentum_dtype)
-    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # and is a StripedAdamW's now
+    # and the state dict is a StripedAdamW's now
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert_same_snapshot(snapshot(again), snapshot(optimizer))
 
 
@@ -149,7 +150,7 @@ def gpt2_like() -> list[tuple[str, Any]]:
 def split(
     named: list[tuple[str, Any]], packed_apart: bool, with_names: bool
 ) -> list[dict[str, Any]]:
-    """Trainer's two groups, or three of them with the packed projections in one of their own."""
+    """Trainer's two groups, or three groups with the packed projections in a separate one."""
 
     def some(condition: Any) -> list[Any]:
         chosen = [(name, p) for name, p in named if condition(name)]
@@ -165,7 +166,7 @@ def split(
 
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
 def test_groups_split_for_blocks(momentum_dtype: str) -> None:
-    """AdamW's two groups into three, whose parameters come in another order."""
+    """AdamW's two groups become three groups, with the parameters in another order."""
     named = gpt2_like()
     adamw = adamw_after(
         split(named, packed_apart=False, with_names=True), lr=0.03, weight_decay=0.2
@@ -185,7 +186,7 @@ def test_groups_split_for_blocks(momentum_dtype: str) -> None:
     optimizer.step()
 
 
-def test_parameters_in_another_order_are_found_by_name() -> None:
+def test_parameters_in_another_order_are_matched_by_name() -> None:
     named = gpt2_like()
     adamw = adamw_after(split(named, packed_apart=False, with_names=True))
     optimizer = StripedAdamW(split(named[::-1], packed_apart=True, with_names=True))
@@ -205,7 +206,7 @@ def refused(adamw: torch.optim.AdamW | dict[str, Any], optimizer: StripedAdamW) 
 
 
 @pytest.mark.parametrize("sizes", [(2, 4), (3, 3)], ids=["same sizes", "other sizes"])
-def test_an_order_that_no_regrouping_explains_is_refused(sizes: tuple[int, int]) -> None:
+def test_another_order_without_names_is_an_error(sizes: tuple[int, int]) -> None:
     ps = make_parameters(SHAPES)
     adamw = adamw_after([{"params": ps[:2]}, {"params": ps[2:]}])
     shuffled = [ps[i] for i in (5, 0, 3, 2, 4, 1)]
@@ -213,12 +214,12 @@ def test_an_order_that_no_regrouping_explains_is_refused(sizes: tuple[int, int])
     assert "parameter" in refused(adamw, optimizer)
 
 
-def test_amsgrad_is_refused() -> None:
+def test_amsgrad_is_an_error() -> None:
     ps = make_parameters(SHAPES)
     assert "amsgrad" in refused(adamw_after(ps, amsgrad=True), StripedAdamW(ps))
 
 
-def test_another_model_is_refused() -> None:
+def test_the_state_of_another_model_is_an_error() -> None:
     ps = make_parameters([(6, 10), (4, 4)])
     message = refused(adamw_after(make_parameters([(6, 10), (4, 5)])), StripedAdamW(ps))
     assert "(4, 4)" in message or "(4, 5)" in message
@@ -226,7 +227,7 @@ def test_another_model_is_refused() -> None:
     refused(adamw_after(make_parameters([(6, 10), (4, 4), (4, 4)])), StripedAdamW(ps))
 
 
-def test_a_regrouping_without_names_is_refused() -> None:
+def test_other_groups_without_names_are_an_error() -> None:
     a, b, c = make_parameters([(4, 4), (4, 4), (4, 4)])
     adamw = adamw_after([{"params": [a, b, c]}])
     message = refused(adamw, StripedAdamW([{"params": [c, a]}, {"params": [b], "blocks": (1, 2)}]))
@@ -234,7 +235,7 @@ def test_a_regrouping_without_names_is_refused() -> None:
     assert "[2, 1]" in message
 
 
-def test_blocks_by_parameter_leave_the_groups_as_adamw_has_them() -> None:
+def test_lists_of_blocks_work_with_adamws_groups() -> None:
     named = gpt2_like()
     adamw = adamw_after(split(named, packed_apart=False, with_names=False))
     groups = split(named, packed_apart=False, with_names=False)
@@ -247,7 +248,7 @@ def test_blocks_by_parameter_leave_the_groups_as_adamw_has_them() -> None:
         assert_converted(optimizer.state[p], adamw.state[p], blocks_of[p], "float32")
 
 
-def test_other_names_are_refused() -> None:
+def test_other_names_are_an_error() -> None:
     named = gpt2_like()
     adamw = adamw_after(split(named, packed_apart=False, with_names=True))
     renamed = [(name.replace("h.1", "h.2"), p) for name, p in named]
@@ -290,12 +291,12 @@ def test_adamws_own_settings(settings: dict[str, Any]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# a training that changes optimizers on the way
+# a run that changes its optimizer
 # ---------------------------------------------------------------------------------------------
 
 
 def loss_of(model: torch.nn.Module, batch: int) -> torch.Tensor:
-    """Learn the class that a fixed random network gives to each input."""
+    """The loss of learning the class that a fixed random network gives to each input."""
     generator = torch.Generator().manual_seed(99)
     teacher = torch.randn(20, 5, generator=generator)
     x = torch.randn(64, 20, generator=torch.Generator().manual_seed(batch))
@@ -315,7 +316,7 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: ran
 
 
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
-def test_a_training_begun_with_adamw_goes_on_at_the_same_loss(momentum_dtype: str) -> None:
+def test_a_run_that_began_with_adamw_continues_at_the_same_loss(momentum_dtype: str) -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Linear(20, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64), torch.nn.Tanh()
@@ -330,7 +331,7 @@ def test_a_training_begun_with_adamw_goes_on_at_the_same_loss(momentum_dtype: st
     striped.load_state_dict(adamw.state_dict())
     assert striped.param_groups[0]["lr"] == 3e-3
 
-    # right after the change: no jump (a fresh optimizer's first steps go up here)
+    # no jump after the change (a fresh optimizer's first steps would raise the loss)
     train(model, striped, range(150, 155))
     assert held_out(model) < at_change + 0.01
     train(model, striped, range(155, 400))

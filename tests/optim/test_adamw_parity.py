@@ -1,4 +1,4 @@
-"""0-D and 1-D parameters: their step is AdamW's, to the last bit where PyTorch computes both."""
+"""0-D and 1-D parameters: their step is AdamW's, bit for bit if PyTorch computes both."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_no_momentum_format_changes_a_vector(momentum_dtype: str) -> None:
 
 
 def test_a_denominator_of_zero_is_no_step_where_adamw_has_nan() -> None:
-    """The one place where a vector's step is not AdamW's: 0/0 with eps = 0."""
+    """A vector's step differs from AdamW's in one case: 0/0 with eps = 0."""
     p, q = parameter([1.0, 2.0]), parameter([1.0, 2.0])
     ours = StripedAdamW([p], eps=0.0, weight_decay=0.0)
     theirs = torch.optim.AdamW([q], eps=0.0, weight_decay=0.0)
@@ -78,7 +78,7 @@ def test_a_denominator_of_zero_is_no_step_where_adamw_has_nan() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 9), (9, 1)], ids=str)
 def test_one_row_or_one_column_keeps_the_full_second_moment(shape: tuple[int, int]) -> None:
-    """For 1 x N the stripes ARE the second moment, so the step is AdamW's up to rounding."""
+    """For 1 x N the stripes are the second moment, so the step is AdamW's up to rounding."""
     p, q = parameter(torch.randn(9).reshape(shape)), parameter(torch.zeros(9))
     q.data.copy_(p.detach().flatten())
     ours, theirs = StripedAdamW([p], lr=0.1), torch.optim.AdamW([q], lr=0.1)

@@ -1,4 +1,4 @@
-"""Each parameter keeps its blocks, whatever other code does to the groups' lists."""
+"""Each parameter keeps its blocks when other code changes the groups and their lists."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def step(optimizer: StripedAdamW, seed: int = 0) -> None:
 
 
 def assert_blocks(optimizer: StripedAdamW, expected: dict[Any, Any]) -> None:
-    """The groups' lists follow the parameters, and each state has its parameter's stripes."""
+    """The groups' lists match the parameters, and each state has its parameter's stripes."""
     for group in optimizer.param_groups:
         blocks = group["blocks"]
         listed = blocks if isinstance(blocks, list) else len(group["params"]) * [blocks]
@@ -68,7 +68,7 @@ def reverse(groups: list[dict[str, Any]]) -> None:
 
 
 def deal_out(groups: list[dict[str, Any]]) -> None:
-    """Into two groups, each with the whole list of blocks."""
+    """Splits a group into two groups, each with the whole list of blocks."""
     params = groups[0]["params"]
     groups[:] = [{**groups[0], "params": params[i::2]} for i in range(2)]
 
@@ -104,13 +104,13 @@ def test_edited_groups_step_as_unedited_ones(
 def test_an_edited_optimizer_saves_what_it_has(
     edit: Callable[[list[dict[str, Any]]], None],
 ) -> None:
-    """Also where it is saved before the next step; and a copy and a pickle go on."""
+    """It can be saved before the next step, and a copy and a pickle continue."""
     optimizer, _, expected = build()
     step(optimizer)
     edit(optimizer.param_groups)
     kept = {p for group in optimizer.param_groups for p in group["params"]}
     for p in expected.keys() - kept:
-        del optimizer.state[p]  # or torch would not know where to save it
+        del optimizer.state[p]  # otherwise torch would not know where to save it
     saved = copy.deepcopy(optimizer.state_dict())
     for group, of_group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
         assert group["blocks"] == [expected[p] for p in of_group["params"]]
@@ -132,8 +132,8 @@ def test_an_edited_optimizer_saves_what_it_has(
                 assert_same_bits(p, q)
 
 
-def test_a_state_dict_whose_list_is_of_other_parameters_loads_by_its_stripes() -> None:
-    """As older versions saved it after other code had taken parameters away."""
+def test_a_list_of_blocks_that_does_not_fit_is_replaced_by_the_shapes_of_the_stripes() -> None:
+    """Older versions saved such lists after other code had removed parameters."""
     optimizer, _, _ = build()
     drop_first(optimizer.param_groups)
     step(optimizer)
@@ -148,7 +148,7 @@ def test_a_state_dict_whose_list_is_of_other_parameters_loads_by_its_stripes() -
 
 
 def test_torchs_own_load_state_dict_keeps_each_parameters_blocks() -> None:
-    """As a library that calls the base class's: it replaces the groups' dicts."""
+    """Libraries call the base class's method, which replaces the groups' dicts."""
     optimizer, _, expected = build()
     step(optimizer)
     saved = copy.deepcopy(optimizer.state_dict())
@@ -159,12 +159,12 @@ def test_torchs_own_load_state_dict_keeps_each_parameters_blocks() -> None:
 
 
 def test_groups_that_another_library_assigns() -> None:
-    """In a new process, as Lightning does it on resuming: none of them was seen before."""
+    """Lightning does this when it resumes in a new process: all parameters are new."""
     ps = [parameter(torch.randn(shape)) for shape in SHAPES]
     optimizer = StripedAdamW(ps[:1], lr=0.1)
     optimizer.param_groups = [
         {**optimizer.param_groups[0], "params": ps[:3], "blocks": [list(b) for b in BLOCKS[:3]]},
-        {"params": ps[3:5], "lr": 0.01},  # without our keys
+        {"params": ps[3:5], "lr": 0.01},  # without StripedAdamW's keys
     ]
     step(optimizer)
     expected = dict(zip(ps, [*BLOCKS[:3], (1, 1), (1, 1)], strict=False))
@@ -173,7 +173,7 @@ def test_groups_that_another_library_assigns() -> None:
     assert optimizer.param_groups[1]["lr"] == 0.01
 
 
-def test_a_list_that_contradicts_what_is_known_is_not_used_for_a_new_parameter() -> None:
+def test_a_list_that_contradicts_known_blocks_is_not_used_for_a_new_parameter() -> None:
     optimizer, ps, expected = build()
     new = parameter(torch.randn(6, 12))
     optimizer.param_groups[0]["params"] = [*ps[1:], new]  # as long as the list
@@ -182,7 +182,7 @@ def test_a_list_that_contradicts_what_is_known_is_not_used_for_a_new_parameter()
 
 
 def test_parameters_swapped_in_place_inherit_by_position() -> None:
-    """As accelerate swaps them for placeholders, and then for shards."""
+    """accelerate swaps them for placeholders, and then for shards."""
     optimizer, ps, _ = build()
     group = optimizer.param_groups[0]
     for i, p in enumerate(ps):
@@ -194,7 +194,7 @@ def test_parameters_swapped_in_place_inherit_by_position() -> None:
 
 
 def test_no_parameter_is_kept_in_memory() -> None:
-    """A swapped parameter's memory is what sharding is to free."""
+    """Sharding must free the memory of a swapped parameter."""
     optimizer, ps, expected = build()
     references = [weakref.ref(p) for p in ps]
     optimizer.param_groups[0]["params"] = [parameter(torch.randn(s)) for s in SHAPES]
@@ -205,7 +205,7 @@ def test_no_parameter_is_kept_in_memory() -> None:
 
 
 def test_parameters_swapped_by_torch() -> None:
-    """``module.to()`` does it so where told to; a weak reference would forbid it."""
+    """``module.to()`` does this if it is configured so; a weak reference would forbid it."""
     optimizer, ps, expected = build()
     step(optimizer)
     for p in ps:
@@ -226,7 +226,7 @@ def test_a_pair_may_change_until_there_is_a_state() -> None:
 
 @pytest.mark.parametrize("listed", [False, True])
 def test_marked_parameters(listed: bool) -> None:
-    """A mark holds in any group and for any list, also one that was dealt out in another order."""
+    """A mark holds in any group and for any list, also for a list in another order."""
     ps = [parameter(torch.randn(shape)) for shape in SHAPES]
     for p, blocks in zip(ps, BLOCKS, strict=True):
         mark_blocks(p, blocks)
@@ -259,7 +259,7 @@ def test_blocks_that_do_not_divide_a_new_parameter() -> None:
 
 
 def test_edits_of_groups_without_blocks() -> None:
-    """What is left, or new, is no flattened buffer."""
+    """Remaining and new parameters are not taken for flattened buffers."""
     for edit in ("pop", "filter", "append"):
         weight, bias = parameter(torch.randn(4, 4)), parameter(torch.randn(4))
         optimizer = StripedAdamW([{"params": [weight]}, {"params": [bias]}])

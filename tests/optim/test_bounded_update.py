@@ -1,4 +1,4 @@
-"""The floor of the root, sqrt(u_t) |m_ij|: what it bounds, and what it leaves alone."""
+"""The floor under the root, sqrt(u_t) |m_ij|: it bounds updates, and changes nothing else."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def bound(t: int, betas: tuple[float, float], nesterov: bool) -> float:
-    """The most that AdamW can update an element in step t, in learning rates."""
+    """AdamW's largest possible update of an element in step t, in learning rates."""
     least = oracle.u(t, *betas, nesterov)
     return math.inf if least == 0 else 1 / ((1 - betas[0] ** t) * math.sqrt(least))
 
@@ -59,7 +59,7 @@ def updates(grads: list[torch.Tensor], **settings: Any) -> list[np.ndarray]:
 
 
 def block_sparse_gradients(steps: int, columns: int = 140) -> list[torch.Tensor]:
-    """Two blocks on the diagonal, the second small at first and then large, and late elements."""
+    """Two blocks on the diagonal, the second one small at first and large later; late elements."""
     rows = 8
     mask = torch.zeros(rows, columns)
     mask[: rows // 2, : columns // 2] = 1.0
@@ -76,10 +76,10 @@ def block_sparse_gradients(steps: int, columns: int = 140) -> list[torch.Tensor]
 
 @pytest.mark.parametrize("nesterov", [False, True], ids=["plain", "nesterov"])
 @pytest.mark.parametrize("betas", BETAS, ids=str)
-def test_the_bound_is_the_least_that_adamw_keeps(
+def test_the_bound_is_the_largest_update_of_adamw(
     betas: tuple[float, float], nesterov: bool
 ) -> None:
-    """AdamW with the gradients that make Cauchy and Schwarz's inequality an equality attains it."""
+    """AdamW attains it with gradients for which Cauchy and Schwarz's inequality is an equality."""
     b1, b2 = betas
     if b2 == 0 and b1 > 0:
         pytest.skip("AdamW has no bound")
@@ -111,7 +111,7 @@ def test_the_bound_of_usual_betas_is_small(betas: tuple[float, float], most: flo
 def test_no_update_exceeds_the_bound(
     betas: tuple[float, float], momentum_dtype: str, settings: dict[str, Any], every_backend: str
 ) -> None:
-    """Where gradients are block-sparse, of unequal scales, and some come late."""
+    """The gradients are block-sparse and of unequal scales, and some come late."""
     grads = block_sparse_gradients(14)
     nesterov = settings.get("nesterov", False)
     moved = updates(grads, betas=betas, momentum_dtype=momentum_dtype, **settings)
@@ -125,7 +125,7 @@ def test_no_update_exceeds_the_bound(
 
 
 def unbounded(grads: list[torch.Tensor], betas: tuple[float, float]) -> list[np.ndarray]:
-    """What a_i c_j alone divides by, with eps = 1e-8, in learning rates."""
+    """The updates with the root a_i c_j, without the floor, in learning rates; eps is 1e-8."""
     b1, b2 = betas
     m, row, col, found = 0.0, 0.0, 0.0, []
     for t, g in enumerate(map(to_numpy, grads), start=1):
@@ -153,7 +153,7 @@ def test_no_update_of_any_backend_exceeds_the_bound(backend: str, dtype: torch.d
 def test_a_first_gradient_behind_lagged_stripes_of_zero_moves_by_the_bound(
     backend: str, betas: tuple[float, float], nesterov: bool
 ) -> None:
-    """LoRA's A behind a B of zeros, in the step in which B has its first value."""
+    """LoRA's A has its first gradient in the step after B's first step from zero."""
     first = 5
     grads = [torch.zeros(3, 20)] * (first - 1) + [torch.randn(3, 20)]
     settings: dict[str, Any] = {
@@ -168,7 +168,7 @@ def test_a_first_gradient_behind_lagged_stripes_of_zero_moves_by_the_bound(
     np.testing.assert_allclose(last, expected, rtol=1e-5)
 
 
-def test_where_the_stripes_are_at_least_adamws_root_they_alone_divide(backend: str) -> None:
+def test_stripes_of_at_least_adamws_root_divide_alone(backend: str) -> None:
     p = parameter(torch.zeros(16, 140))
     optimizer = StripedAdamW([p], lr=LR, weight_decay=0.0, backend=backend)
     v = np.zeros((16, 140))
@@ -193,7 +193,7 @@ def test_where_the_stripes_are_at_least_adamws_root_they_alone_divide(backend: s
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 0.0)], ids=str)
 @pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq_row", "exp_avg_sq_col"])
-def test_nan_in_the_state_stays_loud(backend: str, key: str, betas: tuple[float, float]) -> None:
+def test_nan_in_the_state_stays_nan(backend: str, key: str, betas: tuple[float, float]) -> None:
     p = parameter(torch.zeros(4, 20))
     optimizer = StripedAdamW([p], betas=betas, backend=backend)
     for t in range(2):

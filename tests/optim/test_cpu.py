@@ -7,11 +7,20 @@ import subprocess
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from optim_checks import FORMATS, PARAM_DTYPES, assert_same_bits, lay_out, parameter
+from optim_checks import (
+    CODES,
+    FORMATS,
+    PARAM_DTYPES,
+    STRIPES,
+    UPDATES,
+    assert_same_bits,
+    lay_out,
+    parameter,
+)
 
 import striped_hf
 from striped_hf import StripedAdamW
@@ -27,18 +36,6 @@ except RuntimeError as error:
 
 SOURCE = Path(striped_hf.__file__).parent / "optim" / "backends" / "csrc" / "cpu.c"
 
-
-class Tolerance(NamedTuple):
-    value: float
-    reason: str
-
-
-# of second moments, relative
-STRIPES = Tolerance(2e-6, "the squares of up to a thousand rows, summed in another order")
-# of float32 parameters, relative to their largest update so far
-UPDATES = Tolerance(4e-6, "the stripes' error, and a few roundings of 6e-8 each")
-# of the share of momentum codes that differ in a step, each by one, and of what they move
-CODES = Tolerance(2e-4, "a value within 1e-6 of the border between two codes falls on either side")
 
 # shape and blocks: slices of one matrix, many matrices in one task, ragged last blocks, packed
 # projections whose parts end inside a block of 128, one row, one column, vectors

@@ -88,3 +88,28 @@ def test_an_empty_entry_is_no_work(shape: tuple[int, ...]) -> None:
     settings = Settings(1e-3, 0.9, 0.999, 1e-8, 0.0, False, False, True, False)
     cpu.step(entries, settings)
     assert (other < 1).all()
+
+
+@pytest.mark.parametrize("momentum_dtype", FORMATS)
+def test_without_beta1_the_momentum_is_the_gradient(momentum_dtype: str) -> None:
+    """Also after one that was far larger, in whose rounding it would drown."""
+    ps = [parameter(torch.randn(shape)) for shape in SHAPES]
+    optimizer = StripedAdamW(ps, betas=(0, 0.9), momentum_dtype=momentum_dtype, backend="cpu")
+    for scale in (1e8, 1.0):
+        for p in ps:
+            p.grad = torch.full_like(p, scale / 3)
+        optimizer.step()
+    for p in ps:
+        state = optimizer.state[p]
+        m = state["exp_avg_scale"] if "exp_avg_scale" in state else state["exp_avg"]
+        torch.testing.assert_close(m.float(), torch.full_like(m.float(), 1 / 3), rtol=2e-3, atol=0)
+
+
+def test_a_learning_rate_of_zero_moves_nothing() -> None:
+    """Where the momentum by the root would overflow, zero times it would be NaN."""
+    p = parameter(torch.ones(9))
+    optimizer = StripedAdamW([p], lr=0.0, betas=(0.9, 0), eps=1e-30, backend="cpu")
+    for scale in (1e14, 0.0):
+        p.grad = torch.full_like(p, scale)
+        optimizer.step()
+    assert (p == 1).all()

@@ -1,4 +1,4 @@
-"""The way back: what ``adamw_state_dict`` exports, AdamW and every StripedAdamW go on with."""
+"""AdamW and every StripedAdamW continue from the state dict that ``adamw_state_dict`` exports."""
 
 from typing import Any
 
@@ -54,9 +54,9 @@ def whole_moment(row: Tensor, col: Tensor, blocks: tuple[int, int]) -> Tensor:
     return result
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-12])  # of whose squares the products underflow
+@pytest.mark.parametrize("scale", [1.0, 1e-12])  # products of their squares underflow
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
-def test_adamw_goes_on_from_it(momentum_dtype: str, scale: float) -> None:
+def test_adamw_continues_from_the_export(momentum_dtype: str, scale: float) -> None:
     params = make_params()
     optimizer = striped(params, scale, momentum_dtype=momentum_dtype)
     exported = adamw_state_dict(optimizer)
@@ -95,7 +95,7 @@ def test_adamw_goes_on_from_it(momentum_dtype: str, scale: float) -> None:
 
 
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
-def test_it_shares_no_memory(momentum_dtype: str) -> None:
+def test_the_export_shares_no_memory(momentum_dtype: str) -> None:
     params = make_params()
     optimizer = striped(params, momentum_dtype=momentum_dtype)
     before = {
@@ -111,7 +111,7 @@ def test_it_shares_no_memory(momentum_dtype: str) -> None:
 
 
 @pytest.mark.parametrize(("old", "new"), [("float32", "int8"), ("int8", "int4"), ("int4", "int8")])
-def test_another_format_goes_on_only_through_it(old: str, new: str) -> None:
+def test_another_format_continues_only_through_the_export(old: str, new: str) -> None:
     params = make_params()
     optimizer = striped(params, momentum_dtype=old)
     groups = [{"params": params[:2], "blocks": BLOCKS[:2]}, {"params": params[2:]}]
@@ -123,7 +123,7 @@ def test_another_format_goes_on_only_through_it(old: str, new: str) -> None:
     exported = adamw_state_dict(optimizer)
     other.load_state_dict(exported)
     again = StripedAdamW([{"params": params[:2], "blocks": BLOCKS[:2]}, {"params": params[2:]}])
-    again.load_state_dict(exported)  # in float32, to compare with
+    again.load_state_dict(exported)  # in float32, for comparison
     for i, param in enumerate(params):
         assert other.param_groups[0]["momentum_dtype"] == new
         ours, theirs = optimizer.state[param], other.state[param]
@@ -167,6 +167,6 @@ def test_rows_of_zeros_stay_zero() -> None:
     assert_same_bits(state["exp_avg_sq"] > 0, param.grad > 0)
 
 
-def test_another_optimizer_is_refused() -> None:
+def test_the_export_of_another_optimizer_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"AdamW has no momentum_dtype.*pass a StripedAdamW"):
         adamw_state_dict(torch.optim.AdamW([nn.Parameter(torch.zeros(2))]))

@@ -1,4 +1,4 @@
-"""StripedAdamW as a torch optimizer: groups, schedulers, closures, gradients there and not."""
+"""StripedAdamW as a torch optimizer: groups, schedulers, closures, missing gradients."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_only_the_documented_arguments_are_positional() -> None:
 
 
 def test_no_state_before_the_first_step() -> None:
-    """Parameters are swapped for others after construction where a model is sharded."""
+    """Sharding swaps parameters after the optimizer's construction."""
     ps = small_parameters()
     optimizer = StripedAdamW(ps)
     assert len(optimizer.state) == 0
@@ -81,7 +81,7 @@ def test_no_state_before_the_first_step() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# gradients there and not
+# missing gradients
 # ---------------------------------------------------------------------------------------------
 
 
@@ -139,8 +139,8 @@ def test_zero_grad(set_to_none: bool) -> None:
 
 
 def test_the_step_leaves_autograd_alone() -> None:
-    """The parameter stays a leaf, grad mode stays on, the version counter tells of the write."""
-    # twice the same shapes, so that some may be stepped as one
+    """The parameter stays a leaf, grad mode stays on, and the version counter counts the write."""
+    # two of each shape, which a backend may step together
     ps = [*small_parameters(), *small_parameters()]
     optimizer = StripedAdamW(ps)
     give_gradients(ps, 0)
@@ -158,7 +158,7 @@ def test_the_step_leaves_autograd_alone() -> None:
         assert not any(value.requires_grad for value in state.values())
 
 
-def test_a_backward_over_a_stepped_parameter_is_refused() -> None:
+def test_a_backward_pass_through_a_changed_parameter_is_an_error() -> None:
     p = parameter(torch.randn(3, 4))
     optimizer = StripedAdamW([p])
     loss = (p * p * 2).sum()
@@ -233,7 +233,7 @@ def test_add_param_group_in_the_middle_of_a_run() -> None:
     assert optimizer.state[ps[2]]["exp_avg"].dtype == torch.int8
 
 
-def test_a_parameter_twice_is_refused() -> None:
+def test_a_parameter_in_two_groups_is_an_error() -> None:
     ps = small_parameters()
     with pytest.raises(ValueError, match="more than one parameter group"):
         StripedAdamW([{"params": ps}, {"params": ps[:1]}])
@@ -243,7 +243,7 @@ def test_a_parameter_twice_is_refused() -> None:
 
 @pytest.mark.parametrize("blocks", [[1, 2], (1, 2)], ids=["list", "tuple"])
 def test_blocks_may_come_as_a_list(blocks: Any) -> None:
-    """As they do from a JSON or YAML file."""
+    """Blocks from a JSON or YAML file are lists."""
     p = parameter(torch.randn(4, 6))
     optimizer = StripedAdamW([{"params": [p], "blocks": blocks}])
     p.grad = torch.randn(4, 6)
@@ -271,7 +271,7 @@ def test_named_parameters() -> None:
 
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, StripedAdamW])
 def test_loaded_names_replace_those_of_the_optimizer(cls: type[torch.optim.Optimizer]) -> None:
-    """As torch promises; also where a group of AdamW's is loaded."""
+    """torch documents this. It also holds for a state dict of AdamW."""
     model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 3))
 
     def groups(prefix: str | None) -> list[dict[str, Any]]:
@@ -294,7 +294,7 @@ def test_loaded_names_replace_those_of_the_optimizer(cls: type[torch.optim.Optim
         again = optimizer.state_dict()["param_groups"]
         assert [group["param_names"] for group in again] == expected
 
-    # those of the optimizer stay where none are loaded
+    # the optimizer's names stay if the state dict has none
     unnamed = cls(groups(None))
     unnamed.step()
     named = StripedAdamW(groups("kept."))
@@ -322,7 +322,7 @@ def test_settings_changed_between_steps_take_effect() -> None:
     ]
     for t, change in enumerate(changes):
         optimizer.param_groups[0].update(change)
-        if "betas" in change:  # averages over other betas have another history: start anew
+        if "betas" in change:  # averages with other betas have another history: start again
             follower = Follower(optimizer, rtol=4e-6)
             optimizer.state.clear()
         give_gradients(ps, t)
@@ -342,7 +342,7 @@ SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "SequentialLR": lambda o: schedulers.SequentialLR(
         o, [schedulers.LinearLR(o, 0.01, 1.0, 3), schedulers.CosineAnnealingLR(o, 5)], [3]
     ),
-    # these two turn beta1 as well
+    # these two schedulers also change beta1
     "OneCycleLR": lambda o: schedulers.OneCycleLR(o, 0.1, total_steps=10),
     "CyclicLR": lambda o: schedulers.CyclicLR(o, 0.01, 0.1, step_size_up=3),
     "ReduceLROnPlateau": lambda o: schedulers.ReduceLROnPlateau(o, patience=1, factor=0.3),
@@ -350,7 +350,7 @@ SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 
 
 @pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
-def test_a_scheduler_is_what_setting_the_rate_by_hand_is(make: Callable[..., Any]) -> None:
+def test_a_scheduler_equals_rates_set_by_hand(make: Callable[..., Any]) -> None:
     ps, by_hand = small_parameters(), small_parameters()
     optimizer = StripedAdamW(
         [{"params": ps[:2], "lr": 0.1}, {"params": ps[2:], "lr": 0.02, "momentum_dtype": "int8"}]
@@ -380,9 +380,7 @@ def test_a_scheduler_is_what_setting_the_rate_by_hand_is(make: Callable[..., Any
 
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
 @pytest.mark.parametrize("value", [torch.tensor(0.05), torch.tensor([0.05])], ids=["0-D", "1-D"])
-def test_a_tensor_learning_rate_is_what_its_number_is(
-    value: torch.Tensor, momentum_dtype: str
-) -> None:
+def test_a_tensor_learning_rate_equals_its_number(value: torch.Tensor, momentum_dtype: str) -> None:
     ps, others = small_parameters(), small_parameters()
     one = StripedAdamW(ps, lr=value.clone(), momentum_dtype=momentum_dtype)
     other = StripedAdamW(others, lr=value.item(), momentum_dtype=momentum_dtype)

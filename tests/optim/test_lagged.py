@@ -1,4 +1,4 @@
-"""lagged=True, where the stripes of the step before know nothing of this gradient."""
+"""lagged=True: the stripes of the step before do not contain this step's gradient."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def run(grads: list[torch.Tensor], **settings: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
-def test_the_first_step_is_the_ordinary_one(momentum_dtype: str) -> None:
+def test_the_first_step_is_the_same_as_without_lag(momentum_dtype: str) -> None:
     grads = [torch.randn(6, 200) * torch.logspace(-3, 0, 200)]
     lagged, plain = (run(grads, momentum_dtype=momentum_dtype, lagged=on) for on in (True, False))
     assert_same_bits(lagged[0], plain[0])
 
 
-def test_equal_gradients_make_unit_steps_all_the_same() -> None:
+def test_equal_gradients_make_unit_steps() -> None:
     for p in run([torch.full((3, 5), 1e-6)] * 20, lagged=True, eps=0.0):
         steps = p / -0.01
         torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3)
@@ -44,7 +44,7 @@ def test_equal_gradients_make_unit_steps_all_the_same() -> None:
 def test_a_first_gradient_moves_no_further_than_adamws_may(what: str, first: int) -> None:
     """An embedding's unseen row, a dead unit's column, LoRA's A behind a B of zeros.
 
-    The stripes say nothing of it: all elements move by the bound on AdamW's updates.
+    The stripes are zero there: all elements move by the bound on AdamW's updates.
     """
     late = {
         "row": (slice(1, 2), slice(None)),

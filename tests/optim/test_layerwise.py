@@ -227,6 +227,21 @@ def test_a_parameter_without_gradient_is_left_alone() -> None:
     assert optimizer.state[model.out.weight]["step"] == 3
 
 
+def test_the_kernel_of_a_convolution_keeps_its_gradient() -> None:
+    results = []
+    for cls in (StripedAdamW, LayerwiseStripedAdamW):
+        torch.manual_seed(0)
+        layer = nn.Conv2d(64, 128, 3)
+        optimizer = cls(layer.parameters(), lr=1e-2, momentum_dtype="int8")
+        for _ in range(2):
+            layer(torch.randn(1, 64, 5, 5)).square().sum().backward()
+            assert layer.weight.grad is not None
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(layer.weight.detach())
+    assert_same_bits(*results)
+
+
 # -------------------------------------------------------------------------------------------------
 # several backward passes before a step
 # -------------------------------------------------------------------------------------------------

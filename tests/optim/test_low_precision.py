@@ -36,7 +36,7 @@ def move(
     stochastic_rounding: bool | None = None,
     shape: tuple[int, ...] | None = None,
 ) -> torch.Tensor:
-    """``values - by`` once a step, through the optimizer: equal gradients make unit updates."""
+    """Subtracts ``by`` in each step of the optimizer: equal gradients make unit updates."""
     shape = shape or tuple(values.shape)
     p = parameter(values.reshape(shape).clone(), values.dtype)
     optimizer = StripedAdamW(
@@ -80,7 +80,7 @@ def test_fp32_parameters_are_never_rounded() -> None:
 def test_the_arithmetic_is_fp32(
     momentum_dtype: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    """An fp32 run, rounded to nearest once a step, gives the very bits of the low precision run."""
+    """An fp32 run, rounded to nearest in each step, has the bits of the low precision run."""
     p = parameter(torch.randn(shape), dtype)
     q = parameter(p.detach().float())
     settings = {"lr": 0.01, "weight_decay": 0.1, "momentum_dtype": momentum_dtype}
@@ -100,7 +100,7 @@ def test_the_arithmetic_is_fp32(
 
 @low
 def test_gradients_keep_their_own_precision(dtype: torch.dtype) -> None:
-    """An fp32 gradient of a low precision parameter is not rounded on the way."""
+    """The step does not round the fp32 gradient of a low precision parameter."""
     p, q = parameter(torch.zeros(4, 5), dtype), parameter(torch.zeros(4, 5))
     ours, exact = StripedAdamW([p]), StripedAdamW([q])
     g = torch.randn(4, 5)
@@ -124,8 +124,8 @@ def test_fp16_gradients_whose_squares_underflow_fp16() -> None:
 # how it is rounded
 # ---------------------------------------------------------------------------------------------
 
-# (dtype, value, what is subtracted): fractions of a spacing from 1/1000 up to 999/1000, either
-# direction and sign, large, small, subnormal
+# (dtype, value, subtracted number): from 1/1000 to 999/1000 of a spacing, both directions and
+# signs, large, small, subnormal
 UNBIASED = [
     (torch.bfloat16, 1.0, 1e-4),
     (torch.bfloat16, 1.0, -1e-4),
@@ -141,7 +141,7 @@ UNBIASED = [
     (torch.float16, 2.0**-14, 1e-8),  # from the smallest normal into the subnormals
     (torch.float16, 51 * 2.0**-24, 1e-8),  # subnormal
     (torch.float16, 2.0**-24, 1e-8),  # the smallest subnormal
-    (torch.float16, 0.0, 1e-8),  # from zero, either way
+    (torch.float16, 0.0, 1e-8),  # from zero, in both directions
     (torch.float16, 0.0, -1e-8),
 ]
 
@@ -158,13 +158,13 @@ def test_rounding_is_to_a_neighbour_and_unbiased(
     assert set(np.unique(moved)) <= {below, above}
     up = (exact - below) / spacing(np.asarray(exact), dtype)
     deviation = math.sqrt(max(up * (1 - up), 1 / n) / n)
-    # the bits are a fixed function, so this is one draw for good: four deviations
+    # the bits are a fixed function, so this draw never changes: four deviations
     assert abs((moved == above).mean() - up) < 4 * deviation + 2.0**-16
 
 
 @low
 def test_rounding_bits_look_independent(dtype: torch.dtype) -> None:
-    """Of the neighbour, the row below, the next steps, and of the element's place."""
+    """They do not depend on the neighbour, the row below, the next steps, and the position."""
     side = 512
     start = torch.ones(side, side, dtype=dtype)
     half = float(spacing(np.asarray(0.99), dtype)) / 2
@@ -204,7 +204,7 @@ def test_the_bits_are_fine_enough_for_small_fractions(dtype: torch.dtype) -> Non
 
 @low
 @pytest.mark.parametrize("steps", [1, 4])
-def test_what_needs_no_rounding_stays(dtype: torch.dtype, steps: int) -> None:
+def test_exact_values_are_not_rounded(dtype: torch.dtype, steps: int) -> None:
     """Every number of the format, Inf, -0.0 and subnormals included, survives a step of zero."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     for lr, g in ((0.0, 1.0), (0.1, 0.0)):
@@ -249,12 +249,12 @@ def test_overflow_is_infinite_as_in_every_cast(dtype: torch.dtype) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# what it is for
+# the purpose of stochastic rounding
 # ---------------------------------------------------------------------------------------------
 
 
-def test_small_updates_move_a_bf16_weight_as_they_move_an_fp32_one() -> None:
-    """1.0 with updates of 1e-4 (a fortieth of the spacing), a hundred of them."""
+def test_small_updates_move_a_bf16_weight_like_an_fp32_weight() -> None:
+    """The weight 1.0 gets a hundred updates of 1e-4, a fortieth of the spacing."""
     expected = 1 - 100 * 1e-4
     stochastic = move(torch.ones(64, 64, dtype=torch.bfloat16), 1e-4, steps=100)
     nearest = move(
@@ -284,14 +284,14 @@ def test_a_bf16_run_follows_the_oracle_on_average(shape: tuple[int, ...]) -> Non
 
 
 # ---------------------------------------------------------------------------------------------
-# what the bits depend on: seed, step, index
+# the random bits depend on seed, step and index
 # ---------------------------------------------------------------------------------------------
 
 
 def run(
     ps: list[torch.nn.Parameter], steps: range, momentum_dtype: str = "float32"
 ) -> list[torch.Tensor]:
-    """Steps with gradients that are a function of the step alone, not of the parameters' order."""
+    """Steps with gradients that depend only on the step, not on the parameters' order."""
     optimizer = StripedAdamW(ps, lr=1e-3, momentum_dtype=momentum_dtype)
     for t in steps:
         for p in ps:
@@ -304,7 +304,7 @@ def run(
 @low
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
 def test_replicas_stay_identical(momentum_dtype: str, dtype: torch.dtype) -> None:
-    """Whatever state the global generators are in, and without moving them."""
+    """The states of the global generators have no effect, and do not change."""
     start = torch.randn(20, 150).to(dtype)
     torch.manual_seed(0)
     [one] = run([parameter(start.clone(), dtype)], range(5), momentum_dtype)
@@ -321,7 +321,7 @@ def test_replicas_stay_identical(momentum_dtype: str, dtype: torch.dtype) -> Non
 def test_other_parameters_do_not_change_the_bits(
     momentum_dtype: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    """Alone, first, last or in the middle of others, of the same shape and not."""
+    """The parameter is alone, first, last or between others, of the same shape and other shapes."""
     start = torch.randn(shape)
     [alone] = run([parameter(start.clone(), dtype)], range(3), momentum_dtype)
     for before, after in ((0, 5), (5, 0), (3, 4)):
@@ -333,8 +333,8 @@ def test_other_parameters_do_not_change_the_bits(
         assert_same_bits(together[len(others)], alone)
 
 
-def test_a_parameters_steps_are_its_own() -> None:
-    """One that starts late draws at its first step what it would have drawn alone."""
+def test_random_bits_depend_on_the_parameters_step_count() -> None:
+    """A parameter that starts late has the same bits in its first step as alone."""
     start = torch.ones(4, 100)
     [alone] = run([parameter(start.clone(), torch.bfloat16)], range(1))
     late, early = (parameter(start.clone(), torch.bfloat16) for _ in range(2))
@@ -363,10 +363,10 @@ def test_steps_draw_different_bits() -> None:
 
 @low
 @pytest.mark.parametrize("shape", [(1200,), (30, 40), (40, 30), (1, 1200), (2, 20, 30)], ids=str)
-def test_the_index_is_the_elements_place_in_the_whole_parameter(
+def test_random_bits_depend_on_the_index_in_the_whole_parameter(
     shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    """Equal updates everywhere: then shapes that hold the same elements in a row draw alike."""
+    """With equal updates, shapes with the same sequence of elements get the same bits."""
     by = 0.3 * float(spacing(np.asarray(0.99), dtype))
     expected = move(torch.ones(1200, dtype=dtype), by, steps=3, shape=(60, 20))
     moved = move(torch.ones(1200, dtype=dtype), by, steps=3, shape=shape)
@@ -379,13 +379,13 @@ def test_the_index_is_the_elements_place_in_the_whole_parameter(
     "shape", [(9001, 1000), (999, 9001), (5, 1301, 1000), (9_000_001,)], ids=str
 )
 def test_chunks_do_not_change_the_bits(shape: tuple[int, ...]) -> None:
-    """Nine million elements begin with the bits that small tensors have, wherever they are cut."""
+    """Nine million elements begin with the bits of small tensors, with any chunks."""
     n = 6000
     large = move(torch.ones(shape, dtype=torch.bfloat16), 2e-3, steps=2).flatten()
     small = move(torch.ones(n, dtype=torch.bfloat16), 2e-3, steps=2)
     assert (bits(large[:n]) != bits(small)).sum() <= 1
-    # and go on with those of others that are cut elsewhere; a few may be tipped by the update's
-    # fp32 rounding, which depends on the shape
+    # and continue with the bits of tensors with other chunks; fp32 rounding of the update depends
+    # on the shape and may change a few
     n = 2_000_000
     other = move(torch.ones(2857, 701, dtype=torch.bfloat16), 2e-3, steps=2).flatten()[:n]
     assert (bits(large[:n]) != bits(other)).sum() <= 20
@@ -393,7 +393,7 @@ def test_chunks_do_not_change_the_bits(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_do_not_change_the_bits(layout: str) -> None:
-    """The index is the logical one, not the place in memory."""
+    """The index is the logical index, not the position in memory."""
     values, g = torch.ones(3, 50, 40), torch.ones(3, 50, 40)
     expected = parameter(values.clone(), torch.bfloat16)
     p = torch.nn.Parameter(lay_out(values.bfloat16(), layout))

@@ -1,4 +1,4 @@
-"""With the rest of torch: loss scaling, autocast, the state dicts of distributed checkpoints."""
+"""The optimizer with other parts of torch: loss scaling, autocast, distributed checkpoints."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range
 
 
 def test_loss_scaling_skips_a_step_that_overflows() -> None:
-    """A GradScaler unscales, and leaves out the step whose gradients are infinite."""
+    """A GradScaler unscales the gradients, and skips the step if they are infinite."""
     p, q = parameter(torch.ones(3, 4)), parameter(torch.ones(3, 4))
     scaled, plain = StripedAdamW([p], lr=0.1), StripedAdamW([q], lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -54,7 +54,7 @@ def test_loss_scaling_skips_a_step_that_overflows() -> None:
 @pytest.mark.parametrize("flatten", [False, True], ids=["by name", "flattened"])
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
 def test_state_dicts_of_distributed_checkpoints(momentum_dtype: str, flatten: bool) -> None:
-    """They begin with a step on zero gradients at a learning rate of zero, then load by name."""
+    """Loading begins with a step on zero gradients at a learning rate of zero, and is by name."""
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     model = small_model(0)
     optimizer = StripedAdamW(model.parameters(), lr=0.01, momentum_dtype=momentum_dtype)
@@ -88,13 +88,12 @@ def test_training_under_autocast(momentum_dtype: str) -> None:
     assert losses[-1] < 0.3 * losses[0]
 
 
-def test_a_backend_asked_for_by_name_that_cannot_run_raises(
+def test_a_named_backend_that_cannot_run_raises(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Only ``auto`` falls back. At construction or at the first step, before anything moves."""
-    monkeypatch.setitem(
-        sys.modules, "striped_hf.optim.backends.triton.launch", None
-    )  # as if not there
+    """Only ``auto`` falls back. The error comes before any parameter changes."""
+    # as if it could not be imported
+    monkeypatch.setitem(sys.modules, "striped_hf.optim.backends.triton.launch", None)
     backends.resolve.cache_clear()
     p = parameter(torch.ones(2, 3))
     p.grad = torch.ones(2, 3)
@@ -105,7 +104,7 @@ def test_a_backend_asked_for_by_name_that_cannot_run_raises(
     backends.resolve.cache_clear()
 
 
-def test_auto_is_some_backend_that_runs() -> None:
+def test_auto_chooses_a_backend_that_runs() -> None:
     moved = []
     for backend in ("auto", "reference"):
         p = parameter(torch.ones(2, 3))

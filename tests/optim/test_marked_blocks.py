@@ -1,4 +1,4 @@
-"""Parameters that are marked with their blocks, in groups of whoever does not know of blocks."""
+"""Marked parameters in groups whose author does not know of blocks."""
 
 import copy
 import io
@@ -60,7 +60,7 @@ def test_a_state_dict_records_them_and_a_copy_keeps_them() -> None:
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
-    # into one that has the blocks from its groups, as checkpoints were once saved from such
+    # load into an optimizer with blocks in its groups, as older checkpoints have them
     others = [nn.Parameter(param.detach().clone()) for param in params]
     by_group = StripedAdamW(
         [{"params": others, "blocks": [(1, 3), (4, 1), (1, 1), (1, 1)]}],
@@ -81,7 +81,9 @@ def test_a_state_dict_records_them_and_a_copy_keeps_them() -> None:
 @pytest.mark.parametrize(
     ("group", "arguments"), [({"blocks": (2, 2)}, {}), ({}, {"blocks": (2, 2)})]
 )
-def test_what_is_given_comes_first(group: dict[str, Any], arguments: dict[str, Any]) -> None:
+def test_given_blocks_take_precedence_over_marks(
+    group: dict[str, Any], arguments: dict[str, Any]
+) -> None:
     param = marked_parameters()[PACKED]
     optimizer = StripedAdamW([{"params": [param], **group}], **arguments)
     step(optimizer)

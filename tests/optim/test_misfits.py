@@ -1,4 +1,4 @@
-"""Tensors that no longer fit each other, and tensors that are more than their memory."""
+"""Tensors that no longer fit each other, and tensors that are not plain."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("every_backend")
 
 
 def stepped(named: bool = True, **settings: Any) -> tuple[StripedAdamW, list[torch.nn.Parameter]]:
-    """An optimizer after two steps; the parameter in the middle is the one that is changed."""
+    """An optimizer after two steps; the tests change the parameter in the middle."""
     ps = [parameter(torch.randn(shape)) for shape in [(6, 8), (12, 130), (9,)]]
     names = ["first", "the.bad.one", "last"]
     optimizer = StripedAdamW(list(zip(names, ps, strict=True)) if named else ps, **settings)
@@ -41,7 +41,7 @@ def give_gradients(ps: list[torch.nn.Parameter]) -> None:
 
 
 def assert_refused(optimizer: StripedAdamW, *words: str) -> None:
-    """The step names what is wrong, and has changed nothing."""
+    """The step's error names the cause, and nothing has changed."""
     before = snapshot(optimizer)
     with pytest.raises(RuntimeError) as caught:
         optimizer.step()
@@ -122,7 +122,26 @@ def free(state: dict[str, torch.Tensor]) -> str:
     return "exp_avg"
 
 
+def shrink_memory(state: dict[str, torch.Tensor]) -> str:
+    storage = state["exp_avg_sq_row"].untyped_storage()
+    storage.resize_(storage.nbytes() - 4)  # the tensor's shape stays
+    return "exp_avg_sq_row"
+
+
+def expand(state: dict[str, torch.Tensor]) -> str:
+    state["exp_avg"] = state["exp_avg"][:1].expand(12, -1)
+    return "exp_avg"
+
+
+def replace_by_zeros(state: dict[str, torch.Tensor]) -> str:
+    state["exp_avg_sq_col"] = torch._efficientzerotensor((1, 130))
+    return "exp_avg_sq_col"
+
+
 STATE_CHANGES = [
+    shrink_memory,
+    expand,
+    replace_by_zeros,
     change_dtype,
     change_step,
     change_device,
@@ -182,7 +201,7 @@ def test_a_pair_of_blocks_changed_after_a_step() -> None:
 
 def test_a_gradient_of_another_shape() -> None:
     optimizer, ps = stepped()
-    ps[1].data = torch.randn(12, 4)  # its gradient is still that of the old one
+    ps[1].data = torch.randn(12, 4)  # it still has the old parameter's gradient
     assert_refused(optimizer, "the.bad.one", "gradient")
 
 
@@ -200,8 +219,64 @@ def test_a_parameter_whose_memory_was_freed() -> None:
     optimizer.step()
 
 
-def test_what_changes_without_harm_goes_on() -> None:
-    """Another dtype of the parameter, a step on another device, an entry of someone else's."""
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: p[:1].expand(12, -1),
+        lambda p: torch._efficientzerotensor(p.shape),
+    ],
+    ids=["expanded", "a zero tensor"],
+)
+def test_a_parameter_that_cannot_be_written(
+    change: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    optimizer, ps = stepped()
+    give_gradients(ps)
+    grad, ps[1].grad = ps[1].grad, None
+    ps[1].data = change(ps[1].data)
+    ps[1].grad = grad
+    assert_refused(optimizer, "the.bad.one")
+
+
+@pytest.mark.parametrize("where", ["parameter", "gradient"])
+def test_memory_made_smaller(where: str) -> None:
+    optimizer, ps = stepped()
+    give_gradients(ps)
+    tensor = ps[1].data if where == "parameter" else ps[1].grad
+    before, storage = ps[0].detach().clone(), tensor.untyped_storage()
+    storage.resize_(storage.nbytes() - 4)
+    with pytest.raises(RuntimeError, match=r"the\.bad\.one.*no memory"):
+        optimizer.step()
+    assert_same_bits(ps[0], before)
+
+
+def unaligned(values: torch.Tensor) -> torch.Tensor:
+    """The same values at an address that is no multiple of their size."""
+    memory = bytearray(values.nbytes + 1)
+    return torch.frombuffer(memory, dtype=values.dtype, offset=1).view(values.shape).copy_(values)
+
+
+@pytest.mark.parametrize("momentum_dtype", FORMATS)
+def test_unaligned_memory(momentum_dtype: str) -> None:
+    """As ``torch.frombuffer`` makes it from a file read at any offset."""
+    shapes = [(12, 130), (9,)]
+    ours = [parameter(unaligned(torch.randn(shape))) for shape in shapes]
+    theirs = [parameter(p.detach().clone()) for p in ours]
+    optimizers = [StripedAdamW(ps, momentum_dtype=momentum_dtype) for ps in (ours, theirs)]
+    for t in range(3):
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad = torch.randn_like(q)
+            p.grad = unaligned(q.grad)
+            if t == 2:
+                optimizers[0].state[p]["exp_avg"] = unaligned(optimizers[0].state[p]["exp_avg"])
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
+def test_harmless_changes_are_accepted() -> None:
+    """Another dtype of the parameter, a step on another device, an entry of another library."""
     optimizer, ps = stepped()
     ps[1].grad = None
     ps[1].data = ps[1].data.bfloat16()
@@ -219,7 +294,7 @@ def test_what_changes_without_harm_goes_on() -> None:
 
 
 def conjugate_part(g: torch.Tensor) -> torch.Tensor:
-    """-g as autograd makes it: the imaginary part of a conjugate."""
+    """-g in the lazy form that autograd makes: the imaginary part of a conjugate."""
     return torch.complex(torch.zeros_like(g), g).conj().imag
 
 
@@ -232,7 +307,7 @@ LAZY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.mark.parametrize("kind", LAZY)
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
-def test_a_lazy_gradient_is_its_values(momentum_dtype: str, kind: str) -> None:
+def test_a_lazy_gradient_equals_its_values(momentum_dtype: str, kind: str) -> None:
     shapes = [(5, 7), (5, 7), (11,), (2, 3, 130)]
     lazy = [parameter(torch.ones(shape)) for shape in shapes]
     plain = [parameter(torch.ones(shape)) for shape in shapes]
@@ -261,7 +336,7 @@ def test_a_lazily_negated_parameter(momentum_dtype: str) -> None:
 
 
 class Wrapper(torch.Tensor):
-    """A wrapper with memory of its own elsewhere, as quantized training has them."""
+    """A wrapper around another tensor, as in quantized training."""
 
     inner: torch.Tensor
 
@@ -286,7 +361,7 @@ class Wrapper(torch.Tensor):
 
 @pytest.mark.parametrize("wrap_gradient", [False, True])
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
-def test_a_wrapper_moves_as_what_it_wraps(momentum_dtype: str, wrap_gradient: bool) -> None:
+def test_a_wrapper_is_stepped_like_its_tensor(momentum_dtype: str, wrap_gradient: bool) -> None:
     values = [torch.randn(6, 130), torch.randn(7)]
     wrapped = [torch.nn.Parameter(Wrapper(value.clone())) for value in values]
     plain = [parameter(value.clone()) for value in values]
@@ -301,7 +376,7 @@ def test_a_wrapper_moves_as_what_it_wraps(momentum_dtype: str, wrap_gradient: bo
         assert_same_bits(p.inner, q)
 
 
-def test_a_wrapper_of_two_tensors_is_refused() -> None:
+def test_a_wrapper_of_two_tensors_is_an_error() -> None:
     p = torch.nn.Parameter(TwoTensor(torch.randn(4, 6), torch.randn(4, 6)))
     optimizer = StripedAdamW([("the.bad.one", p)])
     p.grad = TwoTensor(torch.randn(4, 6), torch.randn(4, 6))
@@ -313,7 +388,7 @@ def test_a_wrapper_of_two_tensors_is_refused() -> None:
 
 
 class Tagged(torch.nn.Parameter):
-    """A subclass with its memory where any tensor's is."""
+    """A subclass with ordinary memory."""
 
 
 def test_a_subclass_without_a_dispatch_of_its_own_is_stepped_in_place() -> None:
@@ -390,7 +465,7 @@ def test_a_load_without_memory_changes_nothing(
     assert_same_snapshot(snapshot(optimizer), before)
 
 
-def test_adamws_codes_are_not_numbers() -> None:
+def test_codes_of_another_adamw_are_not_loaded_as_numbers() -> None:
     p = parameter(torch.randn(4, 130))
     adamw = torch.optim.AdamW([p])
     p.grad = torch.randn(4, 130)

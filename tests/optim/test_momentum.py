@@ -1,4 +1,4 @@
-"""The momentum formats: error bounds, byte layout, which tensors are coded, bytes a parameter."""
+"""The momentum formats: error bounds, byte layout, coded tensors, bytes per parameter."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from optim_checks import (
     assert_same_bits,
     code_bound,
     decode_documented,
+    documented_matrix,
     expected_format,
     gpt2_124m_shapes,
     parameter,
@@ -54,7 +55,7 @@ WIDTHS = [1, 2, 3, 5, 64, 126, 127, 128, 129, 130, 131, 191, 255, 256, 257, 383]
 
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
 @pytest.mark.parametrize("C", WIDTHS)
-def test_what_is_stored(C: int, momentum_dtype: str) -> None:
+def test_formats_store_the_documented_shapes_and_dtypes(C: int, momentum_dtype: str) -> None:
     codes, scale = encode(torch.randn(2, 3, C), momentum_dtype)
     assert codes.dtype == STORED_DTYPE[momentum_dtype]
     assert codes.shape == (2, 3, -(-C // 2) if momentum_dtype == "int4" else C)
@@ -101,12 +102,12 @@ def test_int4_bytes_of_a_short_odd_block() -> None:
     values = torch.tensor([[49.0, -9.0, 0.0, 25.0, -49.0]])  # codes 7, -3, 0 | 5, -7
     codes, _ = encode(values, "int4")
     assert codes[0, :2].tolist() == [0xDF, 0x15]
-    assert int(codes[0, 2]) & 0x0F == 8  # the high nibble holds nothing
+    assert int(codes[0, 2]) & 0x0F == 8  # the high nibble is unused
     assert codes.shape == (1, 3)
 
 
 def test_int4_bytes_of_a_full_block_and_a_short_one() -> None:
-    """A full block pairs elements 64 apart; the short block after it pairs its own halves."""
+    """A full block pairs elements 64 apart; the short block after it pairs its halves."""
     values = torch.zeros(1, 132)
     values[0, 0], values[0, 64], values[0, 63], values[0, 127] = 49.0, -49.0, 4.0, 16.0
     values[0, 128:] = torch.tensor([0.49, 0.04, -0.25, -0.01])
@@ -122,7 +123,7 @@ def test_int4_bytes_of_a_full_block_and_a_short_one() -> None:
 
 @pytest.mark.parametrize("momentum_dtype", CODED)
 def test_blocks_never_reach_into_the_next_row(momentum_dtype: str) -> None:
-    """Coding a row alone gives its bytes in the matrix: any sharding by rows is exact."""
+    """A single row has the same bytes as in the matrix: any sharding by rows is exact."""
     values = torch.randn(5, 200) * torch.logspace(-3, 3, 5)[:, None]
     codes, scale = encode(values, momentum_dtype)
     assert scale is not None
@@ -153,18 +154,18 @@ def test_round_trip_error(
     x = torch.as_tensor(values, dtype=torch.float32)
     decoded, exact = to_numpy(round_trip(x, momentum_dtype)), to_numpy(x)
     assert (np.abs(decoded - exact) <= code_bound(exact, momentum_dtype)).all()
-    assert (decoded * exact >= 0).all()  # a sign may become zero, never the other one
+    assert (decoded * exact >= 0).all()  # a sign may become zero, but never the opposite sign
     for start in range(0, C, BLOCK):
         block, coded = exact[:, start : start + BLOCK], decoded[:, start : start + BLOCK]
         # the largest of a block is kept exactly
         np.testing.assert_array_equal(np.abs(coded).max(-1), np.abs(block).max(-1))
-        # and the order of the elements is
+        # the order of the elements is kept, too
         order = np.argsort(block, axis=-1)
         assert (np.diff(np.take_along_axis(coded, order, -1), axis=-1) >= 0).all()
 
 
 @pytest.mark.parametrize("momentum_dtype", CODED)
-def test_the_bound_by_code_is_met_everywhere(momentum_dtype: str) -> None:
+def test_the_error_is_within_the_bound_of_each_code(momentum_dtype: str) -> None:
     """|decoded - x| <= absmax (4 k + 1) / (4 qmax^2) at code k, over the whole range of a block."""
     qmax = QMAX[momentum_dtype]
     x = torch.linspace(0, 1, 127 * 200).reshape(200, 127)
@@ -177,7 +178,7 @@ def test_the_bound_by_code_is_met_everywhere(momentum_dtype: str) -> None:
 
 
 @pytest.mark.parametrize("momentum_dtype", CODED)
-def test_coding_what_was_decoded_changes_nothing(momentum_dtype: str) -> None:
+def test_encoding_decoded_values_changes_nothing(momentum_dtype: str) -> None:
     values = torch.randn(7, 300) * torch.logspace(-6, 6, 7)[:, None]
     codes, scale = encode(values, momentum_dtype)
     again, scale_again = encode(decode(codes, scale, momentum_dtype, 300), momentum_dtype)
@@ -227,8 +228,8 @@ def test_extremes(absmax: float, momentum_dtype: str) -> None:
 
 @pytest.mark.parametrize("momentum_dtype", CODED)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
-def test_what_is_not_finite_does_not_come_back_as_a_number(bad: float, momentum_dtype: str) -> None:
-    """As in an fp32 average it stays, within its own block of 128 and its own row."""
+def test_inf_and_nan_do_not_become_numbers(bad: float, momentum_dtype: str) -> None:
+    """It stays as in an fp32 average, and only within its block of 128 elements."""
     values = torch.ones(3, 300)
     values[1, 140] = bad
     decoded = round_trip(values, momentum_dtype)
@@ -248,7 +249,7 @@ def test_float32_is_exact() -> None:
     assert_same_bits(round_trip(values, "float32"), values)
 
 
-def test_encode_leaves_its_argument_alone() -> None:
+def test_encode_does_not_change_its_argument() -> None:
     for momentum_dtype in FORMATS:
         values = torch.randn(3, 130)
         copy = values.clone()
@@ -283,6 +284,9 @@ STATE_SHAPES = [
     (1, 9),
     (4, 200),
     (2, 3, 129),
+    (8, 6, 3, 3),
+    (16, 1, 3),
+    (7, 1, 1),
     (0, 5),
     (5, 0),
     (0,),
@@ -292,7 +296,7 @@ STATE_SHAPES = [
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
 @pytest.mark.parametrize("shape", STATE_SHAPES, ids=str)
 def test_state_of_a_parameter(shape: tuple[int, ...], momentum_dtype: str) -> None:
-    """Keys, dtypes and shapes as documented; fp32 momentum where a code would not save a byte."""
+    """Keys, dtypes and shapes are as documented; momentum is fp32 where codes save nothing."""
     p = parameter(torch.randn(shape), torch.bfloat16)
     optimizer = StripedAdamW([p], momentum_dtype=momentum_dtype)
     assert not optimizer.state  # nothing is allocated before the first gradient
@@ -305,27 +309,28 @@ def test_state_of_a_parameter(shape: tuple[int, ...], momentum_dtype: str) -> No
     assert step.dtype == torch.float32
     assert step.device.type == "cpu"
 
-    kept = expected_format(shape, momentum_dtype)
+    matrix = documented_matrix(shape)
+    kept = expected_format(matrix, momentum_dtype)
     exp_avg = state.pop("exp_avg")
     assert exp_avg.dtype == STORED_DTYPE[kept]
     if kept == "int4":
-        assert exp_avg.shape == (*shape[:-1], -(-shape[-1] // 2))
+        assert exp_avg.shape == (*matrix[:-1], -(-matrix[-1] // 2))
     else:
-        assert exp_avg.shape == shape
+        assert exp_avg.shape == (matrix if len(matrix) > 1 else shape)
     if kept in CODED:
         scale = state.pop("exp_avg_scale")
         assert scale.dtype == torch.float32
-        assert scale.shape == (*shape[:-1], -(-shape[-1] // BLOCK))
+        assert scale.shape == (*matrix[:-1], -(-matrix[-1] // BLOCK))
         coded = exp_avg.nbytes + scale.nbytes
         assert coded < 4 * p.numel()
 
-    if len(shape) < 2:
+    if len(matrix) < 2:
         assert list(state) == ["exp_avg_sq"]
         assert state["exp_avg_sq"].shape == shape
     else:
         assert set(state) == {"exp_avg_sq_row", "exp_avg_sq_col"}
-        assert state["exp_avg_sq_row"].shape == (*shape[:-1], 1)
-        assert state["exp_avg_sq_col"].shape == (*shape[:-2], 1, shape[-1])
+        assert state["exp_avg_sq_row"].shape == (*matrix[:-1], 1)
+        assert state["exp_avg_sq_col"].shape == (*matrix[:-2], 1, matrix[-1])
     assert all(value.dtype == torch.float32 for value in state.values())
 
 
@@ -345,7 +350,7 @@ BYTES_PER_PARAMETER = {"float32": 4.01, "bfloat16": 2.01, "int8": 1.04, "int4": 
 @pytest.mark.slow
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
 def test_bytes_per_parameter_of_gpt2_124m(momentum_dtype: str) -> None:
-    """Counted from the states' tensors, one of each shape and times its number."""
+    """Counts the states' tensors, one for each shape, times the number of parameters."""
     shapes = gpt2_124m_shapes()
     total = 0
     for shape in set(shapes):

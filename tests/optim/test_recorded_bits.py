@@ -1,28 +1,28 @@
-"""The bits of every backend, as they were recorded: a change of layout or words leaves them alone.
+"""The recorded bits of every backend, which a change of layout or words must not change.
 
 The record is ``recorded_bits.json``. For each backend, momentum format, parameter dtype and set of
 options it has one hash, over parameters of several shapes and every entry of their state: after
 three steps, and after a fourth by an optimizer that loaded the state dict of the third. It also has
 the state dicts' keys and dtypes, and hashes of state dicts of ``torch.optim.AdamW`` that were
-loaded. A change that is meant to change the arithmetic records anew, and its commit says why:
+loaded. If a change is meant to change the arithmetic, record again, and say why in the commit:
 
     python tests/optim/test_recorded_bits.py
 
-What a processor can change is taken out, so that one record serves every x86-64 machine:
+The bits must not depend on the processor, so that one record is valid on every x86-64 machine:
 
 - Gradients and parameters come from integers, not from a random generator, which is vectorized.
-- The steps run in a process of their own. There torch's kernels are the builds for any processor
-  (``ATEN_CPU_CAPABILITY=default``; the others fuse multiplications with additions), MKL's square
-  roots are the same everywhere (``MKL_CBWR=COMPATIBLE``; else they differ in the last place between
-  AVX2 and AVX-512), and numpy, which interprets the Triton kernels, uses no feature that a
-  processor may lack (``NPY_DISABLE_CPU_FEATURES``; its exponentials differ).
-- The C sources are compiled here, for any x86-64 processor and without fused operations
-  (``-ffp-contract=off``): each operation is then rounded as written, whatever the compiler. The
-  installed library is tested against the reference instead, within tolerances (``test_cpu.py``).
+- The steps run in a separate process. There torch's kernels are the builds for any processor
+  (``ATEN_CPU_CAPABILITY=default``; other builds fuse multiplications with additions). MKL's square
+  roots are the same everywhere (``MKL_CBWR=COMPATIBLE``; otherwise their last bits differ between
+  AVX2 and AVX-512). numpy, which interprets the Triton kernels, uses no optional feature of
+  processors (``NPY_DISABLE_CPU_FEATURES``; otherwise exponentials differ).
+- The test compiles the C sources for any x86-64 processor and without fused operations
+  (``-ffp-contract=off``): then every compiler rounds each operation as written. ``test_cpu.py``
+  tests the installed library against the reference, within tolerances.
 
-What remains is checked, and the tests are skipped where it differs from the record: the versions of
-torch, numpy and Triton, and the bits of the elementary functions that the steps use (glibc's
-exponential differs on processors without fused operations).
+The rest is checked, and the tests are skipped if it differs from the record: the versions of torch,
+numpy and Triton, and the bits of the elementary functions that the steps use (glibc's exponential
+differs on processors without fused operations).
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def record() -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_bits_are_the_recorded_ones(backend: str, record: dict[str, Any]) -> None:
+def test_the_bits_equal_the_record(backend: str, record: dict[str, Any]) -> None:
     if reason := cannot_run(backend):
         pytest.skip(reason)
     measured = run_in_process(backend)
@@ -116,7 +116,7 @@ def test_state_dicts_have_the_recorded_entries(record: dict[str, Any]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# what is recorded
+# the recorded steps
 # ---------------------------------------------------------------------------------------------
 
 
@@ -126,7 +126,7 @@ def bits_of_backend(backend: str) -> dict[str, str]:
     found = {}
     for dtype, momentum_dtype, options in product(DTYPES, FORMATS, OPTIONS):
         if dtype == "float16" and options != "plain":
-            continue  # all that float16 has of its own is its rounding
+            continue  # only the rounding of float16 differs
         case = f"{dtype}, momentum {momentum_dtype}, {options}"
         found[case] = three_steps(backend, DTYPES[dtype], momentum_dtype, options, shapes)
     for momentum_dtype in FORMATS:
@@ -245,7 +245,7 @@ def state_dict_entries() -> dict[str, Any]:
 
 
 def cannot_run(backend: str) -> str | None:
-    """Says why the bits of a backend cannot be compared here, if they cannot."""
+    """Returns why the bits of a backend cannot be compared here; None if they can."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return "the bits are recorded for Linux on x86-64"
     if backend == "cpu" and shutil.which(compiler()) is None:
@@ -293,7 +293,7 @@ def print_bits(backend: str) -> None:
 
 
 def elementary_functions() -> str:
-    """A hash of those whose bits a library may choose."""
+    """A hash of the elementary functions whose bits depend on a library."""
     x = numbers((5000,), seed=0).abs()
     found = hashlib.sha256()
     for values in (x.sqrt(), x.double().sqrt(), x.view(50, 100).sum(0), x.view(50, 100).sum(1)):

@@ -1,4 +1,4 @@
-"""state_dict, load_state_dict, files, copies: a resumed run is the run that never stopped."""
+"""state_dict, load_state_dict, files, copies: a resumed run equals the run without a stop."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make_optimizer(
 
 
 def train(optimizer: torch.optim.Optimizer, steps: range) -> None:
-    """Gradients that depend on the parameters, so that one wrong bit does not stay alone."""
+    """Trains with gradients that depend on the parameters, so that one wrong bit spreads."""
     for t in steps:
         generator = torch.Generator().manual_seed(t)
         for i, group in enumerate(optimizer.param_groups):
@@ -53,8 +53,8 @@ def train(optimizer: torch.optim.Optimizer, steps: range) -> None:
 
 
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
-def test_the_dict_is_plain(momentum_dtype: str) -> None:
-    """Tensors, numbers, strings, None, and containers of those, under torch's own keys."""
+def test_the_dict_has_only_tensors_numbers_and_strings(momentum_dtype: str) -> None:
+    """It has tensors, numbers, strings, None and containers of these, under torch's keys."""
     optimizer = make_optimizer(make_parameters(), momentum_dtype)
     train(optimizer, range(2))
     saved = optimizer.state_dict()
@@ -73,7 +73,7 @@ def test_the_dict_is_plain(momentum_dtype: str) -> None:
 
 
 def test_the_dict_refers_to_the_state_without_copying() -> None:
-    """As torch's own: saving a checkpoint costs no second copy in memory."""
+    """As in torch: saving a checkpoint needs no second copy in memory."""
     ps = make_parameters()
     optimizer = make_optimizer(ps)
     train(optimizer, range(1))
@@ -110,10 +110,10 @@ def through_pickle(saved: dict[str, Any], folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("carry", [through_memory, through_file, through_pickle])
-def test_resuming_equals_never_having_stopped(
+def test_a_resumed_run_equals_the_run_without_a_stop(
     carry: Callable[..., dict[str, Any]], dtype: torch.dtype, momentum_dtype: str, tmp_path: Path
 ) -> None:
-    """Bit for bit: parameters, every state tensor with its dtype, and the groups."""
+    """Parameters, state tensors with their dtypes, and groups are equal bit for bit."""
     for nesterov in (False, True):
         through = make_optimizer(make_parameters(dtype), momentum_dtype, nesterov=nesterov)
         train(through, range(4))
@@ -150,7 +150,7 @@ def test_loading_into_a_used_optimizer_replaces_its_state(momentum_dtype: str) -
 
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
 def test_a_loaded_state_is_not_shared_with_its_source(momentum_dtype: str) -> None:
-    """Stepping either afterwards must not move the other, nor the dict that was loaded."""
+    """A step of one optimizer changes neither the other one nor the loaded dict."""
     source = make_optimizer(make_parameters(), momentum_dtype)
     train(source, range(3))
     saved = source.state_dict()
@@ -188,7 +188,7 @@ def test_a_partly_filled_state_loads() -> None:
 
 
 def test_loaded_settings_replace_the_constructors() -> None:
-    """As with every torch optimizer: lr and the rest come from the checkpoint's groups."""
+    """As with every torch optimizer, the settings come from the checkpoint's groups."""
     source = make_optimizer(make_parameters(), nesterov=True)
     source.param_groups[0]["lr"] = 0.123
     train(source, range(1))
@@ -212,7 +212,7 @@ def test_a_state_dict_from_before_a_setting_existed_loads(key: str) -> None:
 
 
 def test_parameters_in_another_dtype_than_when_saved() -> None:
-    """A run begun in fp32 goes on in bf16: the state keeps its own dtypes, whatever p's is."""
+    """A run that began in fp32 continues in bf16: the dtypes of the state stay."""
     source = make_optimizer(make_parameters(), "float32")
     train(source, range(2))
     ps = make_parameters(torch.bfloat16)
@@ -286,7 +286,7 @@ def test_state_dict_hooks() -> None:
 
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
 def test_load_hooks(momentum_dtype: str) -> None:
-    """What a pre hook returns is what is checked and loaded; a post hook sees the final state."""
+    """The result of a pre hook is checked and loaded; a post hook sees the final state."""
     source = make_optimizer(make_parameters(torch.bfloat16), momentum_dtype)
     train(source, range(2))
     expected = snapshot(source)
@@ -303,7 +303,7 @@ def test_load_hooks(momentum_dtype: str) -> None:
     target.load_state_dict({"wrapped": source.state_dict()})
     assert target.param_groups[0]["lr"] == 0.77
     assert len(seen) == 1
-    # every second entry of the parameters' part of a snapshot is a state
+    # every second entry for the parameters in a snapshot is a state
     for mine, theirs in zip(seen[0][1:12:2], expected[1:12:2], strict=True):
         assert mine.keys() == theirs.keys()
         for key, value in theirs.items():
@@ -319,7 +319,7 @@ def test_load_hooks(momentum_dtype: str) -> None:
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
 )
-def test_a_copy_goes_on_by_itself(copied: Callable[[Any], Any], momentum_dtype: str) -> None:
+def test_a_copy_is_independent(copied: Callable[[Any], Any], momentum_dtype: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         optimizer = make_optimizer(make_parameters(dtype), momentum_dtype)
         train(optimizer, range(3))

@@ -1,7 +1,7 @@
 """One step's temporary memory on GPT-2 124M's shapes.
 
-In plain PyTorch and on a GPU from the allocator's own records; what C code allocates is in none of
-torch's, so the CPU backend's is how far a process of its own grows.
+In plain PyTorch and on a GPU the allocator's records give it. They do not include allocations of C
+code, so for the CPU backend it is the growth of a separate process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MEMORY_EVENT = re.compile(r'"name": "\[memory\]".*?"ts": ([\d.]+).*?"Bytes": (-?
 
 
 def peak_of_a_step(optimizer: torch.optim.Optimizer, trace: Path) -> tuple[int, int]:
-    """Bytes above the start: the most at any time of the step, and what is left after it."""
+    """Bytes above the start: the peak during the step, and the rest after it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         optimizer.step()
     profiler.export_chrome_trace(str(trace))
@@ -40,7 +40,7 @@ def peak_of_a_step(optimizer: torch.optim.Optimizer, trace: Path) -> tuple[int, 
 
 
 def test_the_measurement_sees_what_a_step_allocates(tmp_path: Path) -> None:
-    """For-loop AdamW on one matrix of 4 MiB: two states kept, and temporaries of its size."""
+    """For-loop AdamW keeps two states of a matrix of 4 MiB, and needs temporaries of this size."""
     p = torch.nn.Parameter(torch.zeros(1024, 1024))
     p.grad = torch.ones(1024, 1024)
     optimizer = torch.optim.AdamW([p], foreach=False)
@@ -58,7 +58,7 @@ def model_on(
     ps = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)) for shape in shapes]
     grads = {shape: torch.full(shape, 1e-3, dtype=dtype, device=device) for shape in set(shapes)}
     for p, shape in zip(ps, shapes, strict=True):
-        p.grad = grads[shape]  # only read, so equal shapes may share one
+        p.grad = grads[shape]  # gradients are only read, so equal shapes may share one
     groups = [
         {"params": [p for p in ps if p.shape == (768, 2304)], "blocks": (1, 3)},
         {"params": [p for p in ps if p.shape != (768, 2304)]},
@@ -83,7 +83,7 @@ def allocator_slack(shapes: list[tuple[int, ...]]) -> int:
 
 @pytest.mark.slow
 def test_a_first_step_on_gpt2_124m(tmp_path: Path) -> None:
-    """All 148 tensors; what is left behind is the state."""
+    """With all 148 tensors, only the state is left after the step."""
     shapes = gpt2_124m_shapes()
     optimizer = model_on("cpu", shapes, torch.float32, "int8")
     peak, held = peak_of_a_step(optimizer, tmp_path / "trace.json")
@@ -167,7 +167,7 @@ for lagged in (False, True):
 @pytest.mark.slow
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
 def test_the_cpu_backend_grows_by_a_megabyte(momentum_dtype: str) -> None:
-    """And by the column sums of slices: the embedding's 148 have 768 each, twice in turn."""
+    """The column sums of slices come on top: 148 slices of the embedding with 768 sums, twice."""
     limit = MIB + 2 * 4 * 148 * 768
     run = subprocess.run(
         [sys.executable, "-c", GROWTH.replace("{}", momentum_dtype)],

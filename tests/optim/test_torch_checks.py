@@ -1,4 +1,4 @@
-"""The checks of torch's own test suite that fit any optimizer, written anew by what they check."""
+"""The checks of torch's test suite for any optimizer, written again from their purpose."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make(ps: Any, kwargs: dict[str, Any]) -> StripedAdamW:
 
 
 # ---------------------------------------------------------------------------------------------
-# the loss goes the right way
+# the loss falls
 # ---------------------------------------------------------------------------------------------
 
 SCHEDULES = {
@@ -84,7 +84,7 @@ def test_goes_in_the_right_direction(
     assert last > first if kwargs.get("maximize") else last < first
 
 
-def test_groups_with_rates_of_zero_do_not_move() -> None:
+def test_groups_with_a_learning_rate_of_zero_do_not_move() -> None:
     still, moving = parameter(torch.randn(10, 5)), parameter(torch.randn(10, 5))
     before = still.detach().clone()
     optimizer = StripedAdamW([{"params": [still], "lr": 0.0}, {"params": [moving]}], lr=0.01)
@@ -158,7 +158,7 @@ def a_run(kwargs: dict[str, Any], seed: int = 0) -> tuple[list[Any], StripedAdam
 
 @every_input
 def test_state_dict_is_deterministic(kwargs: dict[str, Any]) -> None:
-    """Another copy of the parameters with the loaded state takes the same steps ever after."""
+    """A copy of the parameters with the loaded state takes the same steps."""
     ps, optimizer, closure = a_run(kwargs)
     for _ in range(3):
         optimizer.step(closure)
@@ -168,7 +168,7 @@ def test_state_dict_is_deterministic(kwargs: dict[str, Any]) -> None:
             q.copy_(p)
     saved = copy.deepcopy(optimizer.state_dict())
     again.load_state_dict(saved)
-    # the order of the parameters is by group, whatever the dict's own order
+    # the order of the parameters is by group, not the order of the dict
     assert again.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
     for _ in range(3):
         optimizer.step(closure)
@@ -181,7 +181,7 @@ def test_state_dict_is_deterministic(kwargs: dict[str, Any]) -> None:
 @every_input
 @pytest.mark.parametrize("number", [float, int])
 def test_can_load_a_step_that_is_a_number(number: type, kwargs: dict[str, Any]) -> None:
-    """As AdamW's dicts of torch before 1.12 hold it."""
+    """AdamW's state dicts from torch before 1.12 have such steps."""
     ps, optimizer, closure = a_run(kwargs)
     for _ in range(2):
         optimizer.step(closure)
@@ -241,8 +241,8 @@ def test_no_state_is_left_empty(kwargs: dict[str, Any]) -> None:
 
 @every_input
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_the_default_dtype_plays_no_part(dtype: torch.dtype, kwargs: dict[str, Any]) -> None:
-    """Models are often built and stepped while the default dtype is another one."""
+def test_the_default_dtype_has_no_effect(dtype: torch.dtype, kwargs: dict[str, Any]) -> None:
+    """The default dtype is often another one while models are built and stepped."""
     before = torch.get_default_dtype()
     results = []
     for default in (before, dtype):
@@ -259,7 +259,7 @@ def test_the_default_dtype_plays_no_part(dtype: torch.dtype, kwargs: dict[str, A
 
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
 def test_mixed_dtypes_in_one_group(device: str, momentum_dtype: str) -> None:
-    """Each parameter moves as it would in an optimizer of its own."""
+    """Each parameter steps as in a separate optimizer."""
     dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float32, torch.bfloat16]
     values = [torch.randn(4, 130) for _ in dtypes]
     grads = [[torch.randn(4, 130) for _ in dtypes] for _ in range(3)]

@@ -16,7 +16,7 @@ pytest.importorskip("expecttest", reason="torch's optimizer test helpers import 
 helpers = pytest.importorskip("torch.testing._internal.common_optimizers")
 
 KNOWN = {"lr", "betas", "eps", "weight_decay", "maximize"}
-# what AdamW has and this optimizer does not, and what AdamW forbids for reasons of its kernels only
+# arguments that only AdamW has, and values that only AdamW's kernels forbid
 GOOD = [i for i in helpers.optim_inputs_func_adamw("cpu") if set(i.kwargs) <= KNOWN]
 BAD = [
     e
@@ -31,8 +31,8 @@ def test_there_are_inputs() -> None:
 
 
 @pytest.mark.parametrize("optimizer_input", GOOD, ids=lambda i: i.desc)
-def test_vectors_move_as_adamws(optimizer_input: Any) -> None:
-    """Compared after each of the steps, and aligned there, by torch's own tracker."""
+def test_vectors_step_like_adamws(optimizer_input: Any) -> None:
+    """torch's tracker compares the parameters after each step, and then aligns them."""
     case = helpers.unittest.TestCase()
     case.assertEqual = lambda a, b, **kwargs: torch.testing.assert_close(a, b, **kwargs)
     tracker = helpers.TensorTracker({"rtol": 1.3e-6, "atol": 1e-6})
@@ -55,7 +55,7 @@ def test_vectors_move_as_adamws(optimizer_input: Any) -> None:
 
 
 @pytest.mark.parametrize("error_input", BAD, ids=lambda e: e.optimizer_error_input.desc)
-def test_what_torch_refuses_is_refused(error_input: Any) -> None:
+def test_torchs_error_inputs_are_errors(error_input: Any) -> None:
     bad = error_input.optimizer_error_input
     params = bad.params or [torch.nn.Parameter(torch.randn(2, 3))]
     if issubclass(error_input.error_type, Warning):

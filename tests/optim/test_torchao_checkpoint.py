@@ -1,4 +1,4 @@
-"""A run begun with torchao's low-bit AdamW, Trainer's ``adamw_torch_8bit``, goes on."""
+"""A run that began with torchao's low-bit AdamW, Trainer's ``adamw_torch_8bit``, continues."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ SHAPES = [(64, 96), (3, 32, 128), (5000,), (7, 9), (6,)]
         ("AdamWFp8", torch.float32),
     ],
 )
-def test_its_checkpoint_loads_as_the_adamw_that_it_stands_for(
+def test_a_torchao_checkpoint_loads_like_adamws(
     name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
@@ -37,7 +37,7 @@ def test_its_checkpoint_loads_as_the_adamw_that_it_stands_for(
     file = tmp_path / "optimizer.pt"
     torch.save(theirs.state_dict(), file)
     saved, plain = (torch.load(file, weights_only=True) for _ in range(2))
-    # the second in float32, as torch's AdamW would have saved it
+    # the second one in float32, as from torch's AdamW
     coded = 0
     for state in plain["state"].values():
         for key, value in state.items():

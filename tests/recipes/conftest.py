@@ -1,4 +1,4 @@
-"""Shared by the tests of the recipes."""
+"""Fixtures of the tests of the recipes."""
 
 from pathlib import Path
 

@@ -1,6 +1,7 @@
-"""The comparison: its files, a sweep, going on after a stop, and a recipe that fails."""
+"""The comparison: its files, a sweep, resuming, and a recipe that fails."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def compared(tmp_path_factory, run_script, docs_data):
     return folder, done.stdout
 
 
-def test_comparison_json_holds_what_was_measured(compared):
+def test_comparison_json_has_all_measurements(compared):
     folder, _ = compared
     comparison = read(folder)
     assert {"device", "threads", "torch", "transformers", "commit"} <= set(
@@ -74,7 +75,7 @@ def test_table_and_plot(compared):
         assert min(image.size) > 400
 
 
-def test_sweep_goes_on_where_it_was_stopped(tmp_path, run_here, docs_data):
+def test_a_stopped_sweep_continues(tmp_path, run_here, docs_data):
     def sweep(*seeds):
         flags = (*TINY, *QUIET, *FEW, "--eval_strategy", "no", "--save_strategy", "no")
         flags += ("--load_best_model_at_end", "false", "--data_dir", docs_data)
@@ -110,7 +111,7 @@ def test_sweep_goes_on_where_it_was_stopped(tmp_path, run_here, docs_data):
     assert f"at {commits}." in (tmp_path / "comparison.md").read_text(encoding="utf-8")
 
 
-def test_a_run_launched_otherwise_is_not_taken_over(tmp_path, run_here, docs_data):
+def test_a_run_with_another_launch_configuration_is_repeated(tmp_path, run_here, docs_data):
     flags = (*TINY, *QUIET, *FEW, "--eval_strategy", "no", "--save_strategy", "no")
     flags += ("--load_best_model_at_end", "false", "--data_dir", docs_data)
 
@@ -131,15 +132,45 @@ def test_a_run_launched_otherwise_is_not_taken_over(tmp_path, run_here, docs_dat
     assert noted
     assert launched != first[1]
     assert compare("--accelerate_config", config) == (False, launched)
-    # as it would be if the file had another content now than it had then
+    # as if the file's content had changed since
     (tmp_path / "striped_adamw" / "accelerate_config.yaml").write_text("num_processes: 2\n")
     noted, again = compare("--accelerate_config", config)
     assert noted
     assert again != launched
 
 
-def test_what_diverges_or_fails_does_not_lose_the_other_runs(tmp_path, run_here, docs_data):
-    """Also in one step, which has no median time."""
+def test_a_run_on_other_data_is_not_taken_over(tmp_path, run_here, docs_data):
+    data = tmp_path / "data"
+    shutil.copytree(docs_data, data)
+    flags = (*TINY, *QUIET, *FEW, "--eval_strategy", "no", "--save_strategy", "no")
+    flags += ("--load_best_model_at_end", "false", "--data_dir", data)
+
+    def compare():
+        printed = run_here(
+            *(SCRIPT, RECIPE, "--optim", "striped_adamw"),
+            *("--output_dir", tmp_path / "out", "--resume", "--", *flags),
+        )
+        (written,) = tmp_path.glob("out/*/run.json")
+        return "was changed: it is run again" in printed, written.stat().st_mtime_ns
+
+    first = compare()
+    assert not first[0]
+    assert compare() == first
+    for split in ("train", "val"):  # prepared anew, in the same place and of the same size
+        path = data / f"{split}.bin"
+        tokens = bytearray(path.read_bytes())
+        tokens[:2], tokens[2:4] = tokens[2:4], tokens[:2]
+        tokens[4:8] = tokens[:4]
+        path.write_bytes(tokens)
+        noted, again = compare()
+        assert noted
+        assert again != first[1]
+        assert compare() == (False, again)
+        first = (noted, again)
+
+
+def test_a_run_that_diverges_or_fails_does_not_lose_the_others(tmp_path, run_here, docs_data):
+    """This also holds for runs of one step, which have no median time."""
     flags = (*TINY, *QUIET, "--max_steps", 1, "--eval_steps", 1, "--save_steps", 1)
     flags += ("--warmup_steps", 0, "--data_dir", docs_data)
     optims = ("adamw_torch_fused@1e30", "no_such_optimizer@1e-3", "striped_adamw@1e-3")

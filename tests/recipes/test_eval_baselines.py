@@ -53,7 +53,7 @@ def tokens(data, split):
     return np.fromfile(data / f"{split}.bin", "<u2")
 
 
-def test_losses_are_of_all_blocks(model, data, run_here, tmp_path):
+def test_losses_cover_all_blocks(model, data, run_here, tmp_path):
     printed = run_here(RECIPE, model, "--data_dir", data, *SMALL)
     results, rows = read(tmp_path)
     for split in ("train", "val"):
@@ -75,10 +75,10 @@ def test_max_blocks_are_evenly_spaced(model, data, run_here, tmp_path):
     run_here(RECIPE, model, "--data_dir", data, *SMALL, "--max_blocks", 4)
     rows = read(tmp_path)[1]
     blocks = block_losses(model, tokens(data, "train"), 8)
-    chosen = np.concatenate([blocks[i] for i in (1, 4, 8, 11)])  # of 13
+    chosen = np.concatenate([blocks[i] for i in (1, 4, 8, 11)])  # of 13 blocks
     assert rows["train"]["blocks"] == 4
     assert rows["train"]["loss"] == pytest.approx(chosen.mean(), abs=1e-5)
-    assert rows["val"]["tokens"] == 29  # it has no more than 4
+    assert rows["val"]["tokens"] == 29  # the split has only 4 blocks
 
 
 def test_bf16_is_near_float32(model, data, run_here, tmp_path):
@@ -91,7 +91,7 @@ def test_bf16_is_near_float32(model, data, run_here, tmp_path):
     assert "bfloat16 autocast" in printed
 
 
-def test_resume_takes_over_what_was_measured(model, data, run_here, tmp_path):
+def test_resume_keeps_finished_measurements(model, data, run_here, tmp_path):
     run_here(RECIPE, model, "--data_dir", data, *SMALL)
     results, rows = read(tmp_path)
     val = rows["val"]
@@ -102,30 +102,30 @@ def test_resume_takes_over_what_was_measured(model, data, run_here, tmp_path):
     assert rows["train"]["loss"] == 99.0
     assert rows["val"] == val
     other = (RECIPE, model, "--data_dir", data, *SMALL, "--max_blocks", 4)
-    fails = "results of other settings (max_blocks"
+    fails = "results with other settings (max_blocks"
     run_here(*other, "--resume", fails=fails)
     assert read(tmp_path)[1]["train"]["loss"] == 99.0
     run_here(*other)
     assert read(tmp_path)[1]["train"]["loss"] < 10
 
 
-def test_resume_knows_data_by_what_it_holds(model, data, run_here, tmp_path):
+def test_resume_recognises_data_by_its_content(model, data, run_here, tmp_path):
     copied = shutil.copytree(data, tmp_path / "copied" / data.name)
     run_here(RECIPE, model, "--data_dir", data, *SMALL)
     run_here(RECIPE, model, "--data_dir", copied, *SMALL, "--resume")
     tokens = np.fromfile(copied / "val.bin", "<u2")
     tokens[::-1].tofile(copied / "val.bin")
-    fails = "results of other settings (fingerprints.val "
+    fails = "results with other settings (fingerprints.val "
     run_here(RECIPE, model, "--data_dir", copied, *SMALL, "--resume", fails=fails)
 
 
-def test_data_in_the_tokens_of_another_model(tmp_path, run_here, model):
+def test_data_in_another_models_tokens_is_an_error(tmp_path, run_here, model):
     character_tokenizer("abcdefghijk").save_pretrained(model)
     source = {"name": "text", "url": None, "sha256": "0" * 64}
     write_characters(tmp_path / "own", "abcdefghijk" * 20, source)
     write_characters(tmp_path / "others", "klmnopqrstu" * 20, source)
     run_here(RECIPE, model, "--data_dir", "own", *SMALL)
-    fails = "--data_dir others is not in the tokens of"
+    fails = "--data_dir others does not have the tokens of"
     run_here(RECIPE, model, "--data_dir", "others", *SMALL, fails=fails)
 
 
@@ -142,9 +142,9 @@ def test_wrong_arguments(model, data, run_here, flags, message):
     run_here(RECIPE, model, "--data_dir", data, *SMALL, *flags, fails=message)
 
 
-def test_models_of_one_name(model, data, run_here, tmp_path):
+def test_two_folders_of_the_same_name_are_an_error(model, data, run_here, tmp_path):
     shutil.copytree(model, tmp_path / "other" / "model")
-    fails = "no two may have the same one"
+    fails = "two of these have the same name"
     run_here(RECIPE, model, "other/model", "--data_dir", data, *SMALL, fails=fails)
     (tmp_path / "other" / "model").rename(tmp_path / "other" / "renamed")
     run_here(RECIPE, model, "other/renamed", "--data_dir", data, *SMALL)
@@ -152,7 +152,7 @@ def test_models_of_one_name(model, data, run_here, tmp_path):
     assert found == [(name, split) for name in ("model", "renamed") for split in ("train", "val")]
 
 
-def test_table_names_what_was_not_run():
+def test_the_table_names_models_that_were_not_run():
     loss = {"loss": 3.1234, "standard_error": 0.01, "tokens": 1, "blocks": 1, "blocks_in_split": 1}
     row = {"model": "gpt2", "parameters": 124_439_808, **loss}
     results = {

@@ -29,7 +29,7 @@ WIKITEXT = ("--tasks", "wikitext", "--wikitext", "wiki.raw", "--results", "resul
 
 @pytest.fixture
 def model(model, tmp_path):
-    """The same of characters, and a text of them."""
+    """The same model with characters as tokens, and a text of these characters."""
     character_tokenizer("\n ,.=Aabcde").save_pretrained(model)
     (tmp_path / "wiki.raw").write_text("".join(LINES), encoding="utf-8")
     return model
@@ -48,7 +48,7 @@ def test_wikitext_is_the_mean_over_tokens(model, run_here, tmp_path, window, str
     one = AutoModelForCausalLM.from_pretrained(model).double().eval()
     losses = []
     for target in range(1, len(ids)):
-        begin = 0  # of the first window that the target is in
+        begin = 0  # from the first window that contains the target
         while begin + window <= target:
             begin += stride
         logits = one(torch.tensor([ids[begin:target]])).logits[0, -1]
@@ -60,7 +60,7 @@ def test_wikitext_is_the_mean_over_tokens(model, run_here, tmp_path, window, str
     assert f"windows of {window} tokens and strides of {stride}, float32" in printed
 
 
-def test_text_is_joined_as_the_guide_does(test_data):
+def test_lines_are_joined_as_in_the_guide(test_data):
     text = read_wikitext(test_data / "wikitext-2-raw" / "wiki.test.raw")
     tokenizer = AutoTokenizer.from_pretrained(test_data / "gpt2_tokenizer")
     assert len(tokenizer(text, verbose=False)["input_ids"]) == 287_644
@@ -73,7 +73,7 @@ def test_stride_is_half_of_the_window(model, run_here, tmp_path):
     assert read(tmp_path) == half
 
 
-def test_resume_takes_over_what_was_measured(model, run_here, tmp_path):
+def test_resume_keeps_finished_measurements(model, run_here, tmp_path):
     run_here(RECIPE, model, *WIKITEXT, "--window", 16)
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     results["scores"][0]["perplexity"] = 99.0
@@ -83,21 +83,21 @@ def test_resume_takes_over_what_was_measured(model, run_here, tmp_path):
     run_here(RECIPE, model, *WIKITEXT, "--window", 12, "--resume", fails=fails)
 
 
-def test_resume_knows_model_and_text_by_what_they_hold(model, run_here, tmp_path):
+def test_resume_recognises_model_and_text_by_their_content(model, run_here, tmp_path):
     flags = (RECIPE, model, *WIKITEXT, "--window", 16)
     run_here(*flags)
     (tmp_path / "wiki.raw").write_text("a bed\n" * 9, encoding="utf-8")
-    run_here(*flags, "--resume", fails="has been measured on something else (text ")
+    run_here(*flags, "--resume", fails="was measured with other inputs (text ")
     run_here(*flags)
     other = AutoModelForCausalLM.from_pretrained(model)
     other.init_weights()
     with torch.no_grad():
         other.transformer.wpe.weight.mul_(2)
     other.save_pretrained(model)
-    run_here(*flags, "--resume", fails="has been measured on something else (weights ")
+    run_here(*flags, "--resume", fails="was measured with other inputs (weights ")
 
 
-def test_weights_are_float32_whatever_they_were_saved_in(model, run_here, tmp_path):
+def test_weights_are_float32_whatever_their_saved_dtype(model, run_here, tmp_path):
     torch.manual_seed(1)
     coarse = AutoModelForCausalLM.from_pretrained(model).bfloat16()
     coarse.save_pretrained(model)
@@ -117,7 +117,7 @@ def test_weights_are_float32_whatever_they_were_saved_in(model, run_here, tmp_pa
         ("a xyz", "characters unknown to the model: 'x', 'y', 'z'; leave"),
     ],
 )
-def test_texts_that_cannot_be_measured(model, run_here, tmp_path, text, message):
+def test_texts_that_cannot_be_evaluated_are_errors(model, run_here, tmp_path, text, message):
     (tmp_path / "wiki.raw").write_text(text, encoding="utf-8")
     run_here(RECIPE, model, *WIKITEXT, "--window", 16, fails=message)
 
@@ -146,7 +146,7 @@ def test_lambada_without_the_harness(model, run_here):
 
 @needs_harness
 @pytest.mark.parametrize("line", ["no json", '{"passage": "a b"}', '{"text": "alone"}'])
-def test_lambada_of_another_form(model, run_here, tmp_path, line):
+def test_lambada_in_another_format_is_an_error(model, run_here, tmp_path, line):
     lines = f'{{"text": "bad cab"}}\n{line}\n'
     (tmp_path / "lambada.jsonl").write_text(lines, encoding="utf-8")
     flags = ("--tasks", "lambada", "--lambada", "lambada.jsonl", "--window", 16)
@@ -156,7 +156,7 @@ def test_lambada_of_another_form(model, run_here, tmp_path, line):
 @needs_harness
 @torch.no_grad()
 def test_lambada_is_the_last_word_of_each_passage(test_data, run_here, tmp_path):
-    """Of passages of other lengths: the words of a story, which the model knows how to go on."""
+    """The passages have different lengths. They come from a story that the model can continue."""
     folder = test_data / "stories260K"
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -196,7 +196,7 @@ def test_lambada_is_the_last_word_of_each_passage(test_data, run_here, tmp_path)
 @pytest.mark.compat
 @pytest.mark.slow
 def test_with_the_harness(tmp_path):
-    """The tests above that need it, in an environment that has it."""
+    """Runs the tests above that need the harness, in an environment that has it."""
     venv.create(tmp_path, with_pip=False, symlinks=True)
     python = str(tmp_path / "bin" / "python")
     (packages,) = tmp_path.glob("lib/python*/site-packages")

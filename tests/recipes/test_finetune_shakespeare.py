@@ -28,12 +28,12 @@ def test_finetunes_a_local_model(tiny_run, docs_data, run_script, tmp_path):
     assert run["eval_loss"] < read_run(tiny_run)["eval_loss"]
     assert f"{read_run(tiny_run)['eval_loss']:.4f} before" in done.stdout
     AutoModelForCausalLM.from_pretrained(tmp_path / "run")
-    # nothing alarming about a run that is as it should be
+    # a correct run prints no warnings
     assert not any(word in done.stderr for word in ("loss_type", "missing keys", "Traceback"))
     assert "finetuned from" in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
 
 
-def test_real_model_on_shakespeare_in_its_own_tokens(test_data, run_script, tmp_path):
+def test_stories260k_learns_shakespeare_in_its_tokens(test_data, run_script, tmp_path):
     model = test_data / "stories260K"
     text = test_data / "tinyshakespeare" / "input.txt"
     run_script(
@@ -58,8 +58,8 @@ def test_real_model_on_shakespeare_in_its_own_tokens(test_data, run_script, tmp_
         (("--dtype", "bfloat16"), "bfloat16"),
     ],
 )
-def test_dtype_is_what_was_asked_for(tiny_run, docs_data, run_here, tmp_path, asked, trained):
-    """Not the dtype that a checkpoint was saved in."""
+def test_dtype_is_the_given_one(tiny_run, docs_data, run_here, tmp_path, asked, trained):
+    """The dtype of the checkpoint does not matter."""
     model = AutoModelForCausalLM.from_pretrained(tiny_run, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(tiny_run).save_pretrained(tmp_path / "model")
@@ -72,8 +72,8 @@ def test_dtype_is_what_was_asked_for(tiny_run, docs_data, run_here, tmp_path, as
     assert {str(weight.dtype) for weight in weights} == {f"torch.{trained.split(',')[0]}"}
 
 
-def test_data_in_other_tokens_is_refused(tiny_run, test_data, run_here, tmp_path):
-    """Whichever way the data was prepared, and however few its ids are."""
+def test_data_in_other_tokens_is_an_error(tiny_run, test_data, run_here, tmp_path):
+    """This does not depend on how the data was prepared, and on how few ids it has."""
     character_tokenizer("abc").save_pretrained(tmp_path / "others")
     write_characters(tmp_path / "others", "abc" * 200, {"name": "abc", "url": None, "sha256": ""})
     (tmp_path / "nanogpt").mkdir()
@@ -81,10 +81,10 @@ def test_data_in_other_tokens_is_refused(tiny_run, test_data, run_here, tmp_path
         shutil.copy(tmp_path / "others" / f"{split}.bin", tmp_path / "nanogpt")
     flags = ("--model_name_or_path", tiny_run, "--block_size", 32, "--data_dir")
     for data in ("others", "nanogpt"):
-        run_here(RECIPE, *flags, data, fails=f"--data_dir {data} is not in the tokens of")
+        run_here(RECIPE, *flags, data, fails=f"--data_dir {data} does not have the tokens of")
     symbols = dict(enumerate("abc"))
     (tmp_path / "nanogpt" / "meta.pkl").write_bytes(pickle.dumps({"itos": symbols}))
-    run_here(RECIPE, *flags, "nanogpt", fails="nanogpt is not in the tokens of")
+    run_here(RECIPE, *flags, "nanogpt", fails="nanogpt does not have the tokens of")
 
 
 @pytest.mark.parametrize(
@@ -95,6 +95,6 @@ def test_data_in_other_tokens_is_refused(tiny_run, test_data, run_here, tmp_path
         (("--block_size", 32, "--data_dir", "no"), "prepare the data first"),
     ],
 )
-def test_mistakes_are_one_line(tiny_run, docs_data, run_here, flags, message):
+def test_mistakes_end_with_one_line(tiny_run, docs_data, run_here, flags, message):
     common = ("--model_name_or_path", tiny_run, "--data_dir", docs_data)
     run_here(RECIPE, *common, *flags, fails=message)

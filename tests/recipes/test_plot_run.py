@@ -1,4 +1,4 @@
-"""The plot of runs: from their folders, finished or not, with or without their being watched."""
+"""The plot of runs from their folders: finished or not, with or without watching."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def watched(scale: float) -> list[dict]:
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The axes of the plot, as they are when it is written."""
+    """The axes of the plot when it is written."""
     kept = []
     monkeypatch.setattr(plt, "close", kept.append)
     yield lambda: kept[-1].axes
@@ -59,7 +59,7 @@ def test_runs_are_drawn_together(monkeypatch, tmp_path, drawn, capsys):
     assert [path.name for path in out.parent.iterdir()] == ["runs.png"]
     loss, rate, norm, memory = drawn()
     shown = [text.get_text() for text in loss.get_legend().get_texts()]
-    assert shown[:2] == ["a/run", "b/run"]  # their last parts are the same
+    assert shown[:2] == ["a/run", "b/run"]  # the last parts of their paths are the same
 
     def curves(axis):
         lines = [list(line.get_ydata()) for line in axis.lines]
@@ -68,16 +68,16 @@ def test_runs_are_drawn_together(monkeypatch, tmp_path, drawn, capsys):
     assert curves(loss)[0] == pytest.approx([1 / 10, 1 / 20, 1 / 30, 1 / 40, 1 / 50])
     assert [1.0] in curves(loss)  # validation
     assert len(curves(rate)) == 3
-    assert [2.0] * 5 in curves(norm)  # b's mean, and a's largest
+    assert [2.0] * 5 in curves(norm)  # the mean of b, and the largest of a
     assert curves(norm)[-1] == [1.0] * 5  # c has no mean
     assert curves(memory)[0] == [110, 120, 130, 140, 150]
-    assert [4.5, 4.5] in curves(memory)  # the state, of both kinds
+    assert [4.5, 4.5] in curves(memory)  # the sum of both kinds of state
     assert len(curves(memory)) == 4
     assert len({line.get_color() for line in rate.lines}) == 3
 
 
-def test_runs_that_logged_seldom(monkeypatch, tmp_path, drawn):
-    """With more --logging_steps than steps there are evaluations only; one log is one point."""
+def test_runs_with_few_logs(monkeypatch, tmp_path, drawn):
+    """With more --logging_steps than steps there are only evaluations; one log is one point."""
     unlogged = [{"step": 3, "eval_loss": 2.0}, {"step": 6, "eval_loss": float("nan")}]
     folders = [
         write_state(tmp_path / "a", unlogged),
@@ -109,7 +109,7 @@ def test_a_real_run_finished_and_not(tiny_run, run_script, tmp_path):
         ('{"log_history": []}', "has logged no loss: wait"),
     ],
 )
-def test_what_is_no_run_is_one_line(monkeypatch, tmp_path, content, message):
+def test_a_folder_without_a_run_ends_with_one_line(monkeypatch, tmp_path, content, message):
     if content is not None:
         (tmp_path / "trainer_state.json").write_text(content, encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["plot_run.py", str(tmp_path)])

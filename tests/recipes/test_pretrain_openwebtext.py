@@ -35,7 +35,7 @@ def letters(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def flags(letters, tmp_path_factory):
-    # no dropout: its numbers are another process's too
+    # no dropout: two processes would draw the same masks
     config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2}
     config |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
     path = tmp_path_factory.mktemp("config") / "tiny.json"
@@ -56,7 +56,7 @@ def history(folder):
     return [entry for entry in state["log_history"] if "loss" in entry]
 
 
-def test_run_is_counted_in_tokens(one_process):
+def test_a_runs_length_is_counted_in_tokens(one_process):
     folder, out = one_process
     run, log = read_run(folder), history(folder)
     assert "256 tokens a full step" in out
@@ -70,14 +70,14 @@ def test_run_is_counted_in_tokens(one_process):
     assert set(sizes) == {1, 2, 3, 4}
     assert run["eval_loss"] < log[0]["loss"] - 0.1
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert model.config.vocab_size == 64  # characters, to a multiple of 64
+    assert model.config.vocab_size == 64  # the number of characters, rounded up to a multiple of 64
     assert model.config.n_positions == 32
     assert model.dtype == torch.float32
     AutoTokenizer.from_pretrained(folder)
 
 
 def test_two_processes_have_the_losses_of_one(one_process, flags, run_script, tmp_path):
-    """With half of the window batch on each, batches grow alike."""
+    """Each process has half of every batch, and the batches grow in the same way."""
     results = tmp_path / "results.json"
     own = ("--batch_size", 2, "--processes", 2, "--optim", "striped_adamw", "--results", results)
     own += ("--", *flags, "--gradient_accumulation_steps", 4)
@@ -91,9 +91,9 @@ def test_two_processes_have_the_losses_of_one(one_process, flags, run_script, tm
     assert two["eval_loss"] == pytest.approx(read_run(one_process[0])["eval_loss"], rel=1e-5)
 
 
-def test_windows_that_cannot_be_shared_are_refused(run_here):
+def test_a_batch_that_does_not_divide_evenly_is_an_error(run_here):
     own = ("--batch_size", 3, "--processes", 1, 2)
-    run_here("benchmarks.processes", RECIPE, *own, fails="shared evenly by 2 processes")
+    run_here("benchmarks.processes", RECIPE, *own, fails="divide evenly among 2 processes")
 
 
 def test_resumed_run_equals_the_uninterrupted_one(one_process, flags, tmp_path, run_here):
@@ -127,7 +127,7 @@ def test_other_architectures(letters, tmp_path, run_here, name):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert model.config.model_type == name
     assert (model.config.vocab_size, model.config.max_position_embeddings) == (64, 32)
-    assert model.dtype == torch.float32  # whatever the configuration's
+    assert model.dtype == torch.float32  # whatever the configuration has
     log = history(tmp_path / "run")
     assert log[-1]["loss"] < log[0]["loss"] - 0.3
 
@@ -151,7 +151,7 @@ def test_defaults_are_nanogpts(monkeypatch):
         (("--data_dir", "no"), "no does not exist: prepare the data first"),
     ],
 )
-def test_mistakes_are_one_line(flags, run_here, wrong, message):
+def test_mistakes_end_with_one_line(flags, run_here, wrong, message):
     if wrong[0] == "--model":
         at = flags.index("--config_name")
         flags = (*flags[:at], *flags[at + 2 :])

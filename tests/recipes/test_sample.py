@@ -18,7 +18,7 @@ def samples(printed: str) -> list[str]:
     return printed.split("\n---------------\n")[:-1]
 
 
-def test_samples_go_on_past_the_context(tiny_run, run_script, tmp_path):
+def test_samples_continue_past_the_context(tiny_run, run_script, tmp_path):
     flags = ("--start", "The ", "--num_samples", 2, "--max_new_tokens", 60)  # the context is 32
     first, second = samples(run_script(SCRIPT, tiny_run, *flags, cwd=tmp_path).stdout)
     assert first != second
@@ -37,7 +37,7 @@ def test_seed_and_prompt_file(tiny_run, run_here, tmp_path):
 
 @pytest.fixture
 def alphabet(tmp_path) -> Path:
-    """A model that generates the alphabet up to "f", the end of its text; its context is 8."""
+    """A model that generates the alphabet up to its end-of-text token "f"; its context is 8."""
     letters = "abcdef."
     config = GPT2Config(
         vocab_size=7, n_positions=8, n_layer=1, n_head=1, n_embd=8, bos_token_id=None,
@@ -58,23 +58,23 @@ def alphabet(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("start", ["a", "aaaaaaa", "aaaaaaaa", "aaaaaaaaaaaaaaa"])
-def test_a_text_that_has_ended_stays_ended(alphabet, run_here, start):
-    """Within the context, at its end and past it."""
+def test_a_finished_text_stays_finished(alphabet, run_here, start):
+    """This holds within the context, at its end and past it."""
     flags = ("--start", start, "--top_k", 1, "--num_samples", 2, "--max_new_tokens", 30)
     assert samples(run_here(SCRIPT, alphabet, *flags)) == [f"{start}bcdef"] * 2
 
 
-def test_samples_end_each_at_its_own_place(alphabet, run_here):
+def test_each_sample_ends_at_its_end_of_text_token(alphabet, run_here):
     flags = ("--start", "a" * 9, "--temperature", 100, "--num_samples", 6, "--max_new_tokens", 30)
     found = samples(run_here(SCRIPT, alphabet, *flags))
     assert len({len(text) for text in found}) > 1
     ended = run_here(SCRIPT, alphabet, *flags, "--seed", 1337)
     assert samples(ended) == found
-    # skip_special_tokens hides the end, so that none may be inside of a text: 39 is unended
+    # skip_special_tokens hides an end-of-text token: the output must have none inside a text
     assert all(len(text) <= 9 + 30 for text in found)
 
 
-def test_a_context_of_one_token(tmp_path, run_here):
+def test_a_context_of_one_token_is_enough(tmp_path, run_here):
     config = GPT2Config(vocab_size=3, n_positions=1, n_layer=1, n_head=1, n_embd=4)
     config.bos_token_id = config.eos_token_id = None
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "one")
@@ -84,14 +84,14 @@ def test_a_context_of_one_token(tmp_path, run_here):
     assert len(text) == 7
 
 
-def test_a_folder_without_tokenizer_is_refused(tiny_run, run_here, tmp_path):
+def test_a_folder_without_tokenizer_is_an_error(tiny_run, run_here, tmp_path):
     shutil.copytree(tiny_run, tmp_path / "run")
     for path in (tmp_path / "run").glob("tokenizer*"):
         path.unlink()
     run_here(SCRIPT, "run", fails="run has no tokenizer: pass a folder that has one")
 
 
-def test_a_run_that_did_not_end_names_its_checkpoint(tiny_run, run_here, tmp_path):
+def test_the_error_of_an_unfinished_run_names_its_checkpoint(tiny_run, run_here, tmp_path):
     for step in (10, 20):
         name = f"checkpoint-{step}"
         shutil.copytree(tiny_run / name, tmp_path / "run" / name)
@@ -119,17 +119,18 @@ def test_top_k_of_one_is_greedy(tiny_run, run_here):
     ("flags", "message"),
     [
         (("--start", "\N{SNOWMAN}"), "unknown to the model"),
-        (("--start", ""), "no token to begin with"),
+        (("--start", ""), "no beginning-of-text token"),
         (("--start", "FILE:no.txt"), "no.txt"),
     ],
 )
-def test_bad_prompts_are_one_line(tiny_run, run_here, flags, message):
+def test_bad_prompts_end_with_one_line(tiny_run, run_here, flags, message):
     run_here(SCRIPT, tiny_run, *flags, fails=message)
 
 
 def test_hub_name_without_network(run_script, tmp_path):
     with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
+        # the socket is bound but does not listen: connections fail at once
+        unused.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
         error = run_script(
             *(SCRIPT, "someone/some-model"),

@@ -35,7 +35,7 @@ def test_run_folder_is_a_model_folder(tiny_run):
     assert len(out) == 9
 
 
-def test_run_json_is_measured(tiny_run, docs_data):
+def test_run_json_has_the_measurements(tiny_run, docs_data):
     run = read_run(tiny_run)
     val = open_split(docs_data, "val")
     model = AutoModelForCausalLM.from_pretrained(tiny_run)
@@ -48,13 +48,13 @@ def test_run_json_is_measured(tiny_run, docs_data):
     assert 1 < run["state_bytes_per_param"] < 2
     assert run["peak_memory_mib"] > 100
     assert run["median_step_ms"] > 0
-    # it learned: a uniform guess has log(vocabulary)
+    # it has learned: the loss of a uniform guess is log(vocabulary)
     assert run["eval_loss"] < math.log(val.vocab_size) - 0.5
     assert abs(run["eval_loss"] - run["train_loss"]) < 0.5
     assert run["environment"]["torch"] == torch.__version__
 
 
-def test_model_card_says_how_it_was_made(tiny_run):
+def test_the_model_card_describes_the_run(tiny_run):
     card = ModelCard.load(tiny_run / "README.md")
     run = read_run(tiny_run)
     assert card.data.library_name == "transformers"
@@ -78,13 +78,13 @@ def test_resumed_run_equals_the_uninterrupted_one(tiny_run, docs_data, run_scrip
     assert read_run(folder)["eval_loss"] == read_run(tiny_run)["eval_loss"]
 
 
-def test_resume_without_a_checkpoint(docs_data, run_here, tmp_path):
+def test_resuming_without_a_checkpoint_is_an_error(docs_data, run_here, tmp_path):
     flags = ("--data_dir", docs_data, "--output_dir", tmp_path, "--resume_from_checkpoint", "last")
     run_here(RECIPE, *flags, fails="has no checkpoint yet")
 
 
-def test_reads_what_nanogpt_prepared(docs_data, run_here, tmp_path):
-    # some of it: without meta.json the model has GPT-2's 50,257 tokens, and all would take long
+def test_trains_on_data_that_nanogpt_prepared(docs_data, run_here, tmp_path):
+    # only a part: without meta.json the model has GPT-2's 50,257 tokens, and all would take long
     for split, count in (("train", 20_000), ("val", 2_000)):
         tokens = (docs_data / f"{split}.bin").read_bytes()[: 2 * count]
         (tmp_path / f"{split}.bin").write_bytes(tokens)
@@ -94,9 +94,10 @@ def test_reads_what_nanogpt_prepared(docs_data, run_here, tmp_path):
     flags += ("--optim", "adamw_torch_fused")
     run_here(RECIPE, *TINY, *QUIET, *flags)
     assert read_run(out)["steps"] == 2
-    assert read_run(out)["optim_args"] is None  # the default optimizer's are not AdamW's
+    # AdamW does not accept the default optimizer's arguments
+    assert read_run(out)["optim_args"] is None
     assert not (out / "tokenizer.json").exists()
-    # with its meta.pkl, small data says which characters it is of
+    # meta.pkl has the characters of the data
     symbols = {i: c for c, i in AutoTokenizer.from_pretrained(docs_data).get_vocab().items()}
     meta = {"vocab_size": len(symbols), "itos": symbols, "stoi": {}}
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
@@ -117,13 +118,13 @@ def test_runs_under_accelerate_launch(docs_data, tmp_path):
     assert read_run(tmp_path)["steps"] == 2
 
 
-def test_missing_data_is_one_line(run_script, tmp_path):
+def test_missing_data_ends_with_one_line(run_script, tmp_path):
     error = run_script(RECIPE, "--data_dir", tmp_path / "no", cwd=tmp_path, status=1).stderr
     assert "Traceback" not in error
     assert "prepare the data first" in error.splitlines()[-1]
 
 
-def test_damaged_data_is_one_line(docs_data, run_here, tmp_path):
+def test_damaged_data_ends_with_one_line(docs_data, run_here, tmp_path):
     data = shutil.copytree(docs_data, tmp_path / "data")
     with (data / "train.bin").open("r+b") as file:
         file.truncate(1000)
@@ -142,7 +143,7 @@ def test_wrong_flags_are_named(run_here, flags, message):
     run_here(RECIPE, *flags, fails=message)
 
 
-def test_logs_hold_both_losses(tiny_run):
+def test_logs_have_both_losses(tiny_run):
     state = json.loads((tiny_run / "trainer_state.json").read_text(encoding="utf-8"))
     assert {e["step"] for e in state["log_history"] if "loss" in e} == {10, 20}
     assert {e["step"] for e in state["log_history"] if "eval_loss" in e} == {10, 20}

@@ -18,7 +18,7 @@ def parse(monkeypatch, tmp_path, *flags: str) -> tuple[Options, RecipeArguments]
     return parse_arguments(Options, {"optim": "striped_adamw", "max_steps": 10})
 
 
-def test_a_peak_for_a_device_that_is_not_in_the_table(monkeypatch, tmp_path):
+def test_peak_tflops_gives_the_peak_of_a_device_outside_the_table(monkeypatch, tmp_path):
     assert parse(monkeypatch, tmp_path)[1].peak_tflops is None
     options, args = parse(monkeypatch, tmp_path, "--peak_tflops", "0.5", "--block_size", "4")
     assert (args.peak_tflops, options.block_size) == (0.5, 4)
@@ -31,7 +31,7 @@ def test_a_peak_for_a_device_that_is_not_in_the_table(monkeypatch, tmp_path):
         (("--bf16", "--fp16"), "At most one of fp16 and bf16"),
     ],
 )
-def test_wrong_values_are_one_line(monkeypatch, tmp_path, capsys, flags, message):
+def test_wrong_values_end_with_one_line(monkeypatch, tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as ended:
         parse(monkeypatch, tmp_path, *flags)
     assert ended.value.code == 2
@@ -52,7 +52,7 @@ def test_wrong_values_are_one_line(monkeypatch, tmp_path, capsys, flags, message
         (("--resume_from_checkpoint", "no"), "there is no such folder"),
     ],
 )
-def test_mistakes_are_one_line(monkeypatch, tmp_path, capsys, flags, message):
+def test_mistakes_end_with_one_line(monkeypatch, tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as ended:
         parse_with_schedule(monkeypatch, tmp_path, *flags)
     assert ended.value.code == 2
@@ -77,7 +77,7 @@ def parse_with_schedule(monkeypatch, tmp_path, *flags):
         *("cosine_with_restarts", "reduce_lr_on_plateau"),
     ],
 )
-def test_another_schedule_does_not_get_the_defaults_arguments(monkeypatch, tmp_path, name):
+def test_another_schedule_does_not_get_the_default_arguments(monkeypatch, tmp_path, name):
     args = parse_with_schedule(monkeypatch, tmp_path, "--lr_scheduler_type", name)
     assert not args.lr_scheduler_kwargs
 
@@ -95,8 +95,8 @@ def test_arguments_of_a_schedule_are_kept(monkeypatch, tmp_path):
     assert args.lr_scheduler_kwargs == {"num_decay_steps": 4}
 
 
-def test_no_step_is_to_wait_for_a_device(monkeypatch, tmp_path):
+def test_the_defaults_do_not_make_a_step_wait_for_a_device(monkeypatch, tmp_path):
     _, args = parse(monkeypatch, tmp_path)
     assert not args.logging_nan_inf_filter
-    # pages that are pinned can be copied meanwhile
+    # pinned memory can be copied during the step
     assert args.accelerator_config.non_blocking == args.dataloader_pin_memory

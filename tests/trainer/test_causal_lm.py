@@ -1,4 +1,4 @@
-"""The recipes' Trainer: a loss without whole logits, no waiting for a device, losses that stay."""
+"""The recipes' Trainer: losses without whole logits, no waits for a device, and logged losses."""
 
 import math
 from pathlib import Path
@@ -17,7 +17,7 @@ from striped_hf.trainer.causal_lm import CausalLMTrainer
 def shifted(index: int) -> dict[str, torch.Tensor]:
     ids = Counting()[index]["input_ids"]
     labels = ids.roll(-1)
-    labels[-1 - index % 3 :] = -100  # windows with unequally many targets
+    labels[-1 - index % 3 :] = -100  # windows with different numbers of targets
     return {"input_ids": ids, "labels": labels, "shift_labels": labels}
 
 
@@ -35,13 +35,13 @@ def trained(output_dir: Path, kind: str = "gpt2", chunked: bool = True, **change
         callbacks=callbacks,
     )
     trainer.chunked_loss = chunked
-    trainer.model.config.pad_token_id = None  # transformers warns of padding, after looking for it
+    trainer.model.config.pad_token_id = None  # transformers searches for padding to warn of it
     trainer.train()
     return trainer
 
 
 class Logits(TorchDispatchMode):
-    """Notes whether any tensor of a product has the vocabulary's width for a whole batch."""
+    """Notes whether any product gives logits for a whole batch."""
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
@@ -59,24 +59,24 @@ class Logits(TorchDispatchMode):
 def test_training_is_the_same_without_whole_logits(tmp_path, monkeypatch, kind, dtype):
     changes = {"bf16": dtype == "bfloat16", "max_steps": 4, "optim": "sgd"}
     whole = trained(tmp_path, kind, chunked=False, **changes)
-    monkeypatch.setattr(striped_hf.losses, "_CHUNK_LOGITS", 1 << 11)  # of 8 x 16 x 64
+    monkeypatch.setattr(striped_hf.losses, "_CHUNK_LOGITS", 1 << 11)  # elements, of 8 x 16 x 64
     with Logits(8 * 16, 64) as logits:
         chunked = trained(tmp_path, kind, **changes)
     assert chunked.chunked_loss
-    assert kind == "llama" or not logits.found  # its MLP is as wide as the vocabulary
+    assert kind == "llama" or not logits.found  # the MLP is as wide as the vocabulary
     exact = {"rtol": 1e-4, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.01, "atol": 0.01}
     torch.testing.assert_close(losses(chunked), losses(whole), **exact)
     torch.testing.assert_close(chunked.model.state_dict(), whole.model.state_dict(), **exact)
-    # outside training the model has its logits
+    # outside training the model returns logits
     ids = torch.zeros(1, 4, dtype=torch.long)
     assert chunked.model(input_ids=ids).logits.shape == (1, 4, 64)
     assert chunked.evaluate()["eval_loss"] == pytest.approx(whole.evaluate()["eval_loss"], rel=0.01)
 
 
-def test_whole_logits_are_seen_where_they_are(tmp_path):
+def test_the_check_above_finds_whole_logits(tmp_path):
     with Logits(8 * 16, 64) as logits:
         trainer = trained(tmp_path, max_steps=1)
-    assert logits.found  # small ones, so that chunks would save nothing
+    assert logits.found  # small logits: chunks would save nothing
     assert not trainer.chunked_loss
 
 
@@ -87,7 +87,7 @@ def test_other_losses_keep_their_logits(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_compiled_it_is_the_same(tmp_path, monkeypatch):
+def test_a_compiled_model_has_the_same_losses(tmp_path, monkeypatch):
     monkeypatch.setattr(striped_hf.losses, "_CHUNK_LOGITS", 1 << 11)
     changes = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 2}
     eager = trained(tmp_path, **changes)
@@ -98,7 +98,7 @@ def test_compiled_it_is_the_same(tmp_path, monkeypatch):
 
 
 class Waiting(TorchDispatchMode):
-    """Counts the operations that wait for a GPU: each time Python reads a tensor's value."""
+    """Counts the operations that would wait for a GPU: Python reads the value of a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Steps(TrainerCallback):
         self.waiting.step = state.global_step + 1
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.waiting.step = 0  # the optimizer reads its counts of steps, which lie on the CPU
+        self.waiting.step = 0  # the optimizer reads its step counts, which are on the CPU
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.waiting.step = state.global_step + 1
@@ -134,14 +134,14 @@ def test_no_step_waits_for_the_device(tmp_path, filtered):
             callbacks=[Steps(waiting)],
         )
     between = [waiting.by_step[step] for step in (2, 3, 5, 6, 7)]
-    if filtered:  # as Trainer does by itself, so this test would see it
+    if filtered:  # Trainer's default, which this test must detect
         assert all(between)
     else:
         assert between == [0] * 5
         assert waiting.by_step[8]  # Trainer reads the loss to log it
 
 
-def test_losses_are_logged_again_after_one_that_is_not_finite(tmp_path):
+def test_losses_after_one_that_is_not_finite_are_logged(tmp_path):
     class Poisoned(CausalLMTrainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(*args, **kwargs)
@@ -155,14 +155,14 @@ def test_losses_are_logged_again_after_one_that_is_not_finite(tmp_path):
         optim="sgd",
     )
     trainer = Poisoned(tiny_model("gpt2"), args, train_dataset=DATA)
-    # the gradient of a NaN stays out of the weights, as a scaler of float16 would keep it out
+    # keep the gradient of a NaN out of the weights, like a float16 gradient scaler
     for param in trainer.model.parameters():
         param.register_hook(lambda grad: grad.nan_to_num(0.0))
     trainer.train()
     assert [math.isnan(loss) for loss in losses(trainer)] == [False, True, False, False]
 
 
-def test_operations_are_counted_as_trainer_counts_them(tmp_path):
+def test_operations_are_counted_as_in_trainer(tmp_path):
     trainer = trained(tmp_path, max_steps=2)
     inputs = {"input_ids": torch.zeros(3, 5, dtype=torch.long)}
     expected = super(CausalLMTrainer, trainer).floating_point_ops(inputs)

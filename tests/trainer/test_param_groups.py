@@ -47,7 +47,7 @@ def blocks_by_name(groups: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_decay_goes_exactly_where_trainer_puts_it(kind: str, tmp_path: Path) -> None:
+def test_the_same_parameters_decay_as_in_trainer(kind: str, tmp_path: Path) -> None:
     model = MODELS[kind]()
     trainer = Trainer(model, arguments(tmp_path, optim="adamw_torch", weight_decay=0.1))
     theirs = trainer.create_optimizer().param_groups
@@ -58,7 +58,7 @@ def test_decay_goes_exactly_where_trainer_puts_it(kind: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_every_parameter_stands_once_under_its_name(kind: str) -> None:
+def test_every_parameter_is_in_one_group_under_its_name(kind: str) -> None:
     model = MODELS[kind]()
     groups = param_groups(model, 0.1)
     named = [pair for group in groups for pair in group["params"]]
@@ -66,7 +66,7 @@ def test_every_parameter_stands_once_under_its_name(kind: str) -> None:
     assert dict(named) == dict(model.named_parameters())
 
 
-def test_gpt2_has_blocks_in_its_packed_projections_only() -> None:
+def test_only_gpt2s_packed_projections_have_blocks() -> None:
     blocks = blocks_by_name(param_groups(tiny_model("gpt2"), 0.1))
     for name, pair in blocks.items():
         assert pair == ((1, 3) if name.endswith("c_attn.weight") else (1, 1))
@@ -74,8 +74,8 @@ def test_gpt2_has_blocks_in_its_packed_projections_only() -> None:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_the_groups_are_trainers_own_in_its_order(kind: str, tmp_path: Path) -> None:
-    """So that a scheduler's state and an AdamW's, both kept by position, fit them."""
+def test_the_groups_have_trainers_order(kind: str, tmp_path: Path) -> None:
+    """The states of a scheduler and of AdamW are stored by position, and so fit these groups."""
     model = MODELS[kind]()
     theirs = Trainer(model, arguments(tmp_path, optim="adamw_torch")).create_optimizer()
     ours = StripedAdamW(param_groups(model, 0.1))
@@ -84,7 +84,7 @@ def test_the_groups_are_trainers_own_in_its_order(kind: str, tmp_path: Path) -> 
         assert group["weight_decay"] == expected["weight_decay"]
 
 
-def test_the_optimizer_takes_the_groups_and_names_parameters_in_errors() -> None:
+def test_the_optimizer_accepts_the_groups_and_its_errors_name_parameters() -> None:
     model = tiny_model("gpt2")
     optimizer = StripedAdamW(param_groups(model, 0.1), lr=1e-3)
     model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
@@ -120,7 +120,7 @@ def test_there_are_two_groups_as_in_trainer_even_if_one_is_empty(tmp_path: Path)
     optimizer.load_state_dict(optimizer.state_dict())
 
 
-def test_lora_trains_its_adapters_whole() -> None:
+def test_lora_adapters_have_one_block() -> None:
     model = peft.get_peft_model(
         tiny_model("gpt2"), peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
     )
@@ -143,16 +143,16 @@ def test_modules_that_peft_saves_keep_their_blocks() -> None:
     assert len(packed) == 2
 
 
-def test_a_wrapped_model_is_seen_through() -> None:
+def test_packed_projections_are_found_in_wrapped_models() -> None:
     model = tiny_model("gpt2")
     assert packed_blocks(torch.compile(model)) == packed_blocks(model)
     groups = param_groups(torch.compile(model), 0.1)
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
-def test_blocks_that_do_not_divide_are_left_whole() -> None:
+def test_a_matrix_that_blocks_do_not_divide_has_one_block() -> None:
     model = tiny_model("gpt2")
     attention = model.transformer.h[0].attn
-    attention.c_attn.weight = nn.Parameter(torch.zeros(32, 97))  # as pruning may leave it
+    attention.c_attn.weight = nn.Parameter(torch.zeros(32, 97))  # as after pruning
     assert attention.c_attn.weight not in packed_blocks(model)
     assert len(packed_blocks(model)) == 1

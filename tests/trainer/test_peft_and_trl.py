@@ -1,4 +1,4 @@
-"""PEFT's LoRA and TRL's SFTTrainer, as their users run them."""
+"""PEFT's LoRA and TRL's SFTTrainer, used like their users do."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ TEXT = "the cat sat on the mat and the dog sat on the log"
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character."""
+    """One token per character."""
     vocabulary = {token: i for i, token in enumerate(["<eos>", *sorted(set(TEXT))])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -33,7 +33,7 @@ def lora(**changes: Any) -> peft.LoraConfig:
 
 
 def trained(trainer: Trainer) -> set[str]:
-    """The names of the parameters that the optimizer holds, each with a momentum."""
+    """The names of the optimizer's parameters, each of which has a momentum."""
     optimizer = optimizer_of(trainer)
     assert type(optimizer) is StripedAdamW
     held = {param for group in optimizer.param_groups for param in group["params"]}
@@ -72,8 +72,8 @@ def test_lora_trains_only_its_adapters_and_resumes(tmp_path: Path) -> None:
             torch.testing.assert_close(param, original, rtol=0, atol=0)
 
 
-def test_lora_begun_with_adamw_goes_on(tmp_path: Path) -> None:
-    """Adapters have no parameter without decay, so that one of Trainer's groups is empty."""
+def test_lora_that_began_with_adamw_continues(tmp_path: Path) -> None:
+    """All adapter parameters have weight decay, so one of Trainer's groups is empty."""
 
     def run(optim: str, resume_from: str | None = None) -> Trainer:
         args = arguments(tmp_path, optim=optim, save_strategy="steps", save_steps=4)
@@ -107,7 +107,7 @@ def test_sft_trainer(tmp_path: Path, way: str, adapters: bool) -> None:
         disable_tqdm=True,
     )
     model = tiny_model("llama")
-    # made before SFTTrainer puts adapters into the model, as a user would
+    # like a user: before SFTTrainer puts adapters into the model
     answer = optimizer_cls_and_kwargs(args, model) if way == "public" else None
     trainer = trl.SFTTrainer(
         model,

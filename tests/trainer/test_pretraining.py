@@ -53,7 +53,7 @@ def make_trainer(windows, folder, growth=GROWTH, model=None, **settings):
         "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
         "warmup_steps": WARMUP_STEPS,
         "weight_decay": 0.0,
-        "adam_epsilon": 1e-4,  # or steps on gradients that are nearly 0 are of full size
+        "adam_epsilon": 1e-4,  # otherwise steps on gradients near 0 have full size
         "max_grad_norm": 0.5,
         "max_steps": STEPS,
         "per_device_train_batch_size": BATCH,
@@ -81,7 +81,7 @@ def logged(trainer):
 
 
 def rate(tokens):
-    """The schedule's rate at a token, by full steps; it ends at the least one."""
+    """The schedule's rate at a token, counted in full steps; it stays at the minimum at the end."""
     step = tokens // (FULL * ROUND)
     if step < WARMUP_STEPS:
         return 1e-2 * (step + 1) / WARMUP_STEPS
@@ -103,8 +103,8 @@ def test_batches_grow_linearly_with_the_tokens(full, total, warmup):
     assert 0 < sizes[-1] <= full
 
 
-def test_equals_a_plain_loop(windows, tmp_path):
-    """Losses, weights, rates and counts of tokens, step for step."""
+def test_training_equals_a_plain_loop(windows, tmp_path):
+    """Losses, weights, learning rates and token counts are equal in every step."""
     trainer = make_trainer(windows, tmp_path)
     trainer.train()
 
@@ -139,8 +139,8 @@ def test_equals_a_plain_loop(windows, tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_full_batches_equal_trainers_accumulation(windows, tmp_path):
-    """Without growth all is Trainer's own; with growth over one token only the first one is not."""
+def test_full_batches_equal_accumulation_in_trainer(windows, tmp_path):
+    """Without growth all batches are full; with growth over one token all but the first one are."""
     plain = make_trainer(windows, tmp_path, growth=0)
     plain.train()
     assert plain.args.gradient_accumulation_steps == FULL
@@ -176,14 +176,16 @@ def test_resumed_run_equals_the_uninterrupted_one(windows, tmp_path, growth):
         (100, {"gradient_accumulation_steps": 1}, "gradient_accumulation_steps is 1"),
     ],
 )
-def test_impossible_growth_is_refused(windows, tmp_path, growth, settings, message):
+def test_impossible_growth_is_an_error(windows, tmp_path, growth, settings, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(windows, tmp_path, growth, **settings)
 
 
-def test_schedule_that_is_no_function_of_the_step_is_refused(windows, tmp_path):
+def test_a_schedule_that_is_not_a_function_of_the_step_is_an_error(windows, tmp_path):
     settings = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": None}
     settings |= {"eval_strategy": "steps", "eval_steps": 100}
     trainer = make_trainer(windows, tmp_path, **settings)
-    with pytest.raises(ValueError, match=r"lr_scheduler_type=.*no function of the step"):
+    with pytest.raises(
+        ValueError, match=r"lr_scheduler_type=.*a function of the step: pass another"
+    ):
         trainer.train()

@@ -47,27 +47,27 @@ def flags(docs_data):
         (("--weight_decay", 0), "weight_decay 0.1 before and 0.0 now"),
     ],
 )
-def test_another_runs_checkpoint_is_refused(folder, flags, run_here, other, named):
+def test_another_runs_checkpoint_is_an_error(folder, flags, run_here, other, named):
     last = ("--resume_from_checkpoint", "last")
-    run_here(RECIPE, *flags, *last, *other, fails=f"checkpoint-20 is of another run ({named}")
+    run_here(RECIPE, *flags, *last, *other, fails=f"checkpoint-20 belongs to another run ({named}")
 
 
-def test_other_data_under_the_same_name_is_refused(folder, docs_data, run_here, tmp_path):
+def test_other_data_under_the_same_name_is_an_error(folder, docs_data, run_here, tmp_path):
     data = shutil.copytree(docs_data, tmp_path / "data")
     flags = (*TINY, *STEPS, *QUIET, "--data_dir", data, "--output_dir", "run")
     flags += ("--resume_from_checkpoint", folder / "checkpoint-10")
-    # the same ids are other characters
+    # the same ids for other characters
     symbols = sorted(AutoTokenizer.from_pretrained(data).get_vocab())
     other = [*symbols[:-1], "\N{SNOWMAN}"]
     character_tokenizer("".join(other)).save_pretrained(data)
-    run_here(RECIPE, *flags, fails="is of another run (data.vocabulary ")
+    run_here(RECIPE, *flags, fails="belongs to another run (data.vocabulary ")
     shutil.copy(docs_data / "tokenizer.json", data)
     with (data / "train.bin").open("r+b") as file:
         file.write(bytes(2))
-    run_here(RECIPE, *flags, fails="is of another run (data.train ")
+    run_here(RECIPE, *flags, fails="belongs to another run (data.train ")
 
 
-def test_a_run_goes_on_to_more_steps(folder, flags, run_here):
+def test_a_run_continues_to_more_steps(folder, flags, run_here):
     more = ("--max_steps", 22, "--resume_from_checkpoint", "true")
     printed = run_here(RECIPE, *flags, *more)
     assert "its run had 20 steps, and this one has 22" in printed
@@ -76,14 +76,14 @@ def test_a_run_goes_on_to_more_steps(folder, flags, run_here):
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "trainer_state.json"])
-def test_a_part_of_a_checkpoint_is_none(folder, name):
+def test_a_partial_checkpoint_is_an_error(folder, name):
     checkpoint = folder / "checkpoint-20"
     (checkpoint / name).unlink()
     with pytest.raises(UserError, match=f"checkpoint-20 lacks {name}"):
         check_whole(checkpoint)
 
 
-def test_a_runs_folder_is_no_checkpoint(tiny_run, folder, flags, run_here):
+def test_a_runs_folder_is_not_a_checkpoint(tiny_run, folder, flags, run_here):
     for path in filter(lambda path: path.is_file(), tiny_run.iterdir()):
         shutil.copy(path, folder)
     given = ("--resume_from_checkpoint", folder)
@@ -96,7 +96,7 @@ def test_a_runs_folder_is_no_checkpoint(tiny_run, folder, flags, run_here):
     [
         ("optimizer.pt", lambda content: content[:-100]),
         ("optimizer.pt", lambda content: b""),
-        # a byte of a tensor
+        # one byte of a tensor
         (
             "optimizer.pt",
             lambda content: (
@@ -110,7 +110,7 @@ def test_a_runs_folder_is_no_checkpoint(tiny_run, folder, flags, run_here):
         ("trainer_state.json", lambda content: content[:-5]),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(folder, capsys, name, damage):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(folder, capsys, name, damage):
     path = folder / "checkpoint-20" / name
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=rf"checkpoint-20/{name} is damaged .*: delete") as caught:
@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(folder, capsy
         last_checkpoint(str(folder))
 
 
-def test_what_save_only_model_wrote_goes_on_and_says_so(folder, flags, run_here):
+def test_a_checkpoint_of_save_only_model_continues_with_a_note(folder, flags, run_here):
     for name in ("checkpoint-10", "checkpoint-20"):
         path = folder / name / IDENTITY
         identity = json.loads(path.read_text())
@@ -149,7 +149,7 @@ def test_a_new_run_replaces_an_earlier_one(folder, flags, run_here):
     assert not [path for path in folder.iterdir() if path.name.startswith("_")]
 
 
-def test_a_new_run_that_saves_nothing_leaves_the_earlier_one(folder, flags, run_here):
+def test_a_new_run_that_saves_nothing_keeps_the_earlier_one(folder, flags, run_here):
     run_here(RECIPE, *flags, "--n_head", 3, fails="no gpt2 model has this configuration")
     assert {path.name for path in folder.iterdir()} == {"checkpoint-10", "checkpoint-20"}
 
@@ -160,7 +160,7 @@ def hold(folder, ready):
         multiprocessing.Event().wait()
 
 
-def test_two_runs_are_not_in_one_folder(flags, run_here, tmp_path):
+def test_two_runs_cannot_use_one_folder(flags, run_here, tmp_path):
     context = multiprocessing.get_context("fork")
     ready = context.Event()
     process = context.Process(target=hold, args=(tmp_path / "run", ready))
@@ -169,17 +169,20 @@ def test_two_runs_are_not_in_one_folder(flags, run_here, tmp_path):
     run_here(RECIPE, *flags, fails=f"run is in use by process {process.pid} on ")
     process.kill()
     process.join()
-    with lock_folder(tmp_path / "run"):  # a crash has released it
+    with lock_folder(tmp_path / "run"):  # a crash releases it
         pass
 
 
-def test_a_folder_that_cannot_be_written_to_is_noticed_first(flags, run_here, tmp_path):
-    (tmp_path / "run").write_text("")  # a file, which not even root can write into
+def test_a_folder_that_cannot_be_written_to_is_an_error_before_the_training(
+    flags, run_here, tmp_path
+):
+    (tmp_path / "run").write_text("")  # a file in its place: not even root can write into it
     run_here(RECIPE, *flags, fails="--output_dir run cannot be written to")
 
 
-@pytest.mark.parametrize("limit", [20_000, 150_000])  # of the model, and of the optimizer
-def test_a_checkpoint_without_space_is_one_line(flags, run_here, tmp_path, limit):
+# bytes: too few for the model, and for the optimizer
+@pytest.mark.parametrize("limit", [20_000, 150_000])
+def test_a_full_disk_ends_with_one_line(flags, run_here, tmp_path, limit):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
@@ -191,7 +194,7 @@ def test_a_checkpoint_without_space_is_one_line(flags, run_here, tmp_path, limit
     assert not (tmp_path / "run" / "_partial").exists()
 
 
-def test_a_run_that_diverges_is_written_as_one(flags, run_here, tmp_path):
+def test_the_card_of_a_run_that_diverged_says_so(flags, run_here, tmp_path):
     own = ("--learning_rate", 1e30, "--warmup_steps", 0, "--max_grad_norm", 0)
     assert "val loss diverged" in run_here(RECIPE, *flags, *own, "--optim", "adamw_torch")
     run = read_run(tmp_path / "run")
@@ -217,7 +220,7 @@ def test_differences_are_named(before, now, named):
 
 
 def test_memory_is_measured_where_python_has_no_resource(monkeypatch):
-    """On Windows psutil gives the peak."""
+    """Windows has no ``resource``; psutil gives the peak."""
     from striped_hf.trainer import memory
 
     class Info:

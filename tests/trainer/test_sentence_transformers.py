@@ -31,7 +31,7 @@ def tiny_sentence_model(folder: Path) -> "sentence_transformers.SentenceTransfor
 
 
 @pytest.mark.parametrize("mapping", [{}, {"wte": 1e-4, r"h\.0\..*bias": 1e-5}])
-def test_its_learning_rate_mapping(mapping: dict[str, float], tmp_path: Path) -> None:
+def test_learning_rate_mapping_keeps_its_rates(mapping: dict[str, float], tmp_path: Path) -> None:
     from sentence_transformers import losses
 
     text = [" ".join(f"w{(i * 7 + j) % WORDS}" for j in range(6)) for i in range(32)]

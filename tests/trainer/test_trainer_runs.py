@@ -1,4 +1,4 @@
-"""Real ``Trainer`` runs with each name: the features that people train with, and resuming."""
+"""Real ``Trainer`` runs with each name: common features of training, and resuming."""
 
 from functools import cache
 from pathlib import Path
@@ -28,7 +28,7 @@ def for_every_run(test: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The run without any feature, once for each model and name."""
+    """The run without any of the features, once for each model and name."""
 
     @cache
     def run(kind: str, name: str) -> Trainer:
@@ -42,7 +42,7 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def assert_same(left: Any, right: Any) -> None:
-    """Bit for bit, with dtypes, through dicts and lists."""
+    """Asserts equal bits and dtypes, also inside dicts and lists."""
     if isinstance(left, dict):
         assert left.keys() == right.keys()
         for key in left:
@@ -62,7 +62,7 @@ def test_a_name_trains_with_its_momentum(plain: Any, kind: str, name: str) -> No
     for group in optimizer.param_groups:
         assert group["momentum_dtype"] == NAMES[name]
         for param in group["params"]:
-            # on so small a model a matrix may be too small to be coded
+            # some matrices of this model are too small for codes
             stored = momentum.storage_format(param.shape, NAMES[name])
             assert ("exp_avg_scale" in optimizer.state[param]) == (stored in ("int8", "int4"))
     matrices = [p for group in optimizer.param_groups for p in group["params"] if p.dim() == 2]
@@ -71,10 +71,10 @@ def test_a_name_trains_with_its_momentum(plain: Any, kind: str, name: str) -> No
 
 
 @for_every_run
-def test_accumulated_gradients_train_as_one_batch_does(
+def test_accumulated_gradients_train_like_one_batch(
     plain: Any, tmp_path: Path, kind: str, name: str
 ) -> None:
-    # dropout draws other masks for other batches
+    # dropout would draw different masks
     changes = {"optim": name, "max_steps": 4}
     halves, whole = (
         train_without_dropout(kind, tmp_path, **changes, **batch)
@@ -102,7 +102,7 @@ def train_without_dropout(kind: str, output_dir: Path, **changes: Any) -> Traine
 @for_every_run
 def test_the_optimizer_sees_clipped_gradients(tmp_path: Path, kind: str, name: str) -> None:
     trainer = train(kind, tmp_path, optim=name, max_steps=1, max_grad_norm=0.1)
-    assert trainer.state.log_history[0]["grad_norm"] > 0.5  # logged as before clipping
+    assert trainer.state.log_history[0]["grad_norm"] > 0.5  # the logged norm is before clipping
     optimizer = optimizer_of(trainer)
     squares = 0.0
     for group in optimizer.param_groups:
@@ -123,7 +123,7 @@ def test_bf16_autocast_keeps_float32_weights_and_trains(
 ) -> None:
     trainer = train(kind, tmp_path, optim=name, bf16=True)
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
-    assert losses(trainer) != losses(plain(kind, name))  # it did compute in bf16
+    assert losses(trainer) != losses(plain(kind, name))  # the forward pass was in bf16
     torch.testing.assert_close(losses(trainer), losses(plain(kind, name)), rtol=0.03, atol=0)
 
 
@@ -139,8 +139,8 @@ def test_gradient_checkpointing_changes_nothing(
 @pytest.mark.slow
 @for_every_run
 def test_torch_compile_changes_little(plain: Any, tmp_path: Path, kind: str, name: str) -> None:
-    # Traced without generating kernels, which takes minutes: what may go wrong is how the wrapped
-    # model's parameters are found.
+    # Trace only: generating kernels takes minutes. The test is for the search of parameters in the
+    # wrapped model.
     trainer = train(
         kind,
         tmp_path,
@@ -165,7 +165,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path, kind: str, name: st
         kind,
         tmp_path,
         optim=name,
-        # the rate soars, so that an early checkpoint is the best one
+        # the learning rate rises steeply, so an early checkpoint is the best one
         lr_scheduler_type="constant",
         learning_rate=0.1,
         max_steps=6,
@@ -186,9 +186,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path, kind: str, name: st
 
 
 @for_every_run
-def test_resuming_in_the_middle_is_as_if_never_stopped(
-    tmp_path: Path, kind: str, name: str
-) -> None:
+def test_a_resumed_run_equals_the_run_without_a_stop(tmp_path: Path, kind: str, name: str) -> None:
     whole = train(kind, tmp_path / "whole", optim=name, save_strategy="steps", save_steps=3)
     checkpoint = tmp_path / "whole" / "checkpoint-3"
     rest = train(kind, tmp_path / "rest", resume_from=checkpoint, optim=name)
@@ -199,7 +197,7 @@ def test_resuming_in_the_middle_is_as_if_never_stopped(
 
 
 @pytest.mark.parametrize("other", ["striped_adamw_8bit", "striped_adamw_4bit"])
-def test_resuming_with_another_momentum_format_says_so(tmp_path: Path, other: str) -> None:
+def test_resuming_with_another_momentum_format_is_an_error(tmp_path: Path, other: str) -> None:
     train("gpt2", tmp_path, optim="striped_adamw", max_steps=2, save_strategy="steps", save_steps=1)
     with pytest.raises(ValueError, match=r"momentum_dtype='float32'.*momentum_dtype='int"):
         train("gpt2", tmp_path, resume_from=tmp_path / "checkpoint-1", optim=other)
@@ -210,7 +208,7 @@ def test_resuming_with_another_momentum_format_says_so(tmp_path: Path, other: st
     [*(("adamw_torch", name) for name in NAMES), ("adamw_torch_fused", "striped_adamw_8bit")],
 )
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_run_begun_with_adamw_goes_on(
+def test_a_run_that_began_with_adamw_continues(
     begun: Any, tmp_path: Path, kind: str, optim: str, name: str
 ) -> None:
     adamw, checkpoint, changes = begun(kind, optim)
@@ -226,7 +224,7 @@ def test_a_run_begun_with_adamw_goes_on(
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A run of AdamW and a checkpoint in its middle, once for each model and kind of AdamW."""
+    """A run of AdamW with a checkpoint in the middle, once for each model and kind of AdamW."""
 
     @cache
     def run(kind: str, optim: str) -> tuple[Trainer, Path, dict[str, Any]]:

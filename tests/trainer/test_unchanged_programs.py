@@ -1,4 +1,4 @@
-"""Training programs that do not import striped_hf, as their users start them."""
+"""Training programs that do not import striped_hf, started like their users do."""
 
 import json
 import os
@@ -19,7 +19,7 @@ STRIPED_HF_RUN = (sys.executable, "-c", "from striped_hf.runner import main; mai
 DDP = ("launch", "--config_file", REPOSITORY / "recipes" / "accelerate" / "ddp.yaml")
 pytestmark = pytest.mark.slow
 
-# as transformers' examples/pytorch/language-modeling/run_clm.py does it
+# like transformers' examples/pytorch/language-modeling/run_clm.py
 EXAMPLE = """
 import json
 import sys
@@ -157,5 +157,5 @@ def test_trl_sft(folder: Path) -> None:
     arguments = ("--model_name_or_path", "model", "--dataset_name", "data", "--bf16", "false")
     arguments += ("--max_length", 16, *training("sft", "striped_adamw_8bit"))
     run(folder, *STRIPED_HF_RUN, BIN / "trl", "sft", *arguments)
-    # the matrices of the tiny model are too narrow for codes: the groups tell the format
+    # the tiny model's matrices are too narrow for codes: check the format in the groups
     assert_striped(folder / "sft", "int8")

@@ -1,4 +1,4 @@
-"""Watching a run: its figures are right, appear with every loss, and cost almost nothing."""
+"""Watching a run: the figures are right, appear with every loss, and cost almost no time."""
 
 import ast
 import json
@@ -60,14 +60,14 @@ def wandb_rows(folder: Path) -> Iterator[dict[str, Any]]:
         _, length, kind = struct.unpack("<IHB", data[at : at + 7])
         message += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or its last part
+        if kind in (1, 4):  # a whole record, or the last part of one
             items = wandb_internal_pb2.Record.FromString(message).history.item
             message = b""
             if items:
                 yield {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in items}
 
 
-def test_figures_are_alike_in_every_place(tmp_path, monkeypatch, capsys):
+def test_logged_figures_are_the_same_in_every_tracker(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
@@ -93,7 +93,7 @@ def test_figures_are_alike_in_every_place(tmp_path, monkeypatch, capsys):
     while len(rows := [row for row in wandb_rows(tmp_path) if "train/loss" in row]) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    # transformers 4 has a separate folder for them
+    # transformers 4 writes them into a separate folder
     (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}
     events = EventAccumulator(str(folder)).Reload()
     for i, entry in enumerate(history):
@@ -110,11 +110,11 @@ def test_figures_are_alike_in_every_place(tmp_path, monkeypatch, capsys):
 @pytest.mark.compat
 @pytest.mark.slow
 def test_figures_arrive_in_trackio(tmp_path):
-    """trackio pins older versions than this environment has, so it is installed apart."""
+    """trackio pins older versions than this environment has, so it has a separate folder."""
     packages = tmp_path / "packages"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(packages)]
     subprocess.run([*pip, "trackio>=0.20,<1"], check=True)
-    # behind this environment's own, so that torch and transformers are the ones tested
+    # after this environment's packages, so that its torch and transformers are tested
     script = (
         f"import sys; sys.path += [{str(packages)!r}, {str(Path(__file__).parent)!r}]\n"
         "import json, pathlib\n"
@@ -139,7 +139,7 @@ def test_figures_arrive_in_trackio(tmp_path):
             assert row[f"train/{key}"] == entry[key]
 
 
-def test_norms_and_clipping_are_of_every_step(tmp_path):
+def test_norms_and_clipping_cover_every_step(tmp_path):
     every = [entry["grad_norm"] for entry in logged(watched(tmp_path, logging_steps=1))]
     limit = sorted(every)[1]  # the two largest are clipped
     steps = [
@@ -175,7 +175,7 @@ class Snapshots(TrainerCallback):
 
 @pytest.mark.parametrize(("width", "tolerance"), [(32, 1e-4), (160, 0.1)])
 def test_update_ratios(tmp_path, width, tolerance):
-    """The small model's matrices are looked at whole, the large one's at 4,096 values each."""
+    """The figures use whole matrices of the small model, and 4,096 values of large matrices."""
     set_seed(0)
     config = GPT2Config(
         vocab_size=VOCAB_SIZE, n_positions=LENGTH, n_embd=width, n_layer=2, n_head=2,
@@ -218,7 +218,7 @@ def test_values_that_are_not_finite_are_counted(tmp_path, bad):
     first, second = logged(watched(tmp_path, model))
     assert (first["nonfinite_steps"], first["nonfinite_values"]) == (0, 0)
     assert (second["nonfinite_steps"], second["nonfinite_values"]) == (1, 5)
-    assert second["grad_norm_max"] > 0  # of the step that was finite
+    assert second["grad_norm_max"] > 0  # the norm of the finite step
 
 
 class Slow(Counting):
@@ -230,7 +230,7 @@ class Slow(Counting):
 def test_evaluation_is_not_counted_as_training(tmp_path):
     trainer = Trainer(
         tiny_model("gpt2"),
-        # evaluates in the midst of an interval and between two
+        # evaluates within an interval and between two
         arguments(
             tmp_path, max_steps=4, logging_steps=2, eval_strategy="steps", eval_steps=1,
             per_device_eval_batch_size=8,
@@ -241,10 +241,10 @@ def test_evaluation_is_not_counted_as_training(tmp_path):
     watch(trainer)
     trainer.train()
     tokens = 2 * 8 * LENGTH
-    evaluation_s = 64 * 0.01  # one of them
+    evaluation_s = 64 * 0.01  # the time of one evaluation
     for entry in logged(trainer):
         assert entry["tokens_per_second"] > tokens / (0.9 * evaluation_s)
-        assert "mfu" not in entry  # nobody knows this processor's peak
+        assert "mfu" not in entry  # the table has no peak of processors
 
 
 def test_speed_and_mfu_agree_with_the_clock(tmp_path):
@@ -260,13 +260,13 @@ def test_speed_and_mfu_agree_with_the_clock(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_operations_are_those_that_torch_counts(kind):
+def test_operations_equal_torchs_count(kind):
     model = tiny_model(kind)
     model.set_attn_implementation("eager")
     ids = torch.zeros(2, LENGTH, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids).loss.backward()
-    # transformers 5.0 and older multiplies to rotate positions, too: 8 operations a token
+    # transformers up to 5.0 also multiplies to rotate positions: 8 operations per token
     counted = counter.get_total_flops() / ids.numel()
     assert flops_per_token(model, LENGTH) == pytest.approx(counted, rel=1e-4)
 
@@ -296,11 +296,11 @@ def test_operations_are_unknown_for_other_models():
         ("AMD EPYC 7R13 Processor", None),
     ],
 )
-def test_peaks(name, tflops):
+def test_the_table_of_peaks(name, tflops):
     assert peak_tflops(name) == tflops
 
 
-def test_a_peak_has_to_be_positive(tmp_path):
+def test_a_peak_must_be_positive(tmp_path):
     trainer = Trainer(tiny_model("gpt2"), arguments(tmp_path), train_dataset=Counting())
     with pytest.raises(ValueError, match=r"peak_tflops=0: must be positive"):
         watch(trainer, peak_tflops=0)
@@ -313,7 +313,7 @@ def test_the_progress_bar_shows_loss_and_speed(tmp_path, capsys):
     assert f"loss={last['loss']:.4f}, tok/s={last['tokens_per_second']:,}]" in bar
 
 
-def test_a_callback_can_be_taken_away(tmp_path):
+def test_a_callback_can_be_removed(tmp_path):
     from striped_hf.trainer.gradient_health import GradientHealth
 
     trainer = Trainer(

@@ -1,7 +1,7 @@
-"""Watching two processes: replicas of DDP under Trainer, and the shards of FSDP2.
+"""Watching two processes: replicas of DDP under Trainer, and shards of FSDP2.
 
-accelerate takes FSDP for DDP on a CPU, so the sharded model is stepped by hand, by the events that
-Trainer would send.
+On a CPU accelerate runs DDP instead of FSDP, so the test steps the sharded model itself and sends
+Trainer's events.
 """
 
 import json
@@ -25,11 +25,8 @@ from striped_hf.trainer.gradient_health import GradientHealth
 from striped_hf.trainer.watching import state_bytes_by_kind, watch
 
 WORLD = 2
-BAD = [
-    float("nan"),
-    float("inf"),
-    1.0,
-]  # in a row that the first process has, and in one it has not
+# gradient values, written into one row of each process
+BAD = [float("nan"), float("inf"), 1.0]
 
 
 def stepped(args: TrainingArguments, sharded: bool) -> dict[str, Any]:
@@ -100,7 +97,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    sys.path.insert(0, str(Path(__file__).parent))  # for the processes to find this module
+    sys.path.insert(0, str(Path(__file__).parent))  # the processes import this module
     torch.multiprocessing.spawn(main, (port, str(folder)), WORLD)
     return [
         json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(WORLD)
@@ -108,7 +105,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_replicas_log_the_same_and_count_all_tokens(results):
+def test_replicas_log_the_same_figures_and_count_all_tokens(results):
     ours, theirs = (result["ddp"] for result in results)
     assert len(ours) == 2
     for mine, other in zip(ours, theirs, strict=True):
@@ -120,7 +117,7 @@ def test_replicas_log_the_same_and_count_all_tokens(results):
 
 
 @pytest.mark.slow
-def test_shards_are_watched_as_the_whole_model_is(results):
+def test_figures_of_shards_equal_those_of_the_whole_model(results):
     for result in results:
         whole, sharded = result["whole"], result["sharded"]
         assert set(whole["first"]) == set(sharded["first"])
@@ -131,9 +128,9 @@ def test_shards_are_watched_as_the_whole_model_is(results):
 
 
 @pytest.mark.slow
-def test_a_process_has_the_bytes_of_its_own_shards(results):
+def test_a_process_logs_the_bytes_of_its_shards(results):
     (first, second), whole = (r["sharded"]["state"] for r in results), results[0]["whole"]["state"]
-    # the momentum is divided; so is a stripe along the sharded rows, and the other one is not
+    # the momentum and the row stripes are sharded; the column stripes are not
     assert first["exp_avg"] + second["exp_avg"] == whole["exp_avg"]
     assert max(first["exp_avg"], second["exp_avg"]) < 0.6 * whole["exp_avg"]
     assert first["exp_avg_sq_row"] + second["exp_avg_sq_row"] == whole["exp_avg_sq_row"]
@@ -141,7 +138,7 @@ def test_a_process_has_the_bytes_of_its_own_shards(results):
 
 
 @pytest.mark.slow
-def test_a_runs_state_is_that_of_all_shards(results):
-    """Bytes per parameter: the parameters are counted over all processes, too."""
+def test_a_runs_state_bytes_count_all_shards(results):
+    """For the bytes per parameter, the parameters of all processes count, too."""
     whole = results[0]["whole"]["state_bytes"]
     assert [result["sharded"]["state_bytes"] for result in results] == [whole, whole]

@@ -81,8 +81,8 @@ class TokenSplit:
                 owner = "its tokenizer's"
             if not self.meta and not (self.path.parent / "meta.pkl").exists():
                 fix = (
-                    "without meta.json and meta.pkl it is taken for a folder of nanoGPT's with "
-                    f"GPT-2's vocabulary; if it has another one, {PREPARE_AGAIN}"
+                    "a folder without meta.json and meta.pkl is read as nanoGPT's, with GPT-2's "
+                    f"vocabulary; if the data has another vocabulary, {PREPARE_AGAIN}"
                 )
         elif self.model_vocab_size is not None and largest >= self.model_vocab_size:
             owner, limit = "the model's", self.model_vocab_size

@@ -9,7 +9,7 @@ Importing it raises ImportError where it was not built.
 import ctypes
 import importlib.util
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from functools import cache
 
@@ -102,6 +102,8 @@ def fold(
     entry: Entry, folded: Folded, settings: Settings, is_first: bool, coefficient: Tensor | None
 ) -> None:
     """Adds a gradient to the momentum, sums and sketch; as ``reference.fold``."""
+    grad = entry.gradient.contiguous()
+    entry = entry._replace(param=grad, grad=grad)  # of the parameter only the shape counts
     supported, _ = _split([entry])
     if not supported or not (folded.sketch is None or folded.sketch.is_contiguous()):
         reference.fold(entry, folded, settings, is_first, coefficient)
@@ -129,14 +131,23 @@ def _split(entries: list[Entry]) -> tuple[list[int], list[int]]:
     """Returns the positions of the entries that the C code steps, and of those that it does not.
 
     Those of the second kind, such as transposed parameters and strided views, fall back to the
-    reference.
+    reference, and so do those at addresses that are no multiple of an element's size: a processor
+    may refuse these.
     """
     supported: list[int] = []
     fallback: list[int] = []
     for i, entry in enumerate(entries):
         tensors = (entry.param, *entry.state.values())
-        (supported if all(map(Tensor.is_contiguous, tensors)) else fallback).append(i)
+        is_walked = all(map(Tensor.is_contiguous, tensors)) and _are_aligned(tensors)
+        (supported if is_walked else fallback).append(i)
     return supported, fallback
+
+
+def _are_aligned(tensors: Iterable[Tensor]) -> bool:
+    # most addresses are multiples of 4, and then nobody need know the sizes
+    if not any(address & 3 for address in map(Tensor.data_ptr, tensors)):
+        return True
+    return not any(tensor.data_ptr() % tensor.itemsize for tensor in tensors)
 
 
 def _call(
@@ -161,9 +172,11 @@ def _call(
     """
     if not entries:
         return
-    grads = [
-        entry.grad if entry.grad is None else entry.grad.contiguous() for entry, *_ in entries
-    ]  # copies must live through the call
+    # copies must live through the call
+    grads = [None if e.grad is None else e.grad.contiguous() for e, *_ in entries]
+    given = [grad for grad in grads if grad is not None]
+    if not _are_aligned(given):
+        grads = [g if g is None or _are_aligned([g]) else g.clone() for g in grads]
     values: list[int] = []
     for (entry, sums, roots), grad in zip(entries, grads, strict=True):
         values += _c_entry(entry, grad, sums, roots, sketch)

@@ -48,7 +48,8 @@ class LayerwiseStripedAdamW(StripedAdamW):
     step the result equals StripedAdamW's to the bit. With coded momentum the update sees the stored
     momentum.
 
-    Vectors and matrices of fewer than 65,536 elements keep their gradients until the step.
+    Vectors, convolutions' kernels, and matrices of fewer than 65,536 elements keep their gradients
+    until the step.
 
     Where several processes train and a parameter is not a DTensor (DistributedDataParallel), its
     gradient is not complete in the hook. It stays until the step, which saves no memory: use FSDP2.
@@ -148,8 +149,9 @@ class LayerwiseStripedAdamW(StripedAdamW):
         """Folds a completed gradient, unless other processes will add to it."""
         if param.grad is None or not (is_sharded(param) or _is_alone()):
             return
-        grad, param.grad = param.grad, None
-        self._fold(param, grad)
+        if self._is_folded(param):
+            grad, param.grad = param.grad, None
+            self._fold(param, grad)
 
     # ---------------------------------------------------------------------------------------------
     # folding
@@ -192,6 +194,11 @@ class LayerwiseStripedAdamW(StripedAdamW):
         self._open[param] = opened
         return opened
 
+    def _is_folded(self, param: Tensor) -> bool:
+        """Whether a large parameter is stepped as it is; a convolution's kernel is not."""
+        group, position, _ = self._place_of(param)
+        return description_of(group, position).stepped == param.shape
+
     def _place_of(self, param: Tensor) -> _Place:
         if self._places is None:
             self._refresh_groups()
@@ -211,7 +218,7 @@ class LayerwiseStripedAdamW(StripedAdamW):
             param
             for group in self.param_groups
             for param in group["params"]
-            if param.grad is not None and _is_large(param)
+            if param.grad is not None and _is_large(param) and self._is_folded(param)
         ]
         if rest and not self._open and self.max_grad_norm is not None:
             # nothing was clipped yet, so that the norm need not be assumed

@@ -155,6 +155,22 @@ def _pieces_of_rows(
             )
 
 
+def by_rows(placements: Placements, dims: int) -> Placements:
+    """Returns placements with Shard(0) for every other dimension that is sharded.
+
+    A parameter that backends see in other dimensions than its own, such as a convolution's kernel,
+    is stepped so: a range of its first dimension is a range of the matrix's rows.
+
+    Args:
+        placements: The parameter's.
+        dims: The parameter's dimensions.
+    """
+    return tuple(
+        Shard(0) if sharded_dim(placement, dims) not in (None, 0) else placement
+        for placement in placements
+    )
+
+
 def sharded_dim(placement: Placement, dims: int) -> int | None:
     """Returns the dimension that a placement shards, of a tensor with ``dims`` dimensions."""
     return placement.dim % dims if isinstance(placement, (Shard, _StridedShard)) else None

@@ -18,14 +18,16 @@ def init_state(param: DTensor, description: Description) -> State:
     layout = _layout(description)
     mesh, device = param.device_mesh, param.to_local().device
     whole = zero_state(description, torch.device("meta"))
-    shape, _ = compute_local_shape_and_global_offset(param.shape, mesh, layout.placements)
+    shape, _ = compute_local_shape_and_global_offset(
+        description.state_shape, mesh, layout.placements
+    )
     # by ``init``, because the code of zero may be another number
     zeros = momentum.init(torch.Size(shape), description.momentum_dtype, device)
     state = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
     for key, like in whole.items():
         if key == "step":
             continue
-        placements = _placements_of(key, layout.placements, param.dim())
+        placements = _placements_of(key, layout.placements, len(description.state_shape))
         if key not in zeros:
             part, _ = compute_local_shape_and_global_offset(like.shape, mesh, placements)
             zeros[key] = torch.zeros(part, dtype=like.dtype, device=device)
@@ -43,7 +45,8 @@ def place_state(key: str, value: Tensor, param: DTensor, description: Descriptio
         description: Of the parameter.
     """
     mesh = param.device_mesh
-    placements = _placements_of(key, _layout(description).placements, param.dim())
+    layout, dims = _layout(description), len(description.state_shape)
+    placements = _placements_of(key, layout.placements, dims)
     if is_sharded(value):
         if value.device_mesh == mesh:
             return value.redistribute(placements=placements)
@@ -64,7 +67,8 @@ def follow(param: Tensor, state: State, description: Description) -> None:
             if is_sharded(value):
                 state[key] = value.full_tensor()
             continue
-        placements = _placements_of(key, _layout(description).placements, param.dim())
+        layout, dims = _layout(description), len(description.state_shape)
+        placements = _placements_of(key, layout.placements, dims)
         if (
             not is_sharded(value)
             or tuple(value.placements) != placements

@@ -14,6 +14,7 @@ from striped_hf.optim.interface import Backend, Blocks, Entry, Roots, Settings, 
 from striped_hf.optim.plain import plain_gradient, plain_parameter
 from striped_hf.optim.sharded.layout import Layout, Piece, is_sharded, wrap
 from striped_hf.optim.state import Description
+from striped_hf.optim.views import as_stepped
 
 MeshDimension = tuple[DeviceMesh, int]
 
@@ -23,6 +24,7 @@ class Matrix(NamedTuple):
 
     Attributes:
         param: The parameter.
+        shape: The shape of the whole as which it is stepped, [..., R, C].
         layout: Its layout.
         blocks: Its (br, bc).
         step: The number of this step, from 1.
@@ -33,6 +35,7 @@ class Matrix(NamedTuple):
     """
 
     param: DTensor
+    shape: torch.Size
     layout: Layout
     blocks: Blocks
     step: int
@@ -84,6 +87,9 @@ def localize(
     local_grad = None if param.grad is None else local_gradient(param.grad, layout)
     target = param.to_local()
     local = plain_parameter(target)
+    dims = len(description.stepped)
+    if dims != param.dim() and not local.is_contiguous():
+        local = local.contiguous()
     copies = [] if local is target else [(target, local)]
     if tuple(param.placements) != layout.placements:
         # without clone it would not be a copy where the rows were the parameter's own already
@@ -91,6 +97,12 @@ def localize(
         local = plain_parameter(local).clone(memory_format=torch.contiguous_format)
         copies = []  # ``_return_rows`` copies it back
     local_state = {key: value.to_local() for key, value in state.items() if is_sharded(value)}
+    stepped, stepped_grad = local, local_grad
+    if dims != param.dim():
+        assert local_grad is not None  # only what is stepped in its own shape is folded
+        stepped, stepped_grad = as_stepped(local, dims), as_stepped(local_grad.contiguous(), dims)
+        if dims == 1:
+            local_state = {key: value.flatten() for key, value in local_state.items()}
     entries = []
     for piece in layout.pieces:
         piece_state = {}
@@ -100,8 +112,8 @@ def localize(
                 piece_state[key] = part[piece.col_index if key == "exp_avg_sq_col" else piece.index]
         entries.append(
             Entry(
-                param=local[piece.index],
-                grad=None if local_grad is None else local_grad[piece.index],
+                param=stepped[piece.index],
+                grad=None if stepped_grad is None else stepped_grad[piece.index],
                 state=piece_state,
                 momentum_dtype=description.momentum_dtype,
                 blocks=piece.blocks,
@@ -113,7 +125,8 @@ def localize(
     if not layout.needs_exchange:
         return entries, None, copies
     row, col = local_state["exp_avg_sq_row"], local_state["exp_avg_sq_col"]
-    matrix = Matrix(param, layout, description.blocks, step, local, row, col, entries)
+    whole = description.stepped
+    matrix = Matrix(param, whole, layout, description.blocks, step, local, row, col, entries)
     return [], matrix, copies
 
 
@@ -192,8 +205,8 @@ def _stripes(
         [s.clone() if lagged else s for s, lagged in zip(stripes, is_lagged, strict=True)]
         for stripes in (row, col)
     )
-    heights = [matrix.param.shape[-2] // matrix.blocks[0] for matrix in matrices]
-    widths = [matrix.param.shape[-1] // matrix.blocks[1] for matrix in matrices]
+    heights = [matrix.shape[-2] // matrix.blocks[0] for matrix in matrices]
+    widths = [matrix.shape[-1] // matrix.blocks[1] for matrix in matrices]
 
     along_columns = [matrix.mesh_dims(matrix.layout.col_dims) for matrix in matrices]
     row_sums = _all_reduce([pair[0] for pair in sums], along_columns)

@@ -44,7 +44,12 @@ static Step step_of(const Entry *e, const Settings *settings)
     };
 }
 
-INLINE float average(float m, float g, const Step *s) { return m + s->weight1 * (g - m); }
+/* Begins at the nearer of the two, as torch's lerp: else a small g would drown in a large m. */
+INLINE float average(float m, float g, const Step *s)
+{
+    float w = s->weight1;
+    return w < 0.5f ? m + w * (g - m) : g - (1 - w) * (g - m);
+}
 
 /* Returns what the update has in its numerator for the new momentum m. */
 INLINE float numerator_of(float m, float g, int nesterov, const Step *s)
@@ -55,7 +60,7 @@ INLINE float numerator_of(float m, float g, int nesterov, const Step *s)
 /* Updates p; root: of the second moment, without eps. */
 INLINE void update_element(float *restrict p, float numerator, float root, const Step *s)
 {
-    *p = *p * s->decay - s->step_size * (numerator / (root + s->eps));
+    *p = *p * s->decay - s->step_size * numerator / (root + s->eps);
 }
 
 /* Updates an element of a matrix by its new momentum m. */

@@ -140,8 +140,9 @@ def _copy_roots(plan: Plan, roots: list[Roots | None]) -> None:
 # plans
 # ---------------------------------------------------------------------------------------------
 
-# By the first parameter: its plans are freed with the model. A model has several plans if some of
-# its parameters have gradients in some steps only (experts, frozen layers).
+# By the first parameter's momentum: its plans are freed with the optimizer. (Its parameter may be
+# a view or a copy, another in each step.) A model has several plans if some of its parameters have
+# gradients in some steps only (experts, frozen layers).
 _plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _PLANS_KEPT = 16
 
@@ -152,7 +153,9 @@ def _plan(entries: list[Entry], lagged: bool) -> Plan:
     Raises:
         RuntimeError: The optimizer is capturable and an entry has strides that no kernel supports.
     """
-    plans: dict[tuple[Any, ...], Plan] = _plans.setdefault(entries[0].param, {})
+    exp_avg = entries[0].state["exp_avg"]
+    exp_avg = exp_avg if exp_avg._base is None else exp_avg._base
+    plans: dict[tuple[Any, ...], Plan] = _plans.setdefault(exp_avg, {})
     for plan in plans.values():
         if plan.pending is entries and plan.lagged == lagged:
             return plan

@@ -1,0 +1,175 @@
+"""Steps of the Triton backend in CUDA graphs: capturable=True."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from optim_checks import (
+    FORMATS,
+    assert_same_bits,
+    parameter,
+    parameters,
+    set_grad,
+)
+from triton_specs import (
+    BF16,
+    DEVICE,
+    ON_GPU,
+    Spec,
+    entry_of,
+    gradient_of,
+    launch,
+    optimizer_of,
+)
+
+from striped_hf import StripedAdamW
+from striped_hf.optim.options import settings_of
+
+# on a GPU these tests run compiled kernels, and `pytest -m gpu` runs them
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
+
+
+def capturable_pair(momentum_dtype: str, lr: Any, **more: Any) -> tuple[StripedAdamW, StripedAdamW]:
+    pair = []
+    for capturable in (False, True):
+        torch.manual_seed(1)
+        ps = [parameter(torch.randn(s), BF16, DEVICE) for s in ((4, 130), (5,), (2, 3, 7))]
+        rate = copy.copy(lr) if capturable else float(lr)
+        options = {"momentum_dtype": momentum_dtype, "capturable": capturable, **more}
+        pair.append(StripedAdamW(ps, lr=rate, backend="triton", **options))
+    return pair[0], pair[1]
+
+
+@pytest.mark.parametrize("lagged", [False, True])
+@pytest.mark.parametrize("momentum_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("lr", [0.05, torch.tensor(0.05), torch.tensor([0.05])], ids=repr)
+def test_capturable_steps_equal_ordinary_steps(lr: Any, momentum_dtype: str, lagged: bool) -> None:
+    if isinstance(lr, torch.Tensor):
+        lr = lr.to(DEVICE)
+    plain, capturable = capturable_pair(momentum_dtype, lr, lagged=lagged)
+    for t in range(3):
+        for p, q in zip(parameters(plain), parameters(capturable), strict=True):
+            p.grad = torch.randn(p.shape).to(DEVICE, BF16) if (p.ndim, t) != (1, 2) else None
+            q.grad = p.grad
+        plain.step()
+        capturable.step()
+        if t == 1:
+            saved = copy.deepcopy(capturable.state_dict())
+            capturable.load_state_dict(saved)
+    assert all(state["step"].device.type == DEVICE for state in capturable.state.values())
+    for p, q in zip(parameters(plain), parameters(capturable), strict=True):
+        assert_same_bits(p, q)
+        for key, value in plain.state[p].items():
+            assert_same_bits(capturable.state[q][key].cpu(), value.cpu(), key)
+    assert copy.deepcopy(capturable).capturable
+    plain.load_state_dict(capturable.state_dict())
+    assert all(state["step"].device.type == "cpu" for state in plain.state.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_learning_rate_in_memory(dtype: torch.dtype) -> None:
+    """The optimizer passes a learning rate on a GPU without reading it."""
+    optimizers = [optimizer_of(Spec(shape), "triton") for shape in ((4, 130), (4, 130), (9,), (9,))]
+    for i, optimizer in enumerate(optimizers):
+        [p] = parameters(optimizer)
+        p.grad = gradient_of(Spec(tuple(p.shape)), 0)
+        optimizer.step()
+        p.grad = gradient_of(Spec(tuple(p.shape)), 1)
+        settings = settings_of(optimizer.param_groups[0], capturable=True)
+        if i % 2:
+            lr = torch.tensor(settings.lr, dtype=dtype, device=DEVICE)
+            settings = dataclasses.replace(settings, lr=lr)
+        launch.step([entry_of(p, optimizer)], settings)
+    for plain, in_memory in (optimizers[:2], optimizers[2:]):
+        torch.testing.assert_close(parameters(plain), parameters(in_memory), rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_capturable_with_another_backend_is_an_error(backend: str) -> None:
+    p = parameter(torch.ones(2, 3))
+    p.grad = torch.ones(2, 3)
+    optimizer = StripedAdamW([p], backend=backend, capturable=True)
+    with pytest.raises(RuntimeError, match=r"capturable.*triton"):
+        optimizer.step()
+    assert (p == 1).all()
+    assert not optimizer.state
+
+
+def test_capturable_with_other_strides_is_an_error() -> None:
+    p = torch.nn.Parameter(torch.ones(4, 8).to(DEVICE)[:, ::2])
+    set_grad(p, torch.ones(4, 4).to(DEVICE))
+    optimizer = StripedAdamW([p], backend="triton", capturable=True)
+    with pytest.raises(RuntimeError, match="contiguous"):
+        optimizer.step()
+
+
+def warmed_up(optimizer: StripedAdamW, steps: int = 1) -> None:
+    """Takes steps on a side stream, as torch's notes on CUDA graphs require."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(steps):
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="no CUDA device")
+@pytest.mark.parametrize("lagged", [False, True])
+@pytest.mark.parametrize("momentum_dtype", FORMATS)
+def test_a_cuda_graph_repeats_the_step(momentum_dtype: str, lagged: bool) -> None:
+    """Replays take the same steps, with the same rates, as an optimizer without a graph."""
+    lr = torch.tensor(0.05, device="cuda")
+    plain, capturable = capturable_pair(momentum_dtype, lr, lagged=lagged)
+    for p, q in zip(parameters(plain), parameters(capturable), strict=True):
+        p.grad, q.grad = torch.zeros_like(p), torch.zeros_like(q)
+
+    def draw_gradients(t: int) -> None:
+        torch.manual_seed(t)
+        for p, q in zip(parameters(plain), parameters(capturable), strict=True):
+            p.grad.copy_(torch.randn_like(p))
+            q.grad.copy_(p.grad)
+
+    draw_gradients(0)
+    plain.step()
+    warmed_up(capturable)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        capturable.step()
+    for t in range(1, 5):
+        draw_gradients(t)
+        for group in plain.param_groups:
+            group["lr"] = 0.05 / t
+        capturable.param_groups[0]["lr"].fill_(0.05 / t)
+        plain.step()
+        if t == 3:  # a step outside the graph, with other gradients, does not disturb it
+            held = [q.grad for q in parameters(capturable)]
+            for q in parameters(capturable):
+                q.grad = q.grad.clone()
+            capturable.step()
+            for q, g in zip(parameters(capturable), held, strict=True):
+                q.grad = g
+        else:
+            graph.replay()
+    torch.cuda.synchronize()
+    for p, q in zip(parameters(plain), parameters(capturable), strict=True):
+        assert_same_bits(p, q)
+        assert float(capturable.state[q]["step"]) == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="no CUDA device")
+def test_a_capture_without_capturable_raises() -> None:
+    p = parameter(torch.ones(3, 4), device="cuda")
+    p.grad = torch.ones_like(p)
+    optimizer = StripedAdamW([p])
+    warmed_up(optimizer)
+    with (
+        pytest.raises(RuntimeError, match="capturable=True"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        optimizer.step()
