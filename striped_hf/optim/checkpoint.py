@@ -8,7 +8,7 @@ from torch import Tensor
 
 from striped_hf.optim import momentum
 from striped_hf.optim.export import SHARED_WITH_ADAMW, expand
-from striped_hf.optim.interface import Blocks, Group, State
+from striped_hf.optim.interface import LOW_BITS, Blocks, Group, State
 from striped_hf.optim.matrix import readings
 from striped_hf.optim.options import check_options, is_list_of_blocks
 from striped_hf.optim.plain import has_values
@@ -181,6 +181,9 @@ def _checked_state(loaded: dict[str, Any], zeros: State, name: str) -> State:
     """Returns the entries of ``loaded`` that a state has, each checked against its zeros."""
     state = {}
     for key, like in zeros.items():
+        if key == LOW_BITS and key not in loaded:  # saved in float32, or by another optimizer
+            state[key] = torch.zeros(like.shape, dtype=like.dtype)
+            continue
         if key not in loaded:
             raise ValueError(
                 f"{name}: the state dict lacks {key!r} (it has {sorted(loaded)}): it was cut short "

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from striped_hf.optim.blocks import blocks_of, is_marked
-from striped_hf.optim.interface import BlocksOption, Group, State
+from striped_hf.optim.interface import LOW_BITS, BlocksOption, Group, State
 from striped_hf.optim.options import as_blocks, check_options, is_list_of_blocks
 from striped_hf.optim.plain import has_memory, is_expanded, is_plain
 from striped_hf.optim.sharded.layout import is_sharded
@@ -206,6 +206,8 @@ def problem_of_state(param: Tensor, state: State, description: Description) -> s
     device = param.device
     for key, shape, dtype in description.tensors:
         value = state.get(key)
+        if value is None and key == LOW_BITS:
+            continue  # it was in float32 before
         if (
             not isinstance(value, Tensor)
             or not (is_plain(value) or is_sharded(value) or not is_plain(param))

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from torch import Tensor
 
 State = dict[str, Tensor]  # of one parameter, by the names that a state dict has
+LOW_BITS = "param_low_bits"  # a key of it that few parameters have: ``state.zero_state``
 Blocks = tuple[int, int]  # (br, bc)
 # what a param group's ``blocks`` say of a parameter: ``matrix.py``
 BlocksOption = Blocks | Literal["kernel", "stack"]

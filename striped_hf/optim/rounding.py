@@ -1,4 +1,4 @@
-"""Stochastic rounding of float32 values to bfloat16 and float16.
+"""Float32 values in fewer bits: rounded stochastically, or split into two halves.
 
 Rounding to nearest loses every update below half a unit in the last place. For bfloat16 this is
 anything under about 1/512 of the weight. Rounding up with the probability of the remainder keeps
@@ -92,6 +92,35 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor
         subnormal = offset.sub_(_FLOAT16_MIN_NORMAL).copysign_(values)
         rounded = torch.where(values.abs() < _FLOAT16_MIN_NORMAL, subnormal, rounded)
     return torch.where(values.isfinite(), rounded, values).to(dtype)
+
+
+def join(high: Tensor, low: Tensor) -> Tensor:
+    """Returns float32 values of their two halves; the inverse of ``split``.
+
+    Args:
+        high: Any shape, bfloat16.
+        low: Of the same shape, int16: the distance of the value from ``high``, in units of 2^-16 of
+            the distance of two neighbors in bfloat16.
+    """
+    return ((high.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
+
+
+def split(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Splits float32 values into the nearest bfloat16, and the 16 bits that it lacks.
+
+    A value halfway between two neighbors goes to the larger magnitude.
+
+    Args:
+        values: Any shape, float32.
+
+    Returns:
+        bfloat16 and int16, as ``join`` takes them. NaN has a low half of 0.
+    """
+    bits = values.view(torch.int32)
+    high = (bits + 0x8000 >> 16).to(torch.int16).view(torch.bfloat16)
+    low = (bits << 16 >> 16).to(torch.int16)
+    is_nan = values.isnan()
+    return torch.where(is_nan, torch.nan, high), low.masked_fill_(is_nan, 0)
 
 
 def _truncate_after_adding(values: Tensor, bits: Tensor, dropped: int) -> Tensor:

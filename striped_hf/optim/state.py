@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from striped_hf.optim import momentum
 from striped_hf.optim.blocks import blocks_of
-from striped_hf.optim.interface import Blocks, BlocksOption, Group, State
+from striped_hf.optim.interface import LOW_BITS, Blocks, BlocksOption, Group, State
 from striped_hf.optim.matrix import stepped_shape
 from striped_hf.optim.sharded.layout import Layout, by_rows, is_sharded, layout_of
 
@@ -26,6 +26,8 @@ class Description:
         momentum_dtype: The format in which its momentum is stored.
         blocks: (br, bc).
         layout: How this process steps its part of a DTensor; None for a plain tensor.
+        has_low_bits: Whether its state has the 16 bits of float32 that bfloat16 lacks, so that its
+            updates are float32's.
     """
 
     shape: torch.Size
@@ -33,6 +35,7 @@ class Description:
     momentum_dtype: str
     blocks: Blocks
     layout: Layout | None
+    has_low_bits: bool = False
 
     @property
     def state_shape(self) -> torch.Size:
@@ -60,19 +63,20 @@ def describe(param: Tensor, momentum_dtype: str, blocks: BlocksOption) -> Descri
     """Describes a parameter.
 
     Args:
-        param: Only its shape counts, and where it is a DTensor its mesh and placements.
+        param: Only its shape and dtype count, and where it is a DTensor its mesh and placements.
         momentum_dtype: The format that its param group asks for.
         blocks: (br, bc), "kernel" or "stack".
     """
     if is_sharded(param):
         mesh, placements = param.device_mesh, tuple(param.placements)
-        return _describe(param.shape, momentum_dtype, blocks, mesh, placements)
-    return _describe(param.shape, momentum_dtype, blocks)
+        return _describe(param.shape, param.dtype, momentum_dtype, blocks, mesh, placements)
+    return _describe(param.shape, param.dtype, momentum_dtype, blocks)
 
 
 @cache  # no parameter's description changes from step to step
 def _describe(
     shape: torch.Size,
+    dtype: torch.dtype,
     momentum_dtype: str,
     blocks: BlocksOption,
     mesh: DeviceMesh | None = None,
@@ -81,7 +85,9 @@ def _describe(
     stepped = stepped_shape(shape, blocks)
     stored = momentum.storage_format(stepped, momentum_dtype)
     pair = blocks if isinstance(blocks, tuple) else (1, 1)
-    description = Description(shape, stepped, stored, pair, None)
+    # weights of about 1, as in norms, lose most updates to bfloat16's rounding, and are few
+    has_low_bits = dtype == torch.bfloat16 and len(stepped) < 2
+    description = Description(shape, stepped, stored, pair, None, has_low_bits)
     if mesh is None:
         return description
     if len(stepped) != len(shape):
@@ -106,7 +112,7 @@ def init_state(
     """Returns the zero state of one whole parameter.
 
     Args:
-        param: Only its shape and device count.
+        param: Only its shape, dtype and device count.
         momentum_dtype: The format that its param group asks for.
         blocks: (br, bc), "kernel" or "stack".
         device: Where to allocate, instead of on the parameter's device.
@@ -114,7 +120,7 @@ def init_state(
     Returns:
         As ``zero_state``.
     """
-    description = _describe(param.shape, momentum_dtype, blocks)
+    description = _describe(param.shape, param.dtype, momentum_dtype, blocks)
     return zero_state(description, param.device if device is None else device)
 
 
@@ -125,7 +131,8 @@ def zero_state(description: Description, device: torch.device) -> State:
         ``step``: [] float32, on the CPU; ``exp_avg`` and perhaps ``exp_avg_scale`` as
         ``momentum.init`` returns them; for a matrix ``exp_avg_sq_row`` [..., R, bc] and
         ``exp_avg_sq_col`` [..., br, C], for what is exact ``exp_avg_sq`` of the parameter's shape,
-        all float32. [..., R, C] is the matrix as which the parameter is stepped.
+        all float32. [..., R, C] is the matrix as which the parameter is stepped. What is exact in
+        bfloat16 also has ``param_low_bits`` of its shape, int16: see ``rounding.join``.
     """
     shape = description.state_shape
     # dtypes are spelled out: torch.set_default_dtype must not change what the state is
@@ -134,6 +141,8 @@ def zero_state(description: Description, device: torch.device) -> State:
     state |= momentum.init(shape, description.momentum_dtype, device)
     if len(description.stepped) < 2:
         state["exp_avg_sq"] = torch.zeros(shape, dtype=torch.float32, device=device)
+        if description.has_low_bits:
+            state[LOW_BITS] = torch.zeros(shape, dtype=torch.int16, device=device)
         return state
     *matrices, rows, columns = shape
     row_blocks, column_blocks = description.blocks

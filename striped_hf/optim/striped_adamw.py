@@ -18,7 +18,7 @@ from striped_hf.optim.checks import (
     problem_of_gradient,
     problem_of_state,
 )
-from striped_hf.optim.interface import Backend, Batch, BlocksOption, Entry, Group, State
+from striped_hf.optim.interface import LOW_BITS, Backend, Batch, BlocksOption, Entry, Group, State
 from striped_hf.optim.options import OPTIONS, check_options, settings_of
 from striped_hf.optim.plain import (
     has_values,
@@ -286,12 +286,13 @@ class StripedAdamW(Optimizer):
         """Returns the state of a parameter, created where there is none."""
         param, _, description, ordinary = checked
         state = self.state[param]
-        if not state:
+        if not state or (description.has_low_bits and LOW_BITS not in state):
             if is_sharded(param):
-                state.update(sharded_state.init_state(param, description))
+                zeros = sharded_state.init_state(param, description)
             else:
-                state.update(zero_state(description, param.device))
-        elif not ordinary:
+                zeros = zero_state(description, param.device)
+            state.update({key: zeros[key] for key in zeros.keys() - state.keys()})
+        if not ordinary:
             sharded_state.follow(param, state, description)
         if state["step"].device.type != self._step_device(param).type:
             state["step"] = state["step"].to(self._step_device(param))

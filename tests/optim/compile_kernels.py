@@ -195,7 +195,7 @@ def main() -> None:
                 4,
                 types,
                 on_device=on_device,
-                variant=VectorVariant(tl.float32, tl.float32, aligned=True),
+                variant=VectorVariant(tl.float32, tl.float32, aligned=True, low_bits=False),
                 flags=UpdateFlags(
                     maximize=on_device.lr, nesterov=on_device.lr, stochastic_rounding=False
                 ),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from striped_hf.optim.backends import reference
-from striped_hf.optim.interface import Blocks, Entry, Folded, Roots, Settings, Sums
+from striped_hf.optim.interface import LOW_BITS, Blocks, Entry, Folded, Roots, Settings, Sums
 
 DEVICE_TYPES = ("cpu",)
 CAPTURABLE = False
@@ -200,7 +200,7 @@ def _c_entry(
     """Returns the C code's Entry, field by field."""
     param, _, state, momentum_dtype, blocks, step, whole_start, whole_stride = entry
     find = state.get
-    scale, col = find("exp_avg_scale"), find("exp_avg_sq_col")
+    scale, col, low = find("exp_avg_scale"), find("exp_avg_sq_col"), find(LOW_BITS)
     row = find("exp_avg_sq_row") if param.dim() >= 2 else find("exp_avg_sq")
     grad_dtype = param.dtype if grad is None else grad.dtype
     geometry, kinds = _constants(param.shape, blocks, param.dtype, grad_dtype, momentum_dtype)
@@ -211,6 +211,7 @@ def _c_entry(
         0 if scale is None else scale.data_ptr(),
         0 if row is None else row.data_ptr(),  # a part of a sharded matrix has no stripes
         0 if col is None else col.data_ptr(),
+        0 if low is None else low.data_ptr(),
         *((0, 0) if sums is None else (sums[0].data_ptr(), sums[1].data_ptr())),
         *((0, 0) if roots is None else (roots[0].data_ptr(), roots[1].data_ptr())),
         0 if sketch is None else sketch.data_ptr(),

@@ -50,13 +50,13 @@ from torch import Tensor
 
 from striped_hf.optim import momentum, rounding
 from striped_hf.optim.backends.chunks import batches, chunks, stack, unstack
-from striped_hf.optim.interface import Blocks, Entry, Folded, Roots, Settings, State, Sums
+from striped_hf.optim.interface import LOW_BITS, Blocks, Entry, Folded, Roots, Settings, State, Sums
 
 DEVICE_TYPES: tuple[str, ...] = ()  # any
 CAPTURABLE = False
 
 # the tensors of a state that an update changes: the stripes are averaged before it
-_UPDATED = ("exp_avg", "exp_avg_scale", "exp_avg_sq")
+_UPDATED = ("exp_avg", "exp_avg_scale", "exp_avg_sq", LOW_BITS)
 
 
 def step(entries: list[Entry], settings: Settings) -> None:
@@ -242,7 +242,9 @@ def _update_vectors(
         m = state["exp_avg"][index].lerp_(g, 1 - beta1)
         v = state["exp_avg_sq"][index].mul_(beta2).addcmul_(g, g, value=1 - beta2)
         root = v.sqrt().div_(bias_correction2_sqrt)
-        _update_parameter(param[index], _numerator(m, g, settings), root, start, entry, settings)
+        low = state[LOW_BITS][index] if LOW_BITS in state else None
+        numerator = _numerator(m, g, settings)
+        _update_parameter(param[index], numerator, root, start, entry, settings, low)
 
 
 def _update_matrices(
@@ -323,6 +325,7 @@ def _update_parameter(
     start: int,
     entry: Entry,
     settings: Settings,
+    low: Tensor | None = None,
 ) -> None:
     """Decays and updates one chunk of stacked parameters.
 
@@ -333,13 +336,20 @@ def _update_parameter(
         start: Row-major index in ``entry``'s parameter of the chunk's first element.
         entry: What each of the n parameters is.
         settings: Of the param group.
+        low: int16, the low halves of float32 values in ``param``; changed in place.
     """
     denominator = root.add_(settings.eps)
-    value, lr = param.float(), float(settings.lr)
+    value = param.float() if low is None else rounding.join(param, low)
+    lr = float(settings.lr)
     value.mul_(1 - lr * settings.weight_decay)
     step_size = lr / (1 - settings.beta1**entry.step)
     value.addcdiv_(numerator, denominator, value=-step_size)
     if value is param:
+        return
+    if low is not None:
+        high, new_low = rounding.split(value)
+        param.copy_(high)
+        low.copy_(new_low)
         return
     if settings.stochastic_rounding:
         # stacked parameters share their bits: each counts its own elements

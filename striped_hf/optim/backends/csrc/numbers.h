@@ -43,6 +43,12 @@ INLINE uint16_t to_float16(float x)
     return (uint16_t)(sign | half);
 }
 
+/* Returns the float32 of a bfloat16 and the 16 bits that it lacks: rounding.py's join */
+INLINE float join(uint16_t high, int16_t low)
+{
+    return float_of(((uint32_t)high << 16) + (uint32_t)(int32_t)low);
+}
+
 /* MurmurHash3's 32-bit finalizer */
 INLINE uint32_t mix(uint32_t x)
 {

@@ -23,6 +23,30 @@ INLINE const float *load(const void *array, int64_t dtype, int64_t offset, int64
     return buffer;
 }
 
+/* Returns n <= CODE_BLOCK elements of a vector as float32; as load. */
+INLINE float *load_vector(const Entry *e, int64_t offset, int64_t n, float *buffer)
+{
+    if (!e->param_low_bits)
+        return (float *)load(e->param, e->param_dtype, offset, n, buffer);
+    const uint16_t *high = (const uint16_t *)e->param + offset;
+    const int16_t *low = e->param_low_bits + offset;
+    for (int64_t i = 0; i < n; i++) buffer[i] = join(high[i], low[i]);
+    return buffer;
+}
+
+/* Stores n values of a vector in bfloat16 and the bits that it lacks: rounding.py's split. */
+INLINE void store_split(const float *restrict values, const Entry *e, int64_t offset, int64_t n)
+{
+    uint16_t *restrict high = (uint16_t *)e->param + offset;
+    int16_t *restrict low = e->param_low_bits + offset;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t u = bits_of(values[i]);
+        int is_nan = (u & 0x7FFFFFFF) > 0x7F800000;
+        high[i] = (uint16_t)(is_nan ? 0x7FC0 : (u + 0x8000) >> 16);
+        low[i] = (int16_t)(is_nan ? 0 : u & 0xFFFF);
+    }
+}
+
 /* Prefetches the CODE_BLOCK elements that are PARAMETER_AHEAD of `offset`; they need not exist. */
 INLINE void prefetch_parameter(const Entry *e, int64_t offset)
 {

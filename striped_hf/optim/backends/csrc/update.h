@@ -273,7 +273,7 @@ static void update_vector(const Entry *e, int64_t first, int64_t count, const Se
     for (int64_t j = first; j < first + count; j += CODE_BLOCK) {
         int64_t n = first + count - j < CODE_BLOCK ? first + count - j : CODE_BLOCK;
         const float *restrict g = load_gradient(e, j, n, settings, g_buffer);
-        float *restrict p = (float *)load(e->param, e->param_dtype, j, n, p_buffer);
+        float *restrict p = load_vector(e, j, n, p_buffer);
         float *restrict m = (float *)e->exp_avg + j, *restrict v = e->exp_avg_sq_row + j;
         for (int64_t i = 0; i < n; i++) {
             v[i] = v[i] * beta2 + weight2 * g[i] * g[i];
@@ -281,7 +281,9 @@ static void update_vector(const Entry *e, int64_t first, int64_t count, const Se
             float numerator = numerator_of(m[i], g[i], s.nesterov, &s);
             update_element(p + i, numerator, sqrtf(v[i]) / correction, &s);
         }
-        if (p == p_buffer)
+        if (e->param_low_bits)
+            store_split(p, e, j, n);
+        else if (p == p_buffer)
             store_parameter(p, e, j, e->whole_start + j, n, settings);
     }
 }

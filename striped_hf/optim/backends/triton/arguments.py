@@ -94,6 +94,7 @@ class VectorVariant(NamedTuple):
     param_dtype: Any
     grad_dtype: Any
     aligned: Any
+    low_bits: Any  # the state has the bits that the parameter's dtype lacks
 
 
 Variant = TypeVar("Variant", bound=tuple[Any, ...])
@@ -119,6 +120,7 @@ class EntryPointers(NamedTuple):
     exp_avg_sq_row: int
     exp_avg_sq_col: int
     exp_avg_sq: int
+    param_low_bits: int
     step: int  # the address of the step, or the difference from the first entry's step
 
 
@@ -161,6 +163,7 @@ class EntryScalars(NamedTuple):
     ROW_POINTER,
     COLUMN_POINTER,
     EXP_AVG_SQ_POINTER,
+    LOW_BITS_POINTER,
     STEP_POINTER,
 ) = map(tl.constexpr, range(len(EntryPointers._fields)))
 POINTERS = tl.constexpr(len(EntryPointers._fields))

@@ -78,6 +78,27 @@ def round_to_nearest(values, DTYPE: tl.constexpr):  # float32 -> DTYPE
     return values.to(DTYPE)
 
 
+@triton.jit
+def join(high, low):  # bfloat16, int16 -> float32
+    """``rounding.join``."""
+    high_bits = high.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+    bits = high_bits.to(tl.int32, bitcast=True) + low.to(tl.int32)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def split(values):  # float32 -> bfloat16, int16
+    """``rounding.split``."""
+    bits = values.to(tl.uint32, bitcast=True)
+    is_nan = values != values
+    high = tl.where(is_nan, 0x7FC0, (bits + 0x8000) >> 16)
+    low = tl.where(is_nan, 0, bits & 0xFFFF)
+    return (
+        high.to(tl.uint16).to(tl.bfloat16, bitcast=True),
+        low.to(tl.uint16).to(tl.int16, bitcast=True),
+    )
+
+
 # ---------------------------------------------------------------------------------------------
 # momentum codes
 # ---------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from striped_hf.optim.backends.triton.arguments import (
     FLOOR,
     GRAD_POINTER,
     KEY,
+    LOW_BITS_POINTER,
     MATRIX_ROWS,
     PARAM_POINTER,
     POINTERS,
@@ -40,8 +41,10 @@ from striped_hf.optim.backends.triton.arguments import (
 from striped_hf.optim.backends.triton.codec import (
     decode,
     encode,
+    join,
     largest_magnitude,
     round_to_nearest,
+    split,
     step_key,
 )
 from striped_hf.optim.backends.triton.functions import (
@@ -469,7 +472,12 @@ def vectors_kernel(
     offsets = start + tl.arange(0, BLOCK)
     mask = offsets < size
     g = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
-    value = tl.load(param + offsets, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(param + offsets, mask=mask, other=0.0)
+    if variant.low_bits:
+        low_bits = load_aligned_pointer(pointers, LOW_BITS_POINTER, tl.int16, variant.aligned)
+        value = join(value, tl.load(low_bits + offsets, mask=mask, other=0))
+    else:
+        value = value.to(tl.float32)
     m = tl.load(exp_avg + offsets, mask=mask, other=0.0)
     v = tl.load(exp_avg_sq + offsets, mask=mask, other=0.0)
     if flags.maximize:
@@ -485,13 +493,17 @@ def vectors_kernel(
     denominator = tl.div_rn(tl.sqrt_rn(v), correction) + hyper.eps
     numerator = numerator_of(m, g, hyper.one_minus_beta1, flags)
     value = value * decay - tl.div_rn(step_size * numerator, denominator)
-    index = whole_start + offsets
-    value = round_parameter(
-        value,
-        index.to(tl.uint32),
-        (index >> 32).to(tl.uint32),
-        step_key(current),
-        flags,
-        variant.param_dtype,
-    )
-    tl.store(param + offsets, value, mask=mask)
+    if variant.low_bits:
+        rounded, low = split(value)
+        tl.store(low_bits + offsets, low, mask=mask)
+    else:
+        index = whole_start + offsets
+        rounded = round_parameter(
+            value,
+            index.to(tl.uint32),
+            (index >> 32).to(tl.uint32),
+            step_key(current),
+            flags,
+            variant.param_dtype,
+        )
+    tl.store(param + offsets, rounded, mask=mask)

@@ -37,7 +37,7 @@ from striped_hf.optim.backends.triton.arguments import (
 )
 from striped_hf.optim.backends.triton.plan import Plan, is_supported, strides_of
 from striped_hf.optim.backends.triton.workspace import tile_columns
-from striped_hf.optim.interface import Entry, Roots, Settings, Sums
+from striped_hf.optim.interface import LOW_BITS, Entry, Roots, Settings, Sums
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +165,7 @@ def _plan(entries: list[Entry], lagged: bool) -> Plan:
             e.param.shape,
             e.param.dtype,
             e.gradient.dtype,
+            LOW_BITS in e.state,
             e.momentum_dtype,
             e.blocks,
             e.whole_start,

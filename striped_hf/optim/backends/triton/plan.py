@@ -25,7 +25,7 @@ from striped_hf.optim.backends.triton.arguments import (
     VectorVariant,
 )
 from striped_hf.optim.backends.triton.workspace import Workspace, ceil_div, copy_each, tile_columns
-from striped_hf.optim.interface import Entry, Sums
+from striped_hf.optim.interface import LOW_BITS, Entry, Sums
 
 _ALIGNMENT = 16  # bytes of a vector; also the columns of int8 that are so many bytes
 _TRITON_DTYPES = {
@@ -112,7 +112,9 @@ def _list_tiles(
         )
         if entry.param.dim() < 2:
             indices = np.arange(ceil_div(entry.param.numel(), tile_sizes.VECTOR_BLOCK))
-            vector = VectorVariant(param_dtype, grad_dtype, aligned[number])
+            vector = VectorVariant(
+                param_dtype, grad_dtype, aligned[number], LOW_BITS in entry.state
+            )
             vectors[vector].append(_combinations(number, indices))
             continue
         shape, fused = workspace.shapes[number], workspace.fused_statistics[number]
@@ -239,7 +241,12 @@ class Plan:
     def _alignment(self, addresses: np.ndarray) -> list[bool]:
         """For each entry, whether its rows can be read in vectors."""
         pointers = EntryPointers(*addresses.T)
-        read = np.stack((pointers.param, pointers.grad, pointers.exp_avg, pointers.exp_avg_sq))
+        read = np.stack(
+            (
+                *(pointers.param, pointers.grad, pointers.exp_avg, pointers.exp_avg_sq),
+                pointers.param_low_bits,
+            )
+        )
         aligned = (read % _ALIGNMENT == 0).all(axis=0).tolist()
         return [
             is_aligned
