@@ -42,7 +42,7 @@ from striped_hf.optim import momentum
 from striped_hf.optim.backends import cpu, reference
 from striped_hf.optim.interface import Blocks, Entry, Settings, State
 from striped_hf.optim.options import settings_of
-from striped_hf.optim.state import description_of, init_state
+from striped_hf.optim.state import Description, description_of, zero_state
 
 BUNDLE = 1 << 19  # elements: csrc/plan.h begins another bundle after as many
 EDGES = (1, 2, 3, 7, 31, 64, 65, 127, 128, 129, 255, 256, 257, 385)
@@ -292,6 +292,21 @@ def fuzz_steps(draw: Draw) -> None:
         compare_step(ours, theirs, pairs, draw.randint(1, 4))
 
 
+def entry_of(param: torch.Tensor, state: State, description: Description) -> Entry:
+    """Returns what a backend sees of a parameter, to read it."""
+    shape = description.stepped
+    if len(shape) < 2:  # the state of a vector has its parameter's shape
+        state = {key: v if key == "step" else v.reshape(shape) for key, v in state.items()}
+    return Entry(
+        param.detach().reshape(shape),
+        param.grad.reshape(shape),
+        state,
+        description.momentum_dtype,
+        description.blocks,
+        int(state["step"]),
+    )
+
+
 def compare_step(ours: StripedAdamW, theirs: StripedAdamW, pairs: list[Any], threads: int) -> None:
     """Gives the reference the CPU backend's numbers, steps both, and compares them."""
     stepped = []
@@ -302,19 +317,17 @@ def compare_step(ours: StripedAdamW, theirs: StripedAdamW, pairs: list[Any], thr
             mirror[key] = value.clone(memory_format=torch.contiguous_format)
         if p.grad is None or not p.numel():
             continue
-        stored, blocks = description.momentum_dtype, description.blocks
-        at = int(state["step"]) + 1 if state else 1
-        now = {k: v.clone() for k, v in mirror.items()} or init_state(q, stored, blocks)
-        entry = Entry(q, q.grad, now, stored, blocks, at)
-        stepped.append((p, q, entry, sizes_of(entry, settings_of(group, False))))
+        entry = entry_of(q, dict(mirror) or zero_state(description, q.device), description)
+        sizes = sizes_of(entry._replace(step=entry.step + 1), settings_of(group, False))
+        stepped.append((p, q, description, sizes))
     torch.set_num_threads(threads)
     ours.step()
     torch.set_num_threads(1)
     theirs.step()
-    for p, q, entry, sizes in stepped:
-        what = f"{p.dtype} {tuple(p.shape)} {entry.momentum_dtype} {entry.blocks} step {entry.step}"
-        mine = entry._replace(param=p.detach(), grad=p.grad, state=ours.state[p])
-        other = entry._replace(param=q.detach(), state=theirs.state[q])
+    for p, q, description, sizes in stepped:
+        mine = entry_of(p, ours.state[p], description)
+        other = entry_of(q, theirs.state[q], description)
+        what = f"{p.dtype} {tuple(p.shape)} {mine.momentum_dtype} {mine.blocks} step {mine.step}"
         compare(mine, other, sizes, what)
         check_guards(p.detach(), what)
         for key, value in ours.state[p].items():
@@ -429,7 +442,7 @@ def fuzz_parts(draw: Draw) -> None:
             continue
         blocks, p = draw.blocks(shape), draw.laid_out(draw.normal(shape).to(dtype))
         stored = momentum.storage_format(p.shape, options["momentum_dtype"])
-        state: State = init_state(p, stored, blocks)
+        state = zero_state(Description(p.shape, p.shape, stored, blocks, None), p.device)
         codes, scale = momentum.encode(1e-3 * draw.normal(shape), stored)
         state["exp_avg"] = codes
         if scale is not None:
