@@ -219,7 +219,10 @@ def test_parameters_in_another_dtype_than_when_saved() -> None:
     target = make_optimizer(ps, "float32")
     target.load_state_dict(copy.deepcopy(source.state_dict()))
     for state in target.state.values():
-        assert {value.dtype for value in state.values()} == {torch.float32}
+        low_bits = state.get("param_low_bits")  # of vectors in bf16 only, and none were saved
+        assert low_bits is None or not low_bits.any()
+        others = {value.dtype for key, value in state.items() if key != "param_low_bits"}
+        assert others == {torch.float32}
     train(target, range(2))
 
 
