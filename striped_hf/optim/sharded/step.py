@@ -105,7 +105,7 @@ def localize(
     if dims != param.dim():
         stepped, stepped_grad = as_stepped(local, dims), as_stepped(local_grad.contiguous(), dims)
         if dims == 1:
-            local_state = {key: value.flatten() for key, value in local_state.items()}
+            local_state = {key: value.view(-1) for key, value in local_state.items()}
     entries = []
     for piece in layout.pieces:
         piece_state = {}
