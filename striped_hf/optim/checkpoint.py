@@ -12,7 +12,8 @@ from striped_hf.optim.interface import LOW_BITS, Blocks, Group, State
 from striped_hf.optim.matrix import readings
 from striped_hf.optim.options import check_options, is_list_of_blocks
 from striped_hf.optim.plain import has_values
-from striped_hf.optim.sharded.layout import by_rows, is_sharded, sharded_dim, wrap
+from striped_hf.optim.sharded.agreement import count_processes
+from striped_hf.optim.sharded.layout import by_rows, is_elsewhere, is_sharded, sharded_dim, wrap
 from striped_hf.optim.state import Description, blocks_of, description_of, name_of, zero_state
 from striped_hf.optim.views import as_stepped
 
@@ -38,16 +39,19 @@ def prepare_state_dict(state_dict: dict[str, Any], groups: list[Group]) -> dict[
         shapes of ``state.zero_state``, keyed by position.
 
     Raises:
-        ValueError: The state dict has other groups, another momentum format or other stripes, or a
-            state is incomplete or of a wrong shape.
+        ValueError: The state dict has other groups, another momentum format or other stripes, a
+            state is incomplete or of a wrong shape, or only some processes of sharded parameters
+            got a state dict of AdamW.
     """
+    is_adamw = _is_adamw(state_dict)
+    _check_same_kind(is_adamw, groups)  # first: no process must wait for one that has failed
     for saved in state_dict["param_groups"]:
         if len(saved.get("param_names", saved["params"])) != len(saved["params"]):
             raise ValueError(
                 f"a param group of the state dict has {len(saved['param_names'])} param_names for "
                 f"{len(saved['params'])} parameters: pass what state_dict() returned, unchanged"
             )
-    if _is_adamw(state_dict):
+    if is_adamw:
         state_dict = _from_adamw(state_dict, groups)
     saved_groups = state_dict["param_groups"]
     _check_sizes(saved_groups, groups)
@@ -67,7 +71,8 @@ def prepare_state_dict(state_dict: dict[str, Any], groups: list[Group]) -> dict[
         for i in range(len(group["params"])):
             name = name_of(group, i, group_index)
             _check_same_storage(saved, group, i, name)
-            if saved_ids[position] in state_dict["state"]:
+            is_here = not is_elsewhere(group["params"][i])
+            if is_here and saved_ids[position] in state_dict["state"]:
                 description = description_of(group, i)
                 loaded = state_dict["state"][saved_ids[position]]
                 loaded = _as_read_here(loaded, description, name)
@@ -212,6 +217,22 @@ def _is_adamw(state_dict: dict[str, Any]) -> bool:
     return any("amsgrad" in group for group in state_dict["param_groups"])
 
 
+def _check_same_kind(is_adamw: bool, groups: list[Group]) -> None:
+    """Raises ValueError where sharded parameters' processes got state dicts of two optimizers.
+
+    torch fills the template of this optimizer with what rank 0 broadcasts. Only rank 0 then sees
+    that it is AdamW's.
+    """
+    params = [param for group in groups for param in group["params"]]
+    if any(count not in (0, processes) for count, processes in count_processes(params, is_adamw)):
+        raise ValueError(
+            "some processes got the state dict of AdamW and others did not, as with "
+            "broadcast_from_rank0=True, which cannot carry AdamW's state into this optimizer's: "
+            "load it in the same way into an optimizer torch.optim.AdamW(model.parameters()), and "
+            "then call load_state_dict(adamw.state_dict()) of this optimizer in every process"
+        )
+
+
 def _from_adamw(state_dict: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
     """Converts an AdamW's state dict to one of a StripedAdamW with these groups."""
     saved = [
@@ -246,7 +267,7 @@ def _from_adamw(state_dict: dict[str, Any], groups: list[Group]) -> dict[str, An
                 )
             new_group.update(shared)
             new_group["params"].append(position)
-            if id_ in state_dict["state"]:
+            if id_ in state_dict["state"] and not is_elsewhere(group["params"][i]):
                 loaded = state_dict["state"][id_]
                 states[position] = _state_from_adamw(loaded, description_of(group, i), name)
             position += 1

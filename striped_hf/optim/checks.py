@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from striped_hf.optim.blocks import blocks_of, is_marked
 from striped_hf.optim.interface import LOW_BITS, BlocksOption, Group, State
 from striped_hf.optim.options import as_blocks, check_options, is_list_of_blocks
 from striped_hf.optim.plain import has_memory, is_expanded, is_plain
-from striped_hf.optim.sharded.layout import is_sharded
+from striped_hf.optim.sharded.layout import is_sharded, local_of, part_shape
 from striped_hf.optim.state import Description, name_of
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
@@ -49,7 +50,7 @@ def check_group(group: Group, group_index: int) -> None:
         if _is_flattened(param):
             raise ValueError(f"{name_of(group, i, group_index)} {_FLATTENED}")
         if param.requires_grad and not is_lazy(param):
-            problem = _problem_of_dtype(param)
+            problem = _problem_of_dtype(param) or _problem_of_placements(param)
             if problem is not None:
                 raise ValueError(f"{name_of(group, i, group_index)} {problem}")
 
@@ -69,6 +70,15 @@ def _problem_of_dtype(param: Tensor) -> str | None:
     return (
         f"is {param.dtype}: convert the model to float32, bfloat16 or float16, or leave the "
         "parameter out of the optimizer"
+    )
+
+
+def _problem_of_placements(param: Tensor) -> str | None:
+    if not is_sharded(param) or not any(p.is_partial() for p in param.placements):
+        return None
+    return (
+        "has a Partial placement, so that every process has a summand and none has its value: "
+        "redistribute it to Shard or Replicate"
     )
 
 
@@ -132,16 +142,26 @@ def is_ordinary(param: Tensor, grad: Tensor, state: State, description: Descript
     return True
 
 
-def problem_of_gradient(param: Tensor, grad: Tensor, capturable: bool) -> str | None:
+def problem_of_gradient(param: Tensor, grad: Tensor | None, capturable: bool) -> str | None:
     """Says why a parameter cannot be stepped by its gradient; None: it can.
 
     Args:
         param: A parameter.
-        grad: Its gradient.
+        grad: Its gradient; None for a sharded parameter that has none in this process.
         capturable: Whether the optimizer is.
     """
     if param.dtype not in _DTYPES:
         return _problem_of_dtype(param)
+    problem = _problem_of_placements(param)
+    if problem is not None:
+        return problem
+    if is_sharded(param) and capturable:
+        return (
+            "is sharded (a DTensor), and its sums are not exchanged in a CUDA graph: leave "
+            "capturable out"
+        )
+    if grad is None:
+        return None
     if grad.layout is not torch.strided:
         return (
             f"has a gradient of layout {grad.layout}: make it dense, for an embedding with "
@@ -158,18 +178,13 @@ def problem_of_gradient(param: Tensor, grad: Tensor, capturable: bool) -> str | 
             f"is {which[0]} and its gradient {which[1]}: distribute the gradient over the "
             "parameter's mesh, or make both whole"
         )
-    if is_sharded(param) and capturable:
-        return (
-            "is sharded (a DTensor), and its sums are not exchanged in a CUDA graph: leave "
-            "capturable out"
-        )
     if param.shape != grad.shape or param.device != grad.device:
         return (
             f"is on {param.device} and its gradient on {grad.device} with shape "
             f"{tuple(grad.shape)}: it was resized or moved after the backward pass; compute the "
             "gradient again"
         )
-    part, grad_part = (t.to_local() if is_sharded(t) else t for t in (param, grad))
+    part, grad_part = (local_of(t) if is_sharded(t) else t for t in (param, grad))
     if _is_freed(part) or _is_freed(grad_part) or part._is_zerotensor():
         return (
             "or its gradient has no memory, because its storage was freed or made smaller: step "
@@ -178,6 +193,24 @@ def problem_of_gradient(param: Tensor, grad: Tensor, capturable: bool) -> str | 
     if is_expanded(part):
         return "is expanded, so that its elements share memory: replace it by its clone()"
     return _FLATTENED if _is_flattened(param) else None
+
+
+def problem_of_shards(param: DTensor, state: State) -> str | None:
+    """Says whose local shard has another shape than its placements give; None: no one's."""
+    grad = {} if param.grad is None else {"gradient": param.grad}
+    for what, value in {"parameter": param, **grad, **state}.items():
+        if not is_sharded(value):
+            continue
+        part, mesh, placements = local_of(value), value.device_mesh, tuple(value.placements)
+        expected = part_shape(value.shape, mesh, placements)
+        if part.shape != expected:
+            return (
+                f"has a {what} with a local shard of shape {tuple(part.shape)}, but shape "
+                f"{tuple(value.shape)} with the placements {placements} on {mesh} means "
+                f"{tuple(expected)} here: make it with distribute_tensor, or give from_local its "
+                "shape"
+            )
+    return None
 
 
 def _is_freed(tensor: Tensor) -> bool:

@@ -98,12 +98,19 @@ def _describe(
 
 def name_of(group: Group, position: int, group_index: int | None = None) -> str:
     """Names a parameter for a message: by its name where known, else by its position."""
-    param, names = group["params"][position], group.get("param_names", ())
+    param, name = group["params"][position], known_name(group, position)
     shape = "unknown" if is_lazy(param) else tuple(param.shape)
-    if len(names) == len(group["params"]):  # else other code took parameters away
-        return f"parameter {names[position]!r} of shape {shape}"
+    if name is not None:
+        return f"parameter {name!r} of shape {shape}"
     where = "" if group_index is None else f" of param group {group_index}"
     return f"parameter {position}{where}, of shape {shape}"
+
+
+def known_name(group: Group, position: int) -> str | None:
+    """Returns the name of a parameter where its group has names."""
+    names = group.get("param_names", ())
+    # else other code took parameters away
+    return names[position] if len(names) == len(group["params"]) else None
 
 
 def init_state(

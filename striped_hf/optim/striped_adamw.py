@@ -16,9 +16,19 @@ from striped_hf.optim.checks import (
     check_group,
     is_ordinary,
     problem_of_gradient,
+    problem_of_shards,
     problem_of_state,
 )
-from striped_hf.optim.interface import LOW_BITS, Backend, Batch, BlocksOption, Entry, Group, State
+from striped_hf.optim.interface import (
+    LOW_BITS,
+    Backend,
+    Batch,
+    BlocksOption,
+    Entry,
+    Group,
+    Settings,
+    State,
+)
 from striped_hf.optim.options import OPTIONS, check_options, settings_of
 from striped_hf.optim.plain import (
     has_values,
@@ -29,25 +39,43 @@ from striped_hf.optim.plain import (
 )
 from striped_hf.optim.sharded import state as sharded_state
 from striped_hf.optim.sharded import step as sharded_step
-from striped_hf.optim.sharded.layout import is_sharded
-from striped_hf.optim.sharded.step import Matrix, MatrixBatch
-from striped_hf.optim.state import Description, description_of, name_of, zero_state
+from striped_hf.optim.sharded.agreement import Agreement, Item
+from striped_hf.optim.sharded.layout import exchanged_placements, is_elsewhere, is_sharded
+from striped_hf.optim.sharded.matrix import FoldedGradients, ShardedParameter
+from striped_hf.optim.state import Description, description_of, known_name, name_of, zero_state
 from striped_hf.optim.views import entry_of, step_batch
 
 _ONE = torch.tensor(1.0, dtype=torch.float32, device="cpu")
 
 
-class Checked(NamedTuple):
+class _Checked(NamedTuple):
     """A parameter that can be stepped by its gradient.
 
     Attributes:
         ordinary: Whether all of its tensors are plain, as they are to be, and have values.
+        sharded: Where it is sharded, what ``sharded_step`` needs.
     """
 
     param: Tensor
     grad: Tensor
     description: Description
-    ordinary: bool
+    ordinary: bool = True
+    sharded: ShardedParameter | None = None
+
+
+class _Group(NamedTuple):
+    """What is to be stepped of one param group.
+
+    Attributes:
+        settings: Of the group.
+        alone: Parameters that this process steps without the others.
+        together: Sharded parameters of which the processes exchange something, with or without a
+            gradient in this process.
+    """
+
+    settings: Settings
+    alone: list[_Checked]
+    together: list[ShardedParameter]
 
 
 class StripedAdamW(Optimizer):
@@ -123,6 +151,7 @@ class StripedAdamW(Optimizer):
         self.backend = backend
         self.capturable = capturable
         self._blocks = ParameterBlocks()
+        self._agreement = Agreement()
         defaults = {name: arguments[name] for name in OPTIONS}
         check_options(defaults)
         super().__init__(params, defaults)
@@ -135,6 +164,7 @@ class StripedAdamW(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_blocks", ParameterBlocks())
+        self.__dict__.setdefault("_agreement", Agreement())
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a param group.
@@ -175,9 +205,10 @@ class StripedAdamW(Optimizer):
             RuntimeError: A parameter or its gradient has another dtype than float32, bfloat16 or
                 float16, or the gradient is sparse; a state no longer fits its parameter and group;
                 a wrapper flattened the parameters; only one of a parameter and its gradient is
-                sharded; the backend asked for by name cannot run; or a CUDA graph is captured
-                without ``capturable``, or with it and sharded parameters. No parameter or state has
-                changed then.
+                sharded; processes differ in the sharded matrices that they step, or only some have
+                a gradient of one; the backend asked for by name cannot run; or a CUDA graph is
+                captured without ``capturable``, or with it and sharded parameters. No parameter or
+                state has changed then. Of sharded parameters the error is in all processes.
         """
         loss = None
         if closure is not None:
@@ -188,69 +219,132 @@ class StripedAdamW(Optimizer):
 
     @torch.compiler.disable  # a compiled training step calls it between two of its graphs
     def _update(self) -> None:
-        batches, matrix_batches, copies = self._collect()
-        for batch in batches:
+        groups = self._check()
+        together = [sharded for group in groups for sharded in group.together]
+        new: list[Tensor] = []  # parameters that get a state
+
+        def state_of(each: ShardedParameter) -> tuple[State, int]:
+            is_placed = not each.item.has_moved
+            state = self._state_of(each.param, each.description, is_placed, new)
+            return state, self._next_step(state)
+
+        try:
+            batches, states, copies = self._collect(groups, new)
+            exchanged = sharded_step.exchange(together, self._agreement, self.state, state_of)
+        except BaseException:
+            self._forget(new)
+            raise
+        # from here on tensors change
+        unused = set(map(id, exchanged.unused))
+        self._forget([param for param in new if id(param) in unused])
+        self._count_step(states + exchanged.states)
+        for batch in batches + exchanged.batches:
             step_batch(batch)
-        sharded_step.step(matrix_batches)
-        for target, copy in copies:
+        sharded_step.update(exchanged)
+        for target, copy in copies + exchanged.copies:
             target.copy_(copy)
         # kernels write past torch, which must know that values saved for backward are gone
-        whole = [entry.param for batch in batches for entry in batch.entries]
-        parts = [matrix.local for batch in matrix_batches for matrix in batch.matrices]
+        whole = [entry.param for batch in batches + exchanged.batches for entry in batch.entries]
+        parts = [matrix.local for matrix in exchanged.matrices]
         torch.autograd.graph.increment_version(whole + parts)
 
-    def _check(self) -> list[list[Checked]]:
+    def _forget(self, params: list[Tensor]) -> None:
+        for param in params:
+            self.state.pop(param, None)
+
+    def _check(self) -> list[_Group]:
         """Checks everything that the step will read or write, and changes none of it.
 
         Returns:
-            For each param group, its parameters that have a gradient.
+            For each param group, what is to be stepped.
         """
         self._check_capture()
         self._refresh_groups()
-        found: list[list[Checked]] = []
+        groups: list[_Group] = []
+        first_problem: str | None = None
         for group_index, group in enumerate(self.param_groups):
-            found.append([])
+            groups.append(_Group(settings_of(group, self.capturable), [], []))
             for i, param in enumerate(group["params"]):
                 grad = param.grad
-                if grad is None:
+                # another process may have a gradient of a sharded parameter
+                is_waited_for = param.requires_grad and is_sharded(param)
+                if (grad is None and not is_waited_for) or is_elsewhere(param):
                     continue
                 description, state = description_of(group, i), self.state.get(param, {})
-                ordinary = is_ordinary(param, grad, state, description)
-                found[-1].append(Checked(param, grad, description, ordinary))
-                if ordinary:
+                if grad is not None and is_ordinary(param, grad, state, description):
+                    groups[-1].alone.append(_Checked(param, grad, description))
                     continue
                 problem = (
                     problem_of_gradient(param, grad, self.capturable)
                     or problem_of_wrapper(param)
                     or problem_of_state(param, state, description)
+                    or (problem_of_shards(param, state) if is_sharded(param) else None)
                 )
                 if problem is not None:
-                    raise RuntimeError(f"{name_of(group, i, group_index)} {problem}")
-            for device_type in {param.device.type for param, *_ in found[-1]}:
+                    # a sharded one is still listed: the other processes wait for this one
+                    first_problem = first_problem or f"{name_of(group, i, group_index)} {problem}"
+                sharded = self._sharded(groups[-1].settings, group, i, problem is None)
+                if sharded is not None and sharded.mesh_dims:
+                    groups[-1].together.append(sharded)
+                elif grad is not None:
+                    groups[-1].alone.append(_Checked(param, grad, description, False, sharded))
+            for device_type in {param.device.type for param, *_ in groups[-1].alone}:
                 self._backend(device_type)
-        return found
+        if first_problem is not None:
+            together = [sharded for group in groups for sharded in group.together]
+            self._agreement.fail(first_problem, sharded_step.plan_of(together))
+        return groups
 
-    def _collect(self) -> tuple[list[Batch], list[MatrixBatch], list[tuple[Tensor, Tensor]]]:
-        """Collects what is to be stepped, creates missing state and counts the step.
+    def _sharded(
+        self, settings: Settings, group: Group, position: int, is_valid: bool
+    ) -> ShardedParameter | None:
+        """Returns what ``sharded_step`` needs of a parameter; None where it is not sharded."""
+        param = group["params"][position]
+        if not is_sharded(param):
+            return None
+        description, state, grad = (
+            description_of(group, position),
+            self.state.get(param),
+            param.grad,
+        )
+        item = Item(
+            name=known_name(group, position),
+            description=description,
+            placements=tuple(param.placements),
+            grad_placements=exchanged_placements(param),
+            has_moved=is_valid and sharded_state.has_moved(param, state or {}, description),
+        )
+        backend, folded = self._backend(param.device.type), self._folded_of(param)
+        return ShardedParameter(param, grad, description, item, backend, settings, folded)
+
+    def _folded_of(self, param: Tensor) -> FoldedGradients | None:
+        """Returns what folded gradients of a sharded matrix left, for ``LayerwiseStripedAdamW``."""
+        return None
+
+    def _collect(
+        self, groups: list[_Group], new: list[Tensor]
+    ) -> tuple[list[Batch], list[State], list[tuple[Tensor, Tensor]]]:
+        """Collects what this process steps alone, and creates missing state.
+
+        Args:
+            groups: What ``_check`` found.
+            new: Gets the parameters that had no state.
 
         Returns:
-            For each param group and each device of its parameters a batch; the same of the
-            matrices with sharded rows or columns; and pairs of a tensor that no kernel can step and
-            the copy that is stepped in its place.
+            For each param group and each device of its parameters a batch; the states; and pairs of
+            a tensor that no kernel can step and the copy that is stepped in its place.
         """
         batches: list[Batch] = []
-        matrix_batches: list[MatrixBatch] = []
+        states: list[State] = []
         copies: list[tuple[Tensor, Tensor]] = []
-        for group, found in zip(self.param_groups, self._check(), strict=True):
+        for settings, alone, _ in groups:
             entries: dict[tuple[torch.device, bool], list[Entry]] = {}
-            matrices: dict[torch.device, list[Matrix]] = {}
-            states = [self._state_of(each) for each in found]
-            steps = self._count_steps(states)
-            for (param, grad, description, ordinary), state, step in zip(
-                found, states, steps, strict=True
-            ):
+            for param, grad, description, ordinary, sharded in alone:
+                state = self._state_of(param, description, ordinary, new)
+                states.append(state)
                 if param.numel() == 0:
                     continue
+                step = self._next_step(state)
                 real = ordinary or has_values(param)
                 of_device = entries.setdefault((param.device, real), [])
                 if ordinary:
@@ -258,61 +352,58 @@ class StripedAdamW(Optimizer):
                     continue
                 if len(state) > 1 + len(description.tensors):  # other code's entries
                     state = {key: state[key] for key in ("step", *description.keys)}
-                if not is_sharded(param):
-                    plain = plain_parameter(param)
-                    plain_grad = plain_gradient(grad)
-                    of_device.append(entry_of(plain, plain_grad, state, description, step))
-                    if plain is not param:
-                        copies.append((param, plain))
+                if sharded is not None:
+                    pieces, _, copied = sharded_step.localize(sharded, state, step)
+                    of_device += pieces
+                    copies += copied
                     continue
-                pieces, matrix, copied = sharded_step.localize(param, state, description, step)
-                of_device += pieces
-                copies += copied
-                if matrix is not None:
-                    matrices.setdefault(param.device, []).append(matrix)
-            settings = settings_of(group, self.capturable)
+                plain = plain_parameter(param)
+                of_device.append(entry_of(plain, plain_gradient(grad), state, description, step))
+                if plain is not param:
+                    copies.append((param, plain))
             batches += [
                 Batch(self._backend(device.type) if real else reference, settings, of_device)
                 for (device, real), of_device in entries.items()
                 if of_device
             ]
-            matrix_batches += [
-                MatrixBatch(self._backend(device.type), settings, of_device)
-                for device, of_device in matrices.items()
-            ]
-        return batches, matrix_batches, copies
+        return batches, states, copies
 
-    def _state_of(self, checked: Checked) -> State:
+    def _state_of(
+        self, param: Tensor, description: Description, is_placed: bool, new: list[Tensor]
+    ) -> State:
         """Returns the state of a parameter, created where there is none."""
-        param, _, description, ordinary = checked
         state = self.state[param]
+        if not state:
+            new.append(param)
         if not state or (description.has_low_bits and LOW_BITS not in state):
             if is_sharded(param):
                 zeros = sharded_state.init_state(param, description)
             else:
                 zeros = zero_state(description, param.device)
             state.update({key: zeros[key] for key in zeros.keys() - state.keys()})
-        if not ordinary:
+        if not is_placed:
             sharded_state.follow(param, state, description)
         if state["step"].device.type != self._step_device(param).type:
             state["step"] = state["step"].to(self._step_device(param))
         return state
 
-    def _count_steps(self, states: list[State]) -> list[int]:
-        """Adds one to the steps and returns them; zeros where only the device may know them."""
+    def _next_step(self, state: State) -> int:
+        """Returns the number of this step; 0 where only the device may know it."""
+        if self.capturable:
+            return 0
+        step = state["step"]
+        # without values any number will do: a step on fake tensors is for shapes and memory
+        return int(step.item()) + 1 if has_values(step) else 1
+
+    def _count_step(self, states: list[State]) -> None:
+        """Adds one to the step of every state."""
         steps = [state["step"] for state in states]
         if not steps:
-            return []
-        if self.capturable:
+            return
+        if self.capturable or not all(map(is_plain, steps)) or any(s.is_meta for s in steps):
             torch._foreach_add_(steps, 1)
-            return [0] * len(steps)
-        if not all(map(is_plain, steps)) or any(step.is_meta for step in steps):
-            torch._foreach_add_(steps, 1)
-            # without values any number will do: a step on fake tensors is for shapes and memory
-            return [int(step.item()) if has_values(step) else 1 for step in steps]
-        # on a CPU torch would wrap a number in a new tensor for each of them
-        torch._foreach_add_(steps, _ONE, alpha=1)
-        return [int(step.item()) for step in steps]
+        else:  # on a CPU torch would wrap a number in a new tensor for each of them
+            torch._foreach_add_(steps, _ONE, alpha=1)
 
     def _step_device(self, param: Tensor) -> torch.device:
         return param.device if self.capturable or param.is_meta else torch.device("cpu")
@@ -340,7 +431,11 @@ class StripedAdamW(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as torch does; each group's ``blocks`` are those of its parameters."""
         self._refresh_groups()
-        return super().state_dict()
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            if len(group.get("param_names", group["params"])) != len(group["params"]):
+                del group["param_names"]  # other code took parameters away, and left their names
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of a StripedAdamW, or of a ``torch.optim.AdamW``.

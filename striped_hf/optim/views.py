@@ -37,7 +37,7 @@ def entry_of(
     if dims != param.dim():
         if dims == 1:
             keys = description.keys
-            state = {"step": state["step"], **{key: state[key].flatten() for key in keys}}
+            state = {"step": state["step"], **{key: state[key].view(-1) for key in keys}}
         if param.is_contiguous() and grad.is_contiguous():
             param, grad = as_stepped(param, dims), as_stepped(grad, dims)
     return Entry(param, grad, state, description.momentum_dtype, description.blocks, step)

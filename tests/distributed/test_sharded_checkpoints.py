@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import checkpoint_cases as cases
 import fsdp2_trainer
 import pytest
-import sharded_training as cases
+from process_group import run
 
 pytestmark = pytest.mark.slow
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("state_dict_type", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
 @pytest.mark.parametrize("way", [fsdp2_trainer.through_trainer, fsdp2_trainer.through_accelerate])
 def test_trainer_and_accelerate_resume(way: Any, state_dict_type: str, tmp_path: Path) -> None:
-    error = cases.run(partial(way, state_dict_type), 2, tmp_path)
+    error = run(partial(way, state_dict_type), 2, tmp_path)
     assert error is None, error
 
 
@@ -25,17 +26,22 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the checkpoints of 1, 2 and 3 processes, in every format."""
     folder = tmp_path_factory.mktemp("checkpoints")
     for processes in (1, 2, 3):
-        error = cases.run(cases.save_checkpoints, processes, folder)
+        error = run(cases.save_checkpoints, processes, folder)
         assert error is None, error
     return folder
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_a_checkpoint_goes_on_on_any_number_of_processes(checkpoints: Path, processes: int) -> None:
-    error = cases.run(cases.load_checkpoints, processes, checkpoints)
+    error = run(cases.load_checkpoints, processes, checkpoints)
     assert error is None, error
 
 
 def test_bad_checkpoints_change_nothing(checkpoints: Path) -> None:
-    error = cases.run(cases.bad_checkpoints, 2, checkpoints)
+    error = run(cases.bad_checkpoints, 2, checkpoints)
+    assert error is None, error
+
+
+def test_adamw_goes_on_sharded(tmp_path: Path) -> None:
+    error = run(cases.adamw_checkpoints, 2, tmp_path)
     assert error is None, error

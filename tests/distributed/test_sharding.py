@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sharded_training as cases
+import training_cases as cases
+from process_group import run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -38,7 +39,7 @@ STRIPES = 2e-6  # 8e-7 measured: as above, but of averages relative to themselve
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_sharded(case: Any, processes: int, tmp_path: Path) -> None:
-    error = cases.run(case, processes, tmp_path)
+    error = run(case, processes, tmp_path)
     assert error is None, error
 
 

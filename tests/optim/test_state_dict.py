@@ -187,6 +187,19 @@ def test_a_partly_filled_state_loads() -> None:
     train(target, range(2))
 
 
+def test_names_that_other_code_left_are_not_saved() -> None:
+    """A named parameter was frozen and taken out of its group before the first step."""
+    named = [(f"layer.{i}", p) for i, p in enumerate(make_parameters()[:3])]
+    optimizer = StripedAdamW(named)
+    optimizer.param_groups[0]["params"] = optimizer.param_groups[0]["params"][1:]
+    train(optimizer, range(2))
+    saved = optimizer.state_dict()
+    assert "param_names" not in saved["param_groups"][0]
+    expected = snapshot(optimizer)
+    optimizer.load_state_dict(copy.deepcopy(saved))
+    assert_same_snapshot(snapshot(optimizer), expected)
+
+
 def test_loaded_settings_replace_the_constructors() -> None:
     """As with every torch optimizer, the settings come from the checkpoint's groups."""
     source = make_optimizer(make_parameters(), nesterov=True)

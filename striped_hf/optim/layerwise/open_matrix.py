@@ -7,7 +7,7 @@ from striped_hf.optim import momentum
 from striped_hf.optim.backends import reference
 from striped_hf.optim.backends.chunks import chunks
 from striped_hf.optim.interface import Backend, Entry, Folded, Settings, State, Sums
-from striped_hf.optim.plain import plain_gradient
+from striped_hf.optim.plain import plain_gradient, plain_parameter
 from striped_hf.optim.sharded.layout import Piece, is_sharded
 from striped_hf.optim.sharded.step import local_gradient
 from striped_hf.optim.state import Description
@@ -141,6 +141,31 @@ class OpenMatrix:
             )
             for piece, entry in zip(self.pieces, entries, strict=True)
         ]
+
+    @property
+    def needs_exchange(self) -> bool:
+        """Whether the sums of other processes belong to its stripes."""
+        layout = self.description.layout
+        return layout is not None and layout.needs_exchange
+
+    def whole(
+        self, param: Tensor, state: State, step: int
+    ) -> tuple[list[Entry], list[tuple[Tensor, Tensor]]]:
+        """Returns what a backend steps of a matrix that is not sharded.
+
+        Args:
+            param: The parameter.
+            state: Its state.
+            step: The number of the step.
+
+        Returns:
+            An entry; and, where no kernel can step the parameter, it and the copy that is stepped
+            in its place.
+        """
+        plain = plain_parameter(param)
+        stripes = {key: state[key] for key in ("exp_avg_sq_row", "exp_avg_sq_col")}
+        entry = Entry(plain, None, stripes, self.momentum_dtype, self.description.blocks, step)
+        return self.entries([entry]), [] if plain is param else [(param, plain)]
 
     def close(self, state: State) -> None:
         """Stores the momentum in the state, where it is kept in another format."""

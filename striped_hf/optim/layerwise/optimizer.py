@@ -1,6 +1,7 @@
 """LayerwiseStripedAdamW: StripedAdamW without stored gradients."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -9,19 +10,23 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import ParamsT
 
-from striped_hf.optim.checks import is_ordinary, problem_of_gradient, problem_of_state
-from striped_hf.optim.interface import Entry, Group, State, Sums
+from striped_hf.optim.checks import (
+    is_ordinary,
+    problem_of_gradient,
+    problem_of_shards,
+    problem_of_state,
+)
+from striped_hf.optim.interface import Entry, Group, Sums
 from striped_hf.optim.layerwise.clipping import ForwardClipping
 from striped_hf.optim.layerwise.hooks import GradientHooks
 from striped_hf.optim.layerwise.norms import square_norms_of_folded, square_norms_of_gradients
 from striped_hf.optim.layerwise.open_matrix import OpenMatrix
 from striped_hf.optim.options import settings_of
-from striped_hf.optim.plain import plain_parameter, problem_of_wrapper
+from striped_hf.optim.plain import problem_of_wrapper
 from striped_hf.optim.sharded import step as sharded_step
 from striped_hf.optim.sharded.layout import is_sharded
-from striped_hf.optim.sharded.step import Matrix, MatrixBatch
 from striped_hf.optim.state import description_of, name_of
-from striped_hf.optim.striped_adamw import Checked, StripedAdamW
+from striped_hf.optim.striped_adamw import StripedAdamW
 
 # Elements of the smallest parameter whose gradient is freed. Smaller ones, and vectors, are few:
 # they keep their gradients until the step.
@@ -181,16 +186,18 @@ class LayerwiseStripedAdamW(StripedAdamW):
         group, position, _ = self._place_of(param)
         description = description_of(group, position)
         state = self.state.get(param, {})
-        checked = Checked(param, grad, description, is_ordinary(param, grad, state, description))
-        if not checked.ordinary:
+        is_placed = is_ordinary(param, grad, state, description)
+        if not is_placed:
             problem = (
                 problem_of_gradient(param, grad, capturable=False)
                 or problem_of_wrapper(param)
                 or problem_of_state(param, state, description)
+                or (problem_of_shards(param, state) if is_sharded(param) else None)
             )
             if problem is not None:
                 raise RuntimeError(f"{self._name_of(param)} {problem}")
-        opened = OpenMatrix(description, self._state_of(checked), self.gradient_accumulation)
+        state = self._state_of(param, description, is_placed, [])
+        opened = OpenMatrix(description, state, self.gradient_accumulation)
         self._open[param] = opened
         return opened
 
@@ -290,6 +297,8 @@ class LayerwiseStripedAdamW(StripedAdamW):
             self._clip(self.grad_norm())
         super()._update()
         self._update_matrices()
+        for param, opened in self._open.items():
+            opened.close(self.state[param])
         self._forget_step()
         self.attach_hooks()
 
@@ -304,42 +313,43 @@ class LayerwiseStripedAdamW(StripedAdamW):
             opened.multiply(correction.to(param.device))
         self._clipping.end_step(norm)
 
+    def _folded_of(self, param: Tensor) -> OpenMatrix | None:
+        opened = self._open.get(param)
+        return opened if opened is not None and opened.needs_exchange else None
+
     def _update_matrices(self) -> None:
-        """Updates the matrices whose gradients were folded."""
+        """Updates the matrices whose gradients were folded, and whose sums no process exchanges."""
         batches: dict[tuple[int, torch.device], list[Tensor]] = {}
-        for param in self._open:
-            key = (self._place_of(param).group_index, param.device)
-            batches.setdefault(key, []).append(param)
-        matrix_batches, sharded_sums = [], []
+        for param, opened in self._open.items():
+            if not opened.needs_exchange:
+                key = (self._place_of(param).group_index, param.device)
+                batches.setdefault(key, []).append(param)
         for (group_index, device), params in batches.items():
-            backend = self._backend(device.type)
             settings = settings_of(self.param_groups[group_index], False)
             entries: list[Entry] = []
             sums: list[Sums] = []
-            matrices: list[Matrix] = []
             copies: list[tuple[Tensor, Tensor]] = []
-            steps = self._count_steps([self.state[param] for param in params])
-            for param, step in zip(params, steps, strict=True):
-                opened = self._open[param]
-                pieces, matrix, copied = _localized(param, self.state[param], opened, step)
-                copies += copied
-                if matrix is not None:
-                    matrices.append(matrix)
-                    sharded_sums.append(opened.sums())
-                elif pieces:
+            states = [self.state[param] for param in params]
+            for param, state in zip(params, states, strict=True):
+                opened, step = self._open[param], self._next_step(state)
+                if is_sharded(param):
+                    group, position, _ = self._place_of(param)
+                    sharded = self._sharded(settings, group, position, is_valid=True)
+                    assert sharded is not None
+                    sharded = replace(sharded, folded=opened)
+                    pieces, _, copied = sharded_step.localize(sharded, state, step)
+                else:
+                    pieces, copied = opened.whole(param, state, step)
+                if pieces:
                     entries += pieces
                     sums.append(opened.sums())
-            if entries:
-                backend.step_folded(entries, sums, settings)
+                copies += copied
+            self._count_step(states)
+            self._backend(device.type).step_folded(entries, sums, settings)
             for target, copy in copies:
                 target.copy_(copy)
-            if matrices:
-                matrix_batches.append(MatrixBatch(backend, settings, matrices))
-        sharded_step.step(matrix_batches, sharded_sums)
-        for param, opened in self._open.items():
-            opened.close(self.state[param])
-        changed = [p.to_local() if is_sharded(p) else p for p in self._open]
-        torch.autograd.graph.increment_version(changed)
+            changed = [p.to_local() if is_sharded(p) else p for p in params]
+            torch.autograd.graph.increment_version(changed)
 
     def _forget_step(self) -> None:
         self._open.clear()
@@ -392,18 +402,3 @@ def _is_large(param: Tensor) -> bool:
 
 def _is_alone() -> bool:
     return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
-
-
-def _localized(
-    param: Tensor, state: State, opened: OpenMatrix, step: int
-) -> tuple[list[Entry], Matrix | None, list[tuple[Tensor, Tensor]]]:
-    """Returns what this process updates of a matrix; as ``sharded.step.localize``."""
-    if is_sharded(param):
-        entries, matrix, copies = sharded_step.localize(param, state, opened.description, step)
-        if matrix is not None:
-            return [], matrix._replace(entries=opened.entries(matrix.entries)), copies
-        return opened.entries(entries), None, copies
-    plain = plain_parameter(param)
-    of_state = {key: state[key] for key in ("exp_avg_sq_row", "exp_avg_sq_col")}
-    entry = Entry(plain, None, of_state, opened.momentum_dtype, opened.description.blocks, step)
-    return opened.entries([entry]), None, [] if plain is param else [(param, plain)]

@@ -9,6 +9,7 @@ sharded dimension are sharded as the parameter is; the other stripe is the same 
 For a matrix [..., R, C] with sharded rows the processes exchange its column sums [..., br, C] and
 the sum of each block's row stripe, for mean(row); with sharded columns, its row sums. They exchange
 no counts: every process knows the shape of the whole. A process with an empty part joins in.
+``agreement`` makes sure that they exchange the same, before any tensor changes.
 
 Where only leading dimensions are sharded, as of stacked experts, every matrix is whole in some
 process and its step is the ordinary one. So is the step of 0-D and 1-D parameters.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from typing import TypeGuard
 
@@ -22,6 +23,37 @@ Placements = tuple[Placement, ...]
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether a tensor is a DTensor, of which this process may have only a part."""
     return isinstance(tensor, DTensor)
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """Returns this process's part of a DTensor."""
+    assert is_sharded(tensor)
+    return tensor.to_local()
+
+
+def is_elsewhere(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor on a mesh that this process is not in."""
+    return is_sharded(tensor) and tensor.device_mesh.get_coordinate() is None
+
+
+@cache
+def part_shape(shape: torch.Size, mesh: DeviceMesh, placements: Placements) -> torch.Size:
+    """Returns the shape of this process's part of a whole."""
+    return torch.Size(compute_local_shape_and_global_offset(shape, mesh, placements)[0])
+
+
+def exchanged_placements(param: DTensor) -> Placements | None:
+    """Returns the placements of a gradient that processes exchange to have it as the parameter.
+
+    None where there is no gradient, or nothing to exchange.
+    """
+    grad = param.grad
+    if grad is None or not is_sharded(grad):
+        return None
+    pairs = zip(grad.placements, param.placements, strict=False)
+    if all(there == here or there.is_replicate() for there, here in pairs):
+        return None
+    return tuple(grad.placements)
 
 
 @dataclass(frozen=True)
@@ -53,12 +85,14 @@ class Layout:
         pieces: What backends step; none where the part is empty.
         row_dims: The mesh dimensions along which rows are sharded.
         col_dims: The mesh dimensions along which columns are sharded.
+        part: The shape of what this process steps.
     """
 
     placements: Placements
     pieces: tuple[Piece, ...]
     row_dims: tuple[int, ...]
     col_dims: tuple[int, ...]
+    part: torch.Size
 
     @property
     def needs_exchange(self) -> bool:
@@ -106,7 +140,13 @@ def layout_of(
     elif torch.Size(local).numel():
         start = offset[0] * shape[1:].numel() if shape else 0
         pieces = [Piece((), (), blocks, start, shape[-1] if dims >= 2 else 0)]
-    return Layout(placements, tuple(pieces), tuple(rows_over), tuple(columns_over))
+    return Layout(
+        placements=placements,
+        pieces=tuple(pieces),
+        row_dims=tuple(rows_over),
+        col_dims=tuple(columns_over),
+        part=torch.Size(local),
+    )
 
 
 def _can_shard_columns(

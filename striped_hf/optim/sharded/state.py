@@ -61,20 +61,29 @@ def follow(param: Tensor, state: State, description: Description) -> None:
 
     Every process of the meshes must call it. Where nothing has changed, it does nothing.
     """
-    for key, _, _ in description.tensors:
+    for key in description.keys:
         value = state[key]
         if not is_sharded(param):
             if is_sharded(value):
                 state[key] = value.full_tensor()
-            continue
-        layout, dims = _layout(description), len(description.state_shape)
-        placements = _placements_of(key, layout.placements, dims)
-        if (
-            not is_sharded(value)
-            or tuple(value.placements) != placements
-            or value.device_mesh != param.device_mesh
-        ):
+        elif not _is_placed(key, value, param, description):
             state[key] = place_state(key, value, param, description)
+
+
+def has_moved(param: DTensor, state: State, description: Description) -> bool:
+    """Whether ``follow`` has anything to do."""
+    return bool(state) and not all(
+        _is_placed(key, state[key], param, description) for key in description.keys if key in state
+    )
+
+
+def _is_placed(key: str, value: Tensor, param: DTensor, description: Description) -> bool:
+    return (
+        is_sharded(value)
+        and tuple(value.placements)
+        == _placements_of(key, _layout(description).placements, len(description.state_shape))
+        and value.device_mesh == param.device_mesh
+    )
 
 
 def _layout(description: Description) -> Layout:
