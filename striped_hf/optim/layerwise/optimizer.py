@@ -117,14 +117,12 @@ class LayerwiseStripedAdamW(StripedAdamW):
             ValueError: As on construction; the optimizer has not changed then.
         """
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for option in ("nesterov", "lagged"):
-            if group[option]:
-                self.param_groups.pop()
-                raise ValueError(
-                    f"{option}=True needs each gradient in the update, which a layerwise optimizer "
-                    "no longer has: leave it out, or use StripedAdamW"
-                )
+        try:
+            check_layerwise(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self._places = None
         self.attach_hooks()
 
     # ---------------------------------------------------------------------------------------------
@@ -384,6 +382,16 @@ class LayerwiseStripedAdamW(StripedAdamW):
         self._clipping = ForwardClipping(self.max_grad_norm)
         if assumed is not None:
             self._clipping.assumed = torch.tensor(assumed, dtype=torch.float32)
+
+
+def check_layerwise(options: dict[str, Any]) -> None:
+    """Raises ValueError where options, perhaps a param group's, need a gradient in the update."""
+    for option in ("nesterov", "lagged"):
+        if options.get(option):
+            raise ValueError(
+                f"{option}=True needs each gradient in the update, which a layerwise optimizer "
+                "no longer has: leave it out, or use StripedAdamW"
+            )
 
 
 def _is_large(param: Tensor) -> bool:
