@@ -134,7 +134,6 @@ class LayerwiseStripedAdamW(StripedAdamW):
 
         ``step()`` does so, too. Gradients that come before it stay until the step.
         """
-        self._places = None
         params = [param for group in self.param_groups for param in group["params"]]
         self._hooks.attach(p for p in params if p.requires_grad and _is_large(p))
 
@@ -342,6 +341,7 @@ class LayerwiseStripedAdamW(StripedAdamW):
     def _forget_step(self) -> None:
         self._open.clear()
         self._norm = None
+        self._places = None  # other code may change the groups until the next step
 
     # ---------------------------------------------------------------------------------------------
     # torch.optim.Optimizer
