@@ -83,18 +83,14 @@ class LayerwiseStripedAdamW(StripedAdamW):
         gradient_accumulation: bool = False,
         **options: Any,
     ) -> None:
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(
-                f"max_grad_norm={max_grad_norm!r} is not above zero: pass a norm, or None, which "
-                "does not clip"
-            )
         if options.get("capturable"):
             raise ValueError(
                 "capturable=True cannot be combined with hooks in the backward pass: leave it out, "
                 "or use StripedAdamW"
             )
         self.gradient_accumulation = gradient_accumulation
-        self._clipping = ForwardClipping(max_grad_norm)
+        self._clipping = ForwardClipping(None)
+        self.max_grad_norm = max_grad_norm
         self._open: dict[Tensor, OpenMatrix] = {}  # since the last step
         self._places: dict[int, _Place] | None = None
         self._norm: Tensor | None = None
@@ -103,11 +99,20 @@ class LayerwiseStripedAdamW(StripedAdamW):
 
     @property
     def max_grad_norm(self) -> float | None:
-        """The norm that gradients are clipped to; None: they are not clipped."""
+        """The norm that gradients are clipped to; None: they are not clipped.
+
+        Raises:
+            ValueError: It is set to a number that is not above zero.
+        """
         return self._clipping.max_norm
 
     @max_grad_norm.setter
     def max_grad_norm(self, max_norm: float | None) -> None:
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(
+                f"max_grad_norm={max_norm!r} is not above zero: pass a norm, or None, which does "
+                "not clip"
+            )
         self._clipping.max_norm = max_norm
 
     def add_param_group(self, param_group: Group) -> None:
