@@ -1,6 +1,8 @@
 """LayerwiseStripedAdamW: StripedAdamW without stored gradients."""
 
+import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -22,6 +24,8 @@ from striped_hf.optim.sharded.layout import is_sharded
 from striped_hf.optim.sharded.step import Matrix, MatrixBatch
 from striped_hf.optim.state import description_of, name_of
 from striped_hf.optim.striped_adamw import Checked, StripedAdamW
+
+logger = logging.getLogger(__name__)
 
 # Elements of the smallest parameter whose gradient is freed. Smaller ones, and vectors, are few:
 # they keep their gradients until the step.
@@ -149,7 +153,10 @@ class LayerwiseStripedAdamW(StripedAdamW):
     @torch.no_grad()
     def _on_gradient(self, param: Tensor) -> None:
         """Folds a completed gradient, unless other processes will add to it."""
-        if param.grad is None or not (is_sharded(param) or _is_alone()):
+        if param.grad is None:
+            return
+        if not (is_sharded(param) or _is_alone()):
+            _warn_of_kept_gradients()
             return
         if self._is_folded(param):
             grad, param.grad = param.grad, None
@@ -405,6 +412,17 @@ def _is_large(param: Tensor) -> bool:
 
 def _is_alone() -> bool:
     return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+
+
+@cache  # once per process
+def _warn_of_kept_gradients() -> None:
+    if dist.get_rank() == 0:
+        logger.warning(
+            "LayerwiseStripedAdamW: several processes train parameters that are not DTensors, as "
+            "under DistributedDataParallel, whose buckets keep all gradients until the step: the "
+            "training is right but saves no gradient memory. To save it use FSDP2: torch's "
+            "fully_shard, or fsdp_version: 2 in accelerate's config"
+        )
 
 
 def _localized(
