@@ -66,10 +66,14 @@ class LayerwiseStripedAdamW(StripedAdamW):
             It must not be called: it would see the few gradients that are left. See
             ``clipping.ForwardClipping`` for how it differs from clipping. None: do not clip.
         gradient_accumulation: Whether several backward passes may come before each step. The second
-            moment is then estimated (``backends.reference.fold``), for 1/32 float32 per element of
-            a matrix while a step is open. An int4 momentum is kept as int8 meanwhile, for 1.03
+            moment is then estimated (``backends.reference.fold``), for 1/32 byte per element of a
+            matrix while a step is open. An int4 momentum is kept as int8 meanwhile, for 1.03
             bytes per element.
         options: As of StripedAdamW, by keyword.
+
+    Attributes:
+        gradient_hook: Called with a parameter and each of its gradients before it is folded, such
+            as to look for infinities. None: nothing is called.
 
     Raises:
         ValueError: As StripedAdamW; ``max_grad_norm`` is not above zero; or ``nesterov``,
@@ -93,6 +97,7 @@ class LayerwiseStripedAdamW(StripedAdamW):
                 "or use StripedAdamW"
             )
         self.gradient_accumulation = gradient_accumulation
+        self.gradient_hook: Callable[[Tensor, Tensor], None] | None = None
         self._clipping = ForwardClipping(None)
         self.max_grad_norm = max_grad_norm
         self._open: dict[Tensor, OpenMatrix] = {}  # since the last step
@@ -172,9 +177,13 @@ class LayerwiseStripedAdamW(StripedAdamW):
             opened = self._opened(param, grad)
         elif not self.gradient_accumulation:
             raise RuntimeError(
-                f"{self._name_of(param)} got a second gradient before step(): construct the "
-                "optimizer with gradient_accumulation=True"
+                f"{self._name_of(param)} got a second gradient before step(): where that is "
+                "intended, construct the optimizer with gradient_accumulation=True, or in Trainer "
+                "set optim_args='gradient_accumulation=true'; checkpointed layers that share "
+                "a parameter need use_reentrant=False"
             )
+        if self.gradient_hook is not None:
+            self.gradient_hook(param, grad)
         step = int(self.state[param]["step"].item()) + 1
         settings = settings_of(self._place_of(param).group, False)
         coefficient = self._clipping.coefficient(param.device)
