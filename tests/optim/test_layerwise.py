@@ -481,6 +481,19 @@ def test_a_deleted_optimizer_leaves_an_ordinary_model() -> None:
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
+def test_a_later_optimizer_gets_the_gradients() -> None:
+    """As in a notebook, where the Trainer of an earlier cell lives on."""
+    model = make_model()
+    earlier = LayerwiseStripedAdamW(model.parameters(), lr=1.0)
+    later = LayerwiseStripedAdamW(make_groups(model), lr=1e-2)
+    run(model, later, range(2))
+    expected = make_model()
+    run(expected, LayerwiseStripedAdamW(make_groups(expected), lr=1e-2), range(2))
+    for param, other in zip(model.parameters(), expected.parameters(), strict=True):
+        assert_same_bits(param, other)
+    assert not earlier.state
+
+
 def test_replaced_parameters_are_hooked_from_the_next_step_on() -> None:
     model = make_model()
     optimizer = LayerwiseStripedAdamW(model.parameters())
