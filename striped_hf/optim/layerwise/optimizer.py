@@ -362,6 +362,7 @@ class LayerwiseStripedAdamW(StripedAdamW):
     def _forget_step(self) -> None:
         self._open.clear()
         self._norm = None
+        self._clipping.begin_step()
         self._places = None  # other code may change the groups until the next step
 
     # ---------------------------------------------------------------------------------------------
