@@ -51,7 +51,6 @@ def train(optim: str, max_grad_norm: float, accumulation: int) -> dict:
     args = TrainingArguments(
         sys.argv[1],
         optim=optim,
-        optim_args="backend=reference",
         max_steps=3,
         learning_rate=1e-3,
         max_grad_norm=max_grad_norm,
