@@ -1,9 +1,9 @@
 """AdamW at a fraction of its optimizer memory, for ``transformers.Trainer``.
 
-Importing the package makes ``striped_adamw``, ``striped_adamw_8bit`` and ``striped_adamw_4bit``
-valid for ``TrainingArguments.optim``, whether transformers is imported before or after it. The
-import itself loads neither torch nor transformers: ``StripedAdamW`` loads torch when it is first
-used, and the names wait for transformers.
+Importing the package makes ``striped_adamw``, ``striped_adamw_8bit``, ``striped_adamw_4bit`` and
+the same with ``_layerwise`` valid for ``TrainingArguments.optim``, whether transformers is imported
+before or after it. The import itself loads neither torch nor transformers: ``StripedAdamW`` loads
+torch when it is first used, and the names wait for transformers.
 """
 
 import importlib
@@ -44,19 +44,20 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_MODULES, "optim", "trainer"})
 
 
-def _call_registration(function: str, module: "ModuleType") -> None:
-    """Calls a function of ``trainer/registration.py``; a failure must not break transformers."""
+def _extend(file: str, function: str, module: "ModuleType") -> None:
+    """Calls a function of a file in ``trainer/``; a failure must not break the module's import."""
     try:
-        registration = importlib.import_module("striped_hf.trainer.registration")
+        extension = importlib.import_module(f"striped_hf.trainer.{file}")
     except Exception as error:
         warnings.warn(
-            "striped_hf cannot add its optimizers' names to transformers, because its own import "
-            f"failed: {type(error).__name__}: {error}",
+            "striped_hf cannot add its optimizers to transformers and accelerate, because its own "
+            f"import failed: {type(error).__name__}: {error}",
             stacklevel=2,
         )
         return
-    getattr(registration, function)(module)
+    getattr(extension, function)(module)
 
 
-after_import("transformers.training_args", partial(_call_registration, "add_names"))
-after_import("transformers.trainer", partial(_call_registration, "extend_trainer"))
+after_import("transformers.training_args", partial(_extend, "registration", "add_names"))
+after_import("transformers.trainer", partial(_extend, "registration", "extend_trainer"))
+after_import("accelerate.accelerator", partial(_extend, "layerwise", "extend_accelerator"))

@@ -61,6 +61,7 @@ THEN = {
     "docs/index.md": "assert args.optim == 'striped_adamw_8bit'",
     "docs/usage.md": "assert [group['weight_decay'] > 0 for group in optimizer.param_groups] == "
     "[True, False]",
+    "docs/least_memory.md": "assert float(norm) > 0",
     "docs/watching.md": "trainer.train()\n"
     "assert any('grad_norm_mean' in entry for entry in trainer.state.log_history)",
 }

@@ -13,7 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from striped_hf.optim import LayerwiseStripedAdamW
 from striped_hf.trainer.callbacks import LoggedFigures
+from striped_hf.trainer.layerwise import layerwise_among
 
 _SAMPLED_VALUES = 4096  # of each matrix; the error of a norm is 1 to 2%
 _COUNTED_VALUES = 1 << 22  # at a time, to keep temporaries small
@@ -26,12 +28,13 @@ class GradientHealth(LoggedFigures):
 
     - ``grad_norm_mean``, ``grad_norm_max``: mean and maximum of the finite norms before clipping.
       (Trainer's own ``grad_norm`` is the last step's norm.)
-    - ``clipped_share``: the share of steps with a clipped gradient, from 0 to 1.
+    - ``clipped_share``: the share of steps with a norm above ``max_grad_norm``, from 0 to 1.
     - ``nonfinite_steps``: the number of steps with an infinity or a NaN in the gradient.
 
     For the first step and each logged step only, to save time:
 
-    - ``nonfinite_values``: the number of infinities and NaNs in the gradient.
+    - ``nonfinite_values``: the number of infinities and NaNs in the gradient. Where a layerwise
+      optimizer accumulates gradients, a matrix counts by its worst backward pass.
     - ``update_ratio_attn``, ...: the norm of a matrix's update divided by the norm of the matrix,
       both estimated from 4,096 values. The figure is the largest ratio in a group of layers. A
       group has the name of its layers in a block (``attn``, ``mlp``) or in the model (``wte``).
@@ -41,6 +44,8 @@ class GradientHealth(LoggedFigures):
         self._norms: list[Tensor] = []
         self._clipped_above = math.inf
         self._sampling = False
+        self._layerwise: list[LayerwiseStripedAdamW] = []
+        self._in_folded: dict[Tensor, Tensor] = {}  # non-finite values of gradients that are gone
         self._nonfinite: Tensor | None = None
         self._before: dict[str, Tensor] = {}
         self._squares: tuple[list[str], Tensor] | None = None  # groups [n], squares [n, 2]
@@ -54,6 +59,9 @@ class GradientHealth(LoggedFigures):
             parameters = list(parameters)
             if self._sampling:  # before clipping: a norm that is NaN makes every value NaN
                 self._nonfinite = _nonfinite_values(parameters)
+                for count in self._in_folded.values():
+                    self._nonfinite = self._nonfinite.to(count.device) + count
+                self._watch_folding(False)
             norm = clip_grad_norm(parameters, max_norm, *args, **kwargs)
             if norm is not None:  # None from DeepSpeed before its first step
                 self._norms.append(norm if isinstance(norm, Tensor) else torch.tensor(norm))
@@ -75,6 +83,20 @@ class GradientHealth(LoggedFigures):
         """Decides whether to sample this step."""
         step = state.global_step + 1
         self._sampling = step == 1 or step % state.logging_steps == 0
+        self._layerwise = layerwise_among([kwargs.get("optimizer")])
+        self._watch_folding(self._sampling)
+
+    def _watch_folding(self, watching: bool) -> None:
+        self._in_folded = {}
+        for optimizer in self._layerwise:
+            optimizer.gradient_hook = self._count_nonfinite if watching else None
+
+    def _count_nonfinite(self, param: Tensor, grad: Tensor) -> None:
+        count = _nonfinite_in(grad)
+        if isinstance(grad, DTensor):
+            count /= _processes_with_the_same(grad)
+        before = self._in_folded.get(param)
+        self._in_folded[param] = count if before is None else torch.maximum(count, before)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -177,11 +199,16 @@ def _nonfinite_values(parameters: list[nn.Parameter]) -> Tensor:
     if gradients and not get_total_norm([_local(grad) for grad in gradients]).isfinite():
         sharded = any(isinstance(grad, DTensor) for grad in gradients)
         for grad in gradients:
-            pieces = _local(grad).flatten().split(_COUNTED_VALUES)
-            found = sum(len(piece) - int(piece.isfinite().sum()) for piece in pieces)
+            found = _nonfinite_in(grad).item()
             count += found / (_processes_with_the_same(grad) if sharded else 1)
     device = gradients[0].device if gradients else None
     return torch.tensor(count, dtype=torch.float64, device=device)
+
+
+def _nonfinite_in(gradient: Tensor) -> Tensor:
+    """Counts infinities and NaNs in this process's part of a gradient: a float64 scalar."""
+    pieces = _local(gradient).flatten().split(_COUNTED_VALUES)
+    return torch.stack([piece.isfinite().logical_not_().sum() for piece in pieces]).sum().double()
 
 
 def _processes_with_the_same(tensor: Tensor) -> int:

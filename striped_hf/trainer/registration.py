@@ -1,6 +1,7 @@
 """The optimizers' names in transformers.
 
-This is the only file that reaches into transformers' internals. Two places know optimizers by
+This is the only file that reaches into transformers' internals; ``layerwise.py`` is the one for
+accelerate's. Two places know optimizers by
 name, in every version from 4.57 to 5.23:
 
 - the enum ``OptimizerNames`` in ``transformers.training_args``: ``TrainingArguments`` converts
@@ -86,7 +87,7 @@ def _wrap_trainer(trainer: Any) -> None:
     @functools.wraps(create_original)
     def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = self.optimizer_cls_and_kwargs
-        if self.args.optim in OPTIMIZERS or (given is not None and given[0] is StripedAdamW):
+        if self.args.optim in OPTIMIZERS or (given is not None and _is_ours(given[0])):
             # the call of the method above may have had no model, or the model has changed since
             mark_matrices(self.model)
         return create_original(self, *args, **kwargs)
@@ -95,6 +96,10 @@ def _wrap_trainer(trainer: Any) -> None:
     create_optimizer._striped_hf_wraps = create_original  # type: ignore[attr-defined]
     trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
     trainer.create_optimizer = create_optimizer
+
+
+def _is_ours(optimizer_cls: Any) -> bool:
+    return isinstance(optimizer_cls, type) and issubclass(optimizer_cls, StripedAdamW)
 
 
 def _add_member(enum: EnumMeta, name: str, value: str) -> None:

@@ -421,6 +421,28 @@ def test_norms_that_grow_for_good_are_followed() -> None:
     assert optimizer.state[param]["exp_avg"].norm() > 0.5
 
 
+@pytest.mark.parametrize(("before", "after"), [(None, 0.5), (0.5, None)])
+def test_the_norm_to_clip_to_may_change_within_a_step(
+    before: float | None, after: float | None
+) -> None:
+    torch.manual_seed(2)
+    param = nn.Parameter(torch.zeros(256, 256))
+    optimizer = LayerwiseStripedAdamW([param], lr=1.0, max_grad_norm=0.5)
+    for norms in ((0.5, 0.5), (0.5, 0.5), (before, after), (None, None), (0.5, 0.5)):
+        grad = torch.randn(256, 256)
+        grad *= 3 / grad.norm()
+        optimizer.max_grad_norm = norms[0]
+        before_step = optimizer.state[param]["exp_avg"].clone() if optimizer.state else 0
+        give_gradient(param, grad)
+        share = optimizer.state[param]["exp_avg"] - 0.9 * before_step
+        optimizer.max_grad_norm = norms[1]
+        assert optimizer.grad_norm().item() == pytest.approx(3, rel=1e-5)
+        # nothing is known of the first step's norm when it is folded
+        expected = 0.5 if norms[0] and torch.is_tensor(before_step) else 3
+        assert share.norm().item() / 0.1 == pytest.approx(expected, rel=1e-4)
+        optimizer.step()
+
+
 def test_gradients_that_stayed_are_clipped_by_their_own_norm() -> None:
     model, _ = train(StripedAdamW, after_backward=_clip(0.1), eps=1e-3)
     other = make_model()
@@ -479,6 +501,19 @@ def test_a_deleted_optimizer_leaves_an_ordinary_model() -> None:
     model(torch.zeros(1, 4, dtype=torch.long)).backward()
     assert all(p.grad is not None for p in model.parameters())
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_a_later_optimizer_gets_the_gradients() -> None:
+    """As in a notebook, where the Trainer of an earlier cell lives on."""
+    model = make_model()
+    earlier = LayerwiseStripedAdamW(model.parameters(), lr=1.0)
+    later = LayerwiseStripedAdamW(make_groups(model), lr=1e-2)
+    run(model, later, range(2))
+    expected = make_model()
+    run(expected, LayerwiseStripedAdamW(make_groups(expected), lr=1e-2), range(2))
+    for param, other in zip(model.parameters(), expected.parameters(), strict=True):
+        assert_same_bits(param, other)
+    assert not earlier.state
 
 
 def test_replaced_parameters_are_hooked_from_the_next_step_on() -> None:

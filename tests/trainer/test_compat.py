@@ -31,6 +31,7 @@ def test_the_trainer_tests_pass_with(version: str, tmp_path: Path) -> None:
     assert found.strip() == version
     tests = ["test_registration.py", "test_importing.py", "test_optimizer_kwargs.py"]
     tests += ["test_param_groups.py", "test_trainer_runs.py", "test_trainer_subclasses.py"]
+    tests += ["test_layerwise.py"]
     # the recipes' Trainer and its checkpoints override Trainer's private methods
     tests += ["test_causal_lm.py", "test_pretraining.py", "test_watching.py"]
     finished = subprocess.run(

@@ -5,27 +5,23 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from trainer_runs import NAMES, Counting, arguments, losses, optimizer_of, tiny_model
-from transformers import PreTrainedTokenizerFast, Trainer
+from trainer_runs import (
+    NAMES,
+    TEXT,
+    Counting,
+    arguments,
+    losses,
+    optimizer_of,
+    tiny_model,
+    tiny_tokenizer,
+)
+from transformers import Trainer
 
 from striped_hf import StripedAdamW, optimizer_cls_and_kwargs
 
 datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 trl = pytest.importorskip("trl")
-
-TEXT = "the cat sat on the mat and the dog sat on the log"
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character."""
-    vocabulary = {token: i for i, token in enumerate(["<eos>", *sorted(set(TEXT))])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>", bos_token="<eos>"
-    )
 
 
 def lora(**changes: Any) -> peft.LoraConfig:

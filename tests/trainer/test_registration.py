@@ -13,6 +13,7 @@ import pytest
 import torch
 from fresh_process import python
 from trainer_runs import (
+    LAYERWISE,
     NAMES,
     arguments,
 )
@@ -53,7 +54,7 @@ def test_a_fresh_process_knows_the_names_by_import_alone(tmp_path: Path) -> None
     python(read, file)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *LAYERWISE])
 def test_a_name_is_an_ordinary_enum_member(name: str) -> None:
     member = OptimizerNames(name)
     assert member is OptimizerNames[name.upper()] is getattr(OptimizerNames, name.upper())
@@ -72,7 +73,7 @@ def test_a_name_is_an_ordinary_enum_member(name: str) -> None:
 
 def test_the_parser_offers_the_names_and_refuses_others(capsys: pytest.CaptureFixture[str]) -> None:
     parser = HfArgumentParser(TrainingArguments)
-    for name in NAMES:
+    for name in (*NAMES, *LAYERWISE):
         assert name in parser.format_help()
     with pytest.raises(SystemExit):
         parser.parse_args_into_dataclasses(["--output_dir", "out", "--optim", "striped_adam"])
@@ -160,7 +161,9 @@ def test_with_changed_internals_the_public_interface_still_works(
         messages = [str(w.message) for w in caught if "striped_adamw" in str(w.message)]
         assert len(messages) == 1 and "optimizer_cls_and_kwargs(args, model)" in messages[0], caught
 
-        for name in ("striped_adamw", "striped_adamw_8bit", "striped_adamw_4bit"):
+        from striped_hf.trainer.optimizer_kwargs import OPTIMIZERS
+        assert len(OPTIMIZERS) == 6
+        for name in OPTIMIZERS:
             try:
                 TrainingArguments(sys.argv[1], optim=name)
             except ValueError as error:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
-from trainer_runs import LENGTH, VOCAB_SIZE, Counting, arguments, optimizer_of, tiny_model
+from trainer_runs import LENGTH, VOCAB_SIZE, WIDE, Counting, arguments, optimizer_of, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, set_seed
 from wandb.proto import wandb_internal_pb2
 
@@ -219,6 +219,39 @@ def test_values_that_are_not_finite_are_counted(tmp_path, bad):
     assert (first["nonfinite_steps"], first["nonfinite_values"]) == (0, 0)
     assert (second["nonfinite_steps"], second["nonfinite_values"]) == (1, 5)
     assert second["grad_norm_max"] > 0  # the norm of the finite step
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_gradients_that_are_gone_have_the_figures_of_others(tmp_path, passes):
+    """A layerwise optimizer frees the gradients of matrices in the backward pass."""
+
+    def train(optim: str) -> list[dict[str, Any]]:
+        model = tiny_model("llama", WIDE, WIDE)
+        layer = model.model.layers[1]
+        for param, count in ((layer.self_attn.q_proj.weight, 5), (layer.input_layernorm.weight, 2)):
+            calls = iter(range(1, 100))
+
+            def poison(grad, calls=calls, count=count):
+                grad = grad.clone()
+                if next(calls) > 3 * passes:  # in the last step
+                    grad.view(-1)[:count] = float("nan")
+                return grad
+
+            param.register_hook(poison)
+        changes = {"gradient_accumulation_steps": passes, "per_device_train_batch_size": 4}
+        changes |= {"max_grad_norm": 100.0}  # nothing is clipped
+        return logged(watched(tmp_path, model, optim=optim, **changes))
+
+    (layerwise, after), (ordinary, expected) = map(
+        train, ("striped_adamw_layerwise", "striped_adamw")
+    )
+    assert layerwise.keys() == ordinary.keys()
+    rel = 0.1 if passes > 1 else 1e-4  # accumulated, the norm and the second moment are estimates
+    for key in layerwise.keys() - {"tokens_per_second", "mfu", "peak_memory_mib"}:
+        assert layerwise[key] == pytest.approx(ordinary[key], rel=rel), key
+    for key in ("nonfinite_steps", "nonfinite_values"):
+        assert after[key] == expected[key]
+    assert after["nonfinite_values"] == 7
 
 
 class Slow(Counting):

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch.utils.data import Dataset
 from transformers import (
     GPT2Config,
@@ -11,6 +12,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -20,6 +22,9 @@ import striped_hf
 
 VOCAB_SIZE, LENGTH = 64, 16
 NAMES = {"striped_adamw": "float32", "striped_adamw_8bit": "int8", "striped_adamw_4bit": "int4"}
+LAYERWISE = {f"{name}_layerwise": momentum_dtype for name, momentum_dtype in NAMES.items()}
+TEXT = "the cat sat on the mat and the dog sat on the log"
+WIDE = 256  # a square matrix of so many rows is the smallest whose gradient is freed
 
 
 class Counting(Dataset[dict[str, torch.Tensor]]):
@@ -33,26 +38,36 @@ class Counting(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": ids, "labels": ids}
 
 
-def tiny_model(kind: str) -> PreTrainedModel:
+def tiny_model(kind: str, width: int = 32, vocab_size: int = VOCAB_SIZE) -> PreTrainedModel:
     """A GPT-2 (with packed projections, tied embeddings, dropout) or a Llama (without them)."""
     set_seed(0)
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     if kind == "gpt2":
         return GPT2LMHeadModel(
             GPT2Config(
-                vocab_size=VOCAB_SIZE, n_positions=LENGTH, n_embd=32, n_layer=2, n_head=2, **ids
+                vocab_size=vocab_size, n_positions=LENGTH, n_embd=width, n_layer=2, n_head=2, **ids
             )
         )
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=32,
-            intermediate_size=64,
+            vocab_size=vocab_size,
+            hidden_size=width,
+            intermediate_size=2 * width,
             num_hidden_layers=2,
             num_attention_heads=2,
             max_position_embeddings=LENGTH,
             **ids,
         )
+    )
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character."""
+    vocabulary = {token: i for i, token in enumerate(["<eos>", *sorted(set(TEXT))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>", bos_token="<eos>"
     )
 
 

@@ -20,18 +20,27 @@ class ForwardClipping:
     max_norm where that is larger: a spike does not shrink the step after it, and norms that grow
     for good are followed in a few steps.
 
+    ``max_norm`` may change at any time. What a step's gradients are multiplied by is decided with
+    the first of them.
+
     No number is read from the device.
     """
 
     def __init__(self, max_norm: float | None) -> None:
         self.max_norm = max_norm
         self.assumed: Tensor | None = None  # [] float32
+        self._has_begun = False
         self._used: Tensor | None = None  # [] float32, this step's coefficient
+
+    def begin_step(self) -> None:
+        """Forgets the coefficient of the step before."""
+        self._has_begun, self._used = False, None
 
     def coefficient(self, device: torch.device) -> Tensor | None:
         """Returns what this step's folded gradients are multiplied by; None: by nothing."""
-        if self._used is None and self.max_norm is not None and self.assumed is not None:
+        if not self._has_begun and self.max_norm is not None and self.assumed is not None:
             self._used = self.clip(self.assumed)
+        self._has_begun = True
         return None if self._used is None else self._used.to(device)
 
     def clip(self, norm: Tensor) -> Tensor:
@@ -58,8 +67,7 @@ class ForwardClipping:
         assert self.max_norm is not None
         if self.assumed is None:
             self.assumed = norm
-        else:
-            before = self.assumed.to(norm.device)
-            following = torch.minimum(norm, _LARGEST_RATIO * before.clamp(min=self.max_norm))
-            self.assumed = torch.where(norm.isfinite(), following, before)
-        self._used = None
+            return
+        before = self.assumed.to(norm.device)
+        following = torch.minimum(norm, _LARGEST_RATIO * before.clamp(min=self.max_norm))
+        self.assumed = torch.where(norm.isfinite(), following, before)

@@ -8,7 +8,11 @@ from torch.utils.hooks import RemovableHandle
 
 
 class GradientHooks:
-    """Hooks of an optimizer, which do not keep it alive and are removed with it."""
+    """Hooks of an optimizer, which do not keep it alive and are removed with it.
+
+    A parameter has the hook of one optimizer, the last to attach its hooks: an earlier one may live
+    on unseen, such as with an earlier Trainer in a notebook, and would take the gradients.
+    """
 
     def __init__(self, on_gradient: Callable[[Tensor], None]) -> None:
         """Prepares the hooks.
@@ -24,7 +28,8 @@ class GradientHooks:
         """Hooks those parameters that have no hook yet."""
         for param in params:
             if not self._is_hooked(param):
-                hook = param.register_post_accumulate_grad_hook(self._call)
+                _remove_from(param)
+                hook = param.register_post_accumulate_grad_hook(_Call(self._method))
                 self._handles[id(param)] = hook
 
     def remove(self) -> None:
@@ -36,16 +41,24 @@ class GradientHooks:
         # other code may have replaced the parameter, and its id may be in use again
         return handle is not None and handle.id in (param._post_accumulate_grad_hooks or ())
 
-    @property
-    def _call(self) -> Callable[[Tensor], None]:
-        method = self._method
 
-        def call(param: Tensor) -> None:
-            on_gradient = method()
-            if on_gradient is not None:
-                on_gradient(param)
+class _Call:
+    """What a parameter keeps."""
 
-        return call
+    def __init__(self, method: weakref.WeakMethod[Callable[[Tensor], None]]) -> None:
+        self._method = method
+
+    def __call__(self, param: Tensor) -> None:
+        on_gradient = self._method()
+        if on_gradient is not None:
+            on_gradient(param)
+
+
+def _remove_from(param: Tensor) -> None:
+    hooks: dict[int, object] = param._post_accumulate_grad_hooks or {}
+    for key, hook in list(hooks.items()):
+        if isinstance(hook, _Call):
+            del hooks[key]
 
 
 def _remove(handles: dict[int, RemovableHandle]) -> None:
