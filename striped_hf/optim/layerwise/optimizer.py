@@ -22,7 +22,7 @@ from striped_hf.optim.layerwise.hooks import GradientHooks
 from striped_hf.optim.layerwise.norms import square_norms_of_folded, square_norms_of_gradients
 from striped_hf.optim.layerwise.open_matrix import OpenMatrix
 from striped_hf.optim.options import settings_of
-from striped_hf.optim.plain import problem_of_wrapper
+from striped_hf.optim.plain import has_values, problem_of_wrapper
 from striped_hf.optim.sharded import step as sharded_step
 from striped_hf.optim.sharded.layout import is_sharded
 from striped_hf.optim.state import description_of, name_of
@@ -171,7 +171,8 @@ class LayerwiseStripedAdamW(StripedAdamW):
                 f"{self._name_of(param)} got a second gradient before step(): construct the "
                 "optimizer with gradient_accumulation=True"
             )
-        step = int(self.state[param]["step"].item()) + 1
+        steps = self.state[param]["step"]
+        step = 1 + (int(steps.item()) if has_values(steps) else 0)
         settings = settings_of(self._place_of(param).group, False)
         coefficient = self._clipping.coefficient(param.device)
         opened.fold(grad, step, self._backend(param.device.type), settings, coefficient)
