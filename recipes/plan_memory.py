@@ -31,8 +31,7 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from striped_hf.cli import run
-from striped_hf.optim import StripedAdamW
-from striped_hf.optim.layerwise.optimizer import LayerwiseStripedAdamW
+from striped_hf.optim import LayerwiseStripedAdamW, StripedAdamW
 from striped_hf.pretrained import check_length
 from striped_hf.published_configs import NAMES, load_config
 from striped_hf.results import markdown_table
@@ -306,7 +305,8 @@ def advice(plans: list[Plan], card_gib: float, name: str) -> str:
     lora = " LoRA does." if any(p.way.lora and p.fits(card_gib) for p in plans) else ""
     return (
         f"Nothing that trains all weights fits {card_gib:g} GiB. The least is "
-        f"`{smallest.way.optim}` on a card of {gib} GiB, or a shorter --context or smaller --batch.{lora}"
+        f"`{smallest.way.optim}` on a card of {gib} GiB, or a shorter --context or a smaller "
+        f"--batch.{lora}"
     )
 
 

@@ -22,11 +22,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from striped_hf.cli import UserError, one_line
 from striped_hf.losses import head_in_loss, is_worthwhile, plain_head
 from striped_hf.optim.backends import chunks
+from striped_hf.pretrained import new_model
 from striped_hf.trainer.causal_lm import loss_from_hidden
 from striped_hf.trainer.gpu_shapes import ATTENTION, GpuShapes
 from striped_hf.trainer.live_bytes import OTHER, LiveBytes
@@ -105,7 +106,7 @@ class FakeTraining:
         self._live: LiveBytes | None = None
         self._label_in_hooks = OTHER
         with self._running():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+            model: Any = new_model(config, dtype).train()
             with contextlib.suppress(ValueError):  # a model with attention of its own keeps it
                 model.set_attn_implementation(ATTENTION)
             if prepare is not None:
