@@ -1,9 +1,9 @@
 """Plan the memory of finetuning GPT-2 XL and models of 7 and 8 billion parameters.
 
-    python -m benchmarks.memory_plans    # about 10 minutes on one core; needs no network
+    python -m benchmarks.memory_plans    # some minutes on one core; needs no network
 
-recipes/plan_memory.py on fake tensors, at batch 1 and context 1,024. GPT-2 XL is trained as
-finetune_shakespeare.py does it: 32 passes in a step, with the loss in chunks. The others are
+recipes/plan_memory.py at batch 1 and context 1,024, with gradient checkpointing. GPT-2 XL is
+trained as by finetune_shakespeare.py: 32 passes in a step, with the loss in chunks. The others are
 trained as by plain Trainer, with one pass in a step.
 """
 
@@ -18,11 +18,11 @@ from striped_hf.trainer.step_memory import Memory, Setting
 
 RESULTS = "benchmarks/results/memory_plans.json"
 MODELS = {
-    "gpt2-xl": Setting(accumulation=32, chunked_loss=True),
     "llama-2-7b": Setting(),
     "mistral-7b": Setting(),
     "qwen2.5-7b": Setting(),
     "llama-8b": Setting(),
+    "gpt2-xl": Setting(accumulation=32, chunked_loss=True),
 }
 # the columns, by the optimizer's name in Trainer, the weights' dtype, and whether LoRA is trained
 COLUMNS = {
@@ -46,11 +46,10 @@ def compute() -> list[dict[str, Any]]:
     models: list[dict[str, Any]] = []
     for name, setting in MODELS.items():
         rows: list[dict[str, Any]] = []
-        for each in plan(load_config(name), setting, ways):
+        for each in plan(load_config(name), setting, ways, checkpointing=[True]):
             optim, dtype, lora = _key(each.way)
-            checkpointing = each.setting.gradient_checkpointing
-            row = {"optim": optim, "dtype": dtype, "lora": lora, "checkpointing": checkpointing}
-            rows.append({**row, "bytes": each.memory._asdict()})
+            row = {"optim": optim, "dtype": dtype, "lora": lora, "bytes": each.memory._asdict()}
+            rows.append(row)
         of_model = {"batch_size": setting.batch_size, "context": setting.context}
         of_model |= {"accumulation": setting.accumulation, "chunked_loss": setting.chunked_loss}
         models.append({"name": name, **of_model, "rows": rows})
@@ -61,25 +60,23 @@ def compute() -> list[dict[str, Any]]:
 def _table(models: list[dict[str, Any]]) -> str:
     rows = []
     for model in models:
-        for checkpointing in (False, True):
-            peaks = {
-                (row["optim"], row["dtype"], row["lora"]): Memory(**row["bytes"]).total
-                for row in model["rows"]
-                if row["checkpointing"] == checkpointing
-            }
-            cells = (f"{peaks[key] / 2**30:.1f}" for key in COLUMNS)
-            rows.append((f"`{model['name']}`", "yes" if checkpointing else "no", *cells))
-    return markdown_table(("model", "gradient checkpointing", *COLUMNS.values()), rows)
+        peaks = {
+            (row["optim"], row["dtype"], row["lora"]): Memory(**row["bytes"]).total
+            for row in model["rows"]
+        }
+        rows.append((f"`{model['name']}`", *(f"{peaks[key] / 2**30:.1f}" for key in COLUMNS)))
+    return markdown_table(("model", *COLUMNS.values()), rows)
 
 
 def render(results: dict[str, Any]) -> str:
     """Makes the Markdown table of a results file, and the line under it."""
     return (
-        f"{_table(results['models'])}\n\nGiB at the peak of a training step, batch 1, context "
-        "1,024, computed on tensors without memory; the CUDA context of about 1 GiB and "
-        "fragmentation come on top. Where no dtype is given, weights are float32 and the passes "
-        "are under bfloat16 autocast. `gpt2-xl` accumulates 32 passes in a step, the others have "
-        "one."
+        f"{_table(results['models'])}\n\nGiB at the peak of a training step with gradient "
+        "checkpointing, batch 1, context 1,024, computed on tensors without memory. The CUDA "
+        "context of about 1 GiB and fragmentation come on top. Where no dtype is given, weights "
+        "are float32 and the passes are under bfloat16 autocast. LoRA has rank 16 on bfloat16 "
+        "weights. `gpt2-xl` is trained as by `finetune_shakespeare.py`, with 32 passes in a step "
+        "and the loss in chunks, the others as by plain Trainer with one pass."
     )
 
 
@@ -88,7 +85,7 @@ def render_parts(results: dict[str, Any]) -> str:
     rows = []
     for model in results["models"]:
         for row in model["rows"]:
-            if not (row["optim"].endswith("layerwise") and row["checkpointing"]):
+            if not row["optim"].endswith("layerwise"):
                 continue
             memory = Memory(**row["bytes"])
             sizes = (f"{size / 2**30:.2f}" for size in (*memory, memory.total))

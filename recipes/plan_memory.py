@@ -19,7 +19,7 @@ rank 16 on all linear layers but the output, are this script's own.
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -188,13 +188,19 @@ class Plan(NamedTuple):
         return self.memory.total <= (card_gib - CONTEXT_GIB) * 2**30
 
 
-def plan(config: PretrainedConfig, setting: Setting, ways: tuple[Way, ...] = WAYS) -> list[Plan]:
-    """Computes what each way needs, without and with gradient checkpointing.
+def plan(
+    config: PretrainedConfig,
+    setting: Setting,
+    ways: Sequence[Way] = WAYS,
+    checkpointing: Sequence[bool] = (False, True),
+) -> list[Plan]:
+    """Computes what each way needs.
 
     Args:
         config: The model's configuration.
-        setting: How the model is trained; both values of ``gradient_checkpointing`` are planned.
+        setting: How the model is trained, but for gradient checkpointing.
         ways: Which ways.
+        checkpointing: Whether without or with gradient checkpointing, or both.
 
     Raises:
         UserError: The model cannot run on fake tensors.
@@ -204,8 +210,8 @@ def plan(config: PretrainedConfig, setting: Setting, ways: tuple[Way, ...] = WAY
     steps: dict[Way, Memory] = {}
     passes: dict[Any, tuple[FakeTraining, Memory]] = {}
     found: dict[tuple[Way, bool], Plan] = {}
-    for checkpointing in (False, True):
-        setting = replace(setting, gradient_checkpointing=checkpointing)
+    for checkpoints in checkpointing:
+        setting = replace(setting, gradient_checkpointing=checkpoints)
         for way in ways:
             training = partial(
                 *(FakeTraining, config, way.dtype, setting, way.autocast),
@@ -215,7 +221,7 @@ def plan(config: PretrainedConfig, setting: Setting, ways: tuple[Way, ...] = WAY
             if way.layerwise:
                 memory = training().passes_and_step(build)
             else:
-                key = (way.dtype, way.lora, checkpointing)
+                key = (way.dtype, way.lora, checkpoints)
                 if key not in passes:
                     model = training()
                     passes[key] = model, model.passes()
@@ -225,8 +231,8 @@ def plan(config: PretrainedConfig, setting: Setting, ways: tuple[Way, ...] = WAY
                 of_step = steps[way]
                 of_passes = of_passes._replace(state=of_step.state)
                 memory = max(of_passes, of_step, key=lambda each: each.total)
-            found[way, checkpointing] = Plan(way, setting, memory)
-    return [found[way, checkpointing] for way in ways for checkpointing in (False, True)]
+            found[way, checkpoints] = Plan(way, setting, memory)
+    return [found[way, checkpoints] for way in ways for checkpoints in checkpointing]
 
 
 def _build(way: Way, setting: Setting, model: Any) -> Optimizer:

@@ -26,6 +26,7 @@ from transformers import PretrainedConfig
 
 from striped_hf.cli import UserError, one_line
 from striped_hf.losses import head_in_loss, is_worthwhile, plain_head
+from striped_hf.optim import LayerwiseStripedAdamW
 from striped_hf.optim.backends import chunks
 from striped_hf.pretrained import new_model
 from striped_hf.trainer.causal_lm import loss_from_hidden
@@ -143,11 +144,11 @@ class FakeTraining:
                 live.label("state", _state(optimizer))
         return _memory(live)
 
-    def passes_and_step(self, build: Callable[[Any], Optimizer]) -> Memory:
+    def passes_and_step(self, build: Callable[[Any], LayerwiseStripedAdamW]) -> Memory:
         """Returns the peak of a whole step of an optimizer that works in the backward pass.
 
         Args:
-            build: Makes an optimizer for the model. The optimizer clips the gradients.
+            build: Makes an optimizer for the model, which clips the gradients itself.
         """
         with self._running():
             optimizer = build(self.model)
@@ -178,10 +179,10 @@ class FakeTraining:
         loss: Tensor = outputs["loss"]
         return loss
 
-    def _give_state(self, optimizer: Optimizer) -> None:
+    def _give_state(self, optimizer: LayerwiseStripedAdamW) -> None:
         for param in self.parameters:
             param.grad = torch.empty_like(param)
-        optimizer.step()
+        optimizer.grad_norm()  # folds the gradients, which a state is created for
         optimizer.zero_grad()
 
     def _on_gradient(self, param: Tensor) -> None:
