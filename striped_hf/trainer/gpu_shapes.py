@@ -8,6 +8,7 @@ tensors of the CPU. Some operations allocate other tensors there than on a GPU:
   matrix of attention weights.
 - Dropout. A GPU keeps a mask of one byte per element, a CPU one in the tensor's dtype.
 - Autocast. On a GPU more functions compute in float32.
+- Products by groups of rows (mixtures of experts). Fake tensors do not take them in float32.
 """
 
 from typing import Any
@@ -19,16 +20,17 @@ from transformers import AttentionInterface
 
 ATTENTION = "causal_shapes"  # among transformers' attention implementations
 
-# Functions that language models use, of those that autocast computes in float32 on a GPU only:
-# https://docs.pytorch.org/docs/stable/amp.html
+# Functions that language models use, of those that autocast computes in float32 on a GPU only
+# (torch 2.13, ATen/autocast_mode.h)
 _FLOAT32 = (
-    *("__pow__", "cross_entropy", "cumsum", "exp", "group_norm", "layer_norm", "log"),
-    *("log_softmax", "norm", "pow", "prod", "rsqrt", "softmax", "softplus", "sum"),
+    *("__pow__", "cross_entropy", "cumprod", "cumsum", "exp", "group_norm", "layer_norm", "log"),
+    *("log_softmax", "logsumexp", "norm", "pow", "prod", "reciprocal", "rms_norm", "rsqrt"),
+    *("softmax", "softplus", "sum"),
 )
 
 
 class GpuShapes(TorchFunctionMode):
-    """Lets dropout and autocast on CPU tensors allocate what they would on a GPU.
+    """Lets functions on fake CPU tensors allocate what they would on a GPU.
 
     The backward pass is not in the mode. Layers that are computed again there must enter it.
     """
@@ -39,7 +41,10 @@ class GpuShapes(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is nn.functional.dropout:
             return _dropout(*args, **kwargs)
-        if torch.is_autocast_enabled("cpu") and getattr(func, "__name__", None) in _FLOAT32:
+        name = getattr(func, "__name__", None)
+        if name in ("grouped_mm", "_grouped_mm") and args[0].dtype == torch.float32:
+            return _GroupedProduct.apply(*args[:2])  # type: ignore[no-untyped-call]
+        if name in _FLOAT32 and torch.is_autocast_enabled("cpu"):
             args = tuple(map(_in_float32, args))
             kwargs = {key: _in_float32(value) for key, value in kwargs.items()}
         return func(*args, **kwargs)
@@ -53,6 +58,19 @@ def _in_float32(value: Any) -> Any:
     if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
         return value.float()
     return value
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """Allocates what the product of [N, d] by [experts, d, width] does, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        return rows.new_empty(len(rows), weight.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return tuple(map(torch.empty_like, ctx.saved_tensors))
 
 
 class _FlashAttention(torch.autograd.Function):

@@ -91,7 +91,7 @@ class FakeTraining:
         prepare: Changes the model after it was made.
 
     Raises:
-        UserError: The model cannot run without values.
+        UserError: The model has no such configuration.
     """
 
     def __init__(
@@ -124,7 +124,11 @@ class FakeTraining:
             param.register_post_accumulate_grad_hook(self._on_gradient)
 
     def passes(self) -> Memory:
-        """Returns the peak of the passes of one step; the gradients stay."""
+        """Returns the peak of the passes of one step; the gradients stay.
+
+        Raises:
+            UserError: The model cannot run without values.
+        """
         with self._running(), self._following() as live:
             self._run_passes()
         return _memory(live)
@@ -199,11 +203,10 @@ class FakeTraining:
         with self._mode, GpuShapes(), chunks.skipped():
             try:
                 yield
-            except UserError:
-                raise
-            except Exception as error:
+            except RuntimeError as error:  # all errors of fake tensors are
                 raise UserError(
-                    f"the model cannot run on fake tensors: {one_line(error)}"
+                    "memory cannot be planned for this model, which does not run on tensors "
+                    f"without values: {one_line(error)}"
                 ) from error
 
     @contextlib.contextmanager

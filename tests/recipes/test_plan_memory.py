@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, Trainer, TrainingArguments
+from transformers import AutoConfig, GPT2Config, LlamaConfig, Trainer, TrainingArguments
 
 from recipes import plan_memory
 from recipes.plan_memory import WAYS, Plan, plan, recommended
@@ -153,6 +153,23 @@ def test_attention_needs_no_matrix_of_weights():
             for context in (1024, 2048, 3072)
         )
         assert third - second == pytest.approx(second - first, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name", ["falcon", "gemma2", "mixtral"]
+)  # own attention, soft caps, experts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_architectures(name, dtype):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 128, "max_position_embeddings": 64}
+    config = AutoConfig.for_model(name, **sizes)
+    training = FakeTraining(config, dtype, Setting(1, 64), dtype == torch.float32)
+    memory = training.passes()
+    with torch.device("meta"):
+        model = new_model(config, dtype)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert memory.weights == sum(tensor.nbytes for tensor in tensors)
+    assert memory.activations > 0
 
 
 def test_dropout_keeps_a_byte_per_element():
