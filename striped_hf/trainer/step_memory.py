@@ -186,7 +186,7 @@ class FakeTraining:
     def _give_state(self, optimizer: LayerwiseStripedAdamW) -> None:
         for param in self.parameters:
             param.grad = torch.empty_like(param)
-        optimizer.grad_norm()  # folds the gradients, which a state is created for
+        optimizer.step()
         optimizer.zero_grad()
 
     def _on_gradient(self, param: Tensor) -> None:
