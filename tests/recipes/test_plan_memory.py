@@ -266,7 +266,7 @@ def test_only_the_configuration_is_read(tmp_path, run_here):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--context", 17), "--context 17 is more than"),
+        (("--context", 17), "--context 17 exceeds the context"),
         (("--batch", 0), "--batch 0: pass a number above 0"),
         (("--card_gib", 0.5), "--card_gib 0.5: pass more than"),
     ],
