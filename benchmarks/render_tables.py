@@ -49,6 +49,7 @@ class PageTable(NamedTuple):
         draw: Draws the plot of the first file, named like the table.
         shows_plot: Whether the place shows the plot. Otherwise the page's text embeds it.
         unmeasured: The text of the place while a results file is missing.
+        computed: Whether nothing was measured.
     """
 
     render: Callable[..., str]
