@@ -19,10 +19,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, set_seed
 
-from benchmarks.model_shapes import load_config
 from striped_hf.cli import UserError, run
 from striped_hf.data import ContiguousBlocks, RandomWindows, open_split
 from striped_hf.optim import StripedAdamW
+from striped_hf.published_configs import load_config
 from striped_hf.results import environment, markdown_table, write_json
 from striped_hf.trainer import param_groups
 

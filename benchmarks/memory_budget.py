@@ -22,56 +22,25 @@ are the same on every device.
 
 import argparse
 import gc
-import weakref
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from benchmarks.measuring import temporary_bytes
-from benchmarks.model_shapes import Weight, allocate, load_config, meta_model, meta_weights, slug
+from benchmarks.model_shapes import Weight, allocate, meta_model, meta_weights, slug
 from benchmarks.optimizer_peers import Peer, states
 from striped_hf.cli import one_line
+from striped_hf.published_configs import load_config
 from striped_hf.results import environment, markdown_table, write_json
+from striped_hf.trainer.live_bytes import OTHER, LiveBytes
 from striped_hf.trainer.memory import tensor_bytes
 
 CARDS_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 141)
 CONTEXT_GIB = 1  # the memory of a card that CUDA and the kernels use
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations make, until they are freed."""
-
-    def __init__(self, known: list[torch.Tensor]) -> None:
-        super().__init__()
-        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
-        self._live = 0
-        self.peak = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata in self._sizes:
-            return  # a view has no memory of its own
-        self._sizes[storage._cdata] = storage.nbytes()
-        self._live += storage.nbytes()
-        self.peak = max(self.peak, self._live)
-        weakref.finalize(storage, self._remove, storage._cdata)
-
-    def _remove(self, key: int) -> None:
-        self._live -= self._sizes.pop(key)
 
 
 def activation_bytes(
@@ -85,12 +54,13 @@ def activation_bytes(
         for _ in range(2):  # in the second pass the gradients exist already
             known = [ids, *model.parameters(), *model.buffers()]
             known += [param.grad for param in model.parameters() if param.grad is not None]
-            with LiveBytes(known) as live:
+            with LiveBytes() as live:
+                live.label("known", known)
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
                 loss.backward()
             del loss
-    return live.peak
+    return live.at_peak()[OTHER]
 
 
 def optimizer_bytes(peer: Peer, shapes: list[Weight], device: torch.device) -> tuple[int, int]:

@@ -5,38 +5,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GPT2Config,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from recipes.pretrain_openwebtext import GPT2_SIZES
-from striped_hf.cli import load_pretrained
+from striped_hf.published_configs import load_config
 from striped_hf.trainer import param_groups
 
-LLAMA_SIZES = {  # the published sizes of Llama 3.2 1B and of Llama 3.1 8B, 70B and 405B
-    name: {
-        "vocab_size": 128256,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": name == "llama-1b",
-    }
-    for name, hidden, intermediate, layers, heads in (
-        ("llama-1b", 2048, 8192, 16, 32),
-        ("llama-8b", 4096, 14336, 32, 32),
-        ("llama-70b", 8192, 28672, 80, 64),
-        ("llama-405b", 16384, 53248, 126, 128),
-    )
-}
 WEIGHT_DECAY = 0.1
 
 
@@ -55,24 +28,8 @@ class Weight:
     embedding: bool
 
 
-def load_config(name: str) -> PretrainedConfig:
-    """Returns the configuration of a model.
-
-    Args:
-        name: A name in ``GPT2_SIZES`` or ``LLAMA_SIZES``, a local folder, or a name on the hub.
-
-    Raises:
-        UserError: It is none of them.
-    """
-    if name in GPT2_SIZES:
-        return GPT2Config(**GPT2_SIZES[name])
-    if name in LLAMA_SIZES:
-        return LlamaConfig(**LLAMA_SIZES[name])
-    return load_pretrained(AutoConfig, name)
-
-
 def meta_model(name: str) -> PreTrainedModel:
-    """Builds a model on the meta device; ``name`` as in ``load_config``."""
+    """Builds a model on the meta device; ``name`` as in ``published_configs.load_config``."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(load_config(name))
 

@@ -18,6 +18,7 @@ from benchmarks import (
     convolutions,
     gpu_parts,
     memory_budget,
+    memory_plans,
     optimizer_tables,
     processes,
     sharding,
@@ -48,6 +49,7 @@ class PageTable(NamedTuple):
         draw: Draws the plot of the first file, named like the table.
         shows_plot: Whether the place shows the plot. Otherwise the page's text embeds it.
         unmeasured: The text of the place while a results file is missing.
+        computed: Whether nothing was measured.
     """
 
     render: Callable[..., str]
@@ -55,6 +57,7 @@ class PageTable(NamedTuple):
     draw: Callable[[Results, Path], None] | None = None
     shows_plot: bool = False
     unmeasured: str = "Not measured yet."
+    computed: bool = False
 
 
 COMPARISON = PageTable(render_table, draw=render_plot)
@@ -83,6 +86,8 @@ TABLES = {
     "state_bytes": PageTable(state_bytes.render, draw=short_tables.draw_state_bytes),
     "convolution_models": PageTable(convolutions.render_models, ("state_bytes_convolutions",)),
     "parameter_shapes": PageTable(convolutions.render_shapes, ("state_bytes_convolutions",)),
+    "memory_plans": PageTable(memory_plans.render, computed=True),
+    "memory_plans_parts": PageTable(memory_plans.render_parts, ("memory_plans",), computed=True),
     "memory_gpt2_xl_cpu": PageTable(memory_budget.render_devices),
     ONE_DIE: OPTIMIZERS,
     TWO_DIES: OPTIMIZERS,
@@ -135,7 +140,13 @@ def render_place(name: str, folder: Path) -> str:
     text = table.render(*results)
     if not all(each.get("complete", True) for each in results):
         text += "\n\nThe run was cut off before its end."
-    text += f"\n\n{measured_on(environment)}"
+    origin = measured_on(environment)
+    if table.computed:
+        origin = (
+            f"Computed with torch {environment['torch']}, transformers "
+            f"{environment['transformers']}, at {environment['commit']}."
+        )
+    text += f"\n\n{origin}"
     if table.shows_plot and has_plot(name, results):
         path = Path(os.path.relpath(PLOTS / f"{name}.png", folder)).as_posix()
         text += f"\n\n![State and time of a step]({path})"

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from benchmarks.model_shapes import meta_model
-from recipes.pretrain_openwebtext import GPT2_SIZES
 from striped_hf.optim import StripedAdamW
 from striped_hf.optim.momentum import MOMENTUM_DTYPES
 from striped_hf.optim.state import description_of, zero_state
+from striped_hf.published_configs import GPT2_SIZES
 from striped_hf.results import environment, markdown_table, write_json
 from striped_hf.trainer import param_groups
 

@@ -22,11 +22,12 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from benchmarks.measuring import return_freed_memory
 from benchmarks.memory_budget import budget
-from benchmarks.model_shapes import load_config, meta_model, slug
+from benchmarks.model_shapes import meta_model, slug
 from benchmarks.optimizer_peers import all_peers
 from benchmarks.synthetic_run import RandomTokens, make_trainer
 from recipes.finetune_shakespeare import DEFAULTS
 from striped_hf.cli import UserError, one_line, run
+from striped_hf.published_configs import load_config
 from striped_hf.results import environment, markdown_table, write_json
 from striped_hf.trainer.callbacks import RunMeasurements
 from striped_hf.trainer.memory import peak_memory_mib

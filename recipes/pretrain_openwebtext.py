@@ -27,6 +27,7 @@ from transformers import GPT2Config, PretrainedConfig, set_seed
 from striped_hf.cli import UserError, is_main_process, run
 from striped_hf.data import ContiguousBlocks, RandomWindows, collate, open_split
 from striped_hf.pretrained import data_tokenizer, load_config, new_model
+from striped_hf.published_configs import GPT2_SIZES
 from striped_hf.results import loss_text
 from striped_hf.trainer.arguments import RecipeArguments, parse_arguments
 from striped_hf.trainer.callbacks import RunMeasurements
@@ -55,13 +56,6 @@ DEFAULTS = {
     "save_steps": 1000,
     "per_device_eval_batch_size": 12,
     "seed": 1337,
-}
-
-GPT2_SIZES = {  # the hub's configurations of these names
-    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
-    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
-    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
-    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
 
 

@@ -36,14 +36,18 @@ def load_model(name_or_path: str, dtype: torch.dtype = torch.float32) -> PreTrai
     return _quiet(load_pretrained(AutoModelForCausalLM, name_or_path, dtype=dtype))
 
 
-def new_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Makes a causal language model with random weights in float32.
+def new_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Makes a causal language model with random weights.
+
+    Args:
+        config: The model's configuration.
+        dtype: Of the weights.
 
     Raises:
         UserError: The configuration's values do not fit each other.
     """
     try:
-        return _quiet(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+        return _quiet(AutoModelForCausalLM.from_config(config, dtype=dtype))
     except (ValueError, TypeError, RuntimeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(
             f"no {config.model_type} model has this configuration: change its sizes "

@@ -33,6 +33,7 @@ SMALL = {
     "openwebtext.py": ("--data_files", "novels.parquet", "--num_proc", "1"),
     "compare_optimizers.py": (*FEW, "--n_layer", "1"),
     "sample.py": ("--max_new_tokens", "5"),
+    "plan_memory.py": ("--context", "32"),
     "eval_baselines.py": ("--max_blocks", "2", "--results", "baselines.json"),
     "eval_zero_shot.py": (
         *("--results", "zero_shot.json", "--tasks", "wikitext"),

@@ -82,7 +82,7 @@ class CausalLMTrainer(WholeCheckpoints):
                 and self.args.n_gpu <= 1
             )
             if head is not None:
-                self._head, self._loss_from_hidden = head, partial(_loss_from_hidden, head)
+                self._head, self._loss_from_hidden = head, partial(loss_from_hidden, head)
         return self.chunked_loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -147,7 +147,7 @@ class CausalLMTrainer(WholeCheckpoints):
         return EvalLoopOutput(None, None, metrics, samples)  # type: ignore[arg-type]
 
 
-def _loss_from_hidden(
+def loss_from_hidden(
     head: nn.Linear,
     logits: Tensor,
     labels: Tensor,

@@ -1,5 +1,6 @@
 """How the reference bounds its temporary memory: small tensors together, large ones in chunks."""
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
@@ -15,6 +16,23 @@ Index = tuple[int | slice, ...]
 # the device busy.
 CHUNK_SIZE = {"cpu": 1 << 16}
 DEFAULT_CHUNK_SIZE = 1 << 20
+
+_skipped = False
+
+
+@contextlib.contextmanager
+def skipped() -> Iterator[None]:
+    """Within it no chunk is worked on.
+
+    For steps on fake tensors, which have no values: their memory is known much faster without the
+    chunks' temporaries, which are bounded.
+    """
+    global _skipped
+    before, _skipped = _skipped, True
+    try:
+        yield
+    finally:
+        _skipped = before
 
 
 def batches(entries: list[Entry]) -> Iterator[list[int]]:
@@ -68,7 +86,7 @@ def chunks(shape: torch.Size, unit: int, device: torch.device) -> Iterator[tuple
             for i in range(0, shape[0], size):
                 yield (*index, slice(i, i + size)), start + i * inner
 
-    return cut(shape, (slice(None),), 0)
+    return iter(()) if _skipped else cut(shape, (slice(None),), 0)
 
 
 def _chunk_size(device: torch.device) -> int:

@@ -7,7 +7,7 @@ from striped_hf.optim import momentum
 from striped_hf.optim.backends import reference
 from striped_hf.optim.backends.chunks import chunks
 from striped_hf.optim.interface import Backend, Entry, Folded, Settings, State, Sums
-from striped_hf.optim.plain import plain_gradient, plain_parameter
+from striped_hf.optim.plain import has_values, plain_gradient, plain_parameter
 from striped_hf.optim.sharded.layout import Piece, is_sharded
 from striped_hf.optim.sharded.step import local_gradient
 from striped_hf.optim.state import Description
@@ -110,7 +110,7 @@ class OpenMatrix:
         Args:
             factor: [] float32.
         """
-        if factor.device.type == "cpu" and factor == 1:
+        if factor.device.type == "cpu" and has_values(factor) and factor == 1:
             return
         self.momentum.get("exp_avg_scale", self.momentum["exp_avg"]).mul_(factor)
         self.folded.row_sums.mul_(factor.square())

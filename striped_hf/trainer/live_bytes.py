@@ -1,0 +1,82 @@
+"""The bytes of all tensors that live at a time, followed operation by operation."""
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+OTHER = "other"  # the label of what has no other
+
+
+class _Storage:
+    """What is known of one storage; ``label`` may be set after it was allocated."""
+
+    def __init__(self, size: int, label: str) -> None:
+        self.size, self.label = size, label
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the bytes of all tensors that operations make, while they live.
+
+    The tensors may be fake ones (``FakeTensorMode``), which have sizes but no memory. Those on the
+    meta device do not count. What a kernel
+    allocates and frees inside one operation is not seen, nor are tensors from before that nobody
+    labelled.
+
+    Attributes:
+        peak: The largest number of bytes that lived at a time.
+        new: The label of what is allocated from now on.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.new = OTHER
+        self._alive: dict[int, _Storage] = {}
+        self._at_peak: list[_Storage] | None = None  # None: what is alive
+        self._live = 0
+        self.peak = 0
+
+    def label(self, label: str, tensors: Iterable[torch.Tensor]) -> None:
+        """Labels the memory of tensors for ``at_peak``, also where the peak is over already.
+
+        Tensors from before count from now on.
+        """
+        for tensor in tensors:
+            self._add(tensor.untyped_storage(), label)
+
+    def at_peak(self) -> dict[str, int]:
+        """Returns the bytes that lived at the peak, by label."""
+        storages = self._alive.values() if self._at_peak is None else self._at_peak
+        found = {OTHER: 0}
+        for storage in storages:
+            found[storage.label] = found.get(storage.label, 0) + storage.size
+        return found
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage, label: str | None = None) -> None:
+        key = storage._cdata
+        if key in self._alive:  # of a view, or of an operation in place
+            if label is not None:
+                self._alive[key].label = label
+            return
+        self._alive[key] = _Storage(storage.nbytes(), label or self.new)
+        self._live += storage.nbytes()
+        if self._live > self.peak:
+            self.peak, self._at_peak = self._live, None
+        weakref.finalize(storage, self._remove, key).atexit = False
+
+    def _remove(self, key: int) -> None:
+        if self._at_peak is None:
+            self._at_peak = list(self._alive.values())
+        self._live -= self._alive.pop(key).size
