@@ -155,15 +155,15 @@ def compile_options(options: dict[str, Any]) -> Iterator[None]:
     if not options:
         yield
         return
-    from striped_hf.optim.backends.triton import launch
+    from striped_hf.optim.backends.triton.arguments import OPTIONS
 
-    before = dict(launch._OPTIONS)
-    launch._OPTIONS.update(options)
+    before = dict(OPTIONS)
+    OPTIONS.update(options)
     try:
         yield
     finally:
-        launch._OPTIONS.clear()
-        launch._OPTIONS.update(before)
+        OPTIONS.clear()
+        OPTIONS.update(before)
 
 
 def time_step(
