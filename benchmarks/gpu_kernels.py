@@ -12,6 +12,9 @@ Parameters and gradients are random, with a model's shapes. For each row:
 - wall time: steps one after another, host and device together;
 - graph time: device time of the step replayed as a CUDA graph.
 
+The step in two phases has a row for each of them: ``fold`` folds the gradients of all matrices, as
+the backward pass does, and ``folded step`` is the rest. The ratio is to the whole of fused AdamW.
+
 The most valuable rows come first. Results are written after every row, and no row begins after
 ``--seconds``. ``--device cpu`` rehearses everything but the device (with ``TRITON_INTERPRET=1``).
 """
@@ -26,17 +29,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measuring import quartiles, seconds, synchronize
+from benchmarks.gpu_phases import PHASES, Phase, time_phase
+from benchmarks.gpu_timing import device_ms, graph_ms, host_ms, kernel_ms
+from benchmarks.measuring import quartiles, seconds
 from benchmarks.model_shapes import Weight, allocate, meta_model, meta_weights
 from benchmarks.optimizer_peers import adamw_fused, states, striped
 from striped_hf.cli import UserError, one_line, run
 from striped_hf.optim.backends import resolve
 from striped_hf.results import environment, markdown_table, write_json
 from striped_hf.trainer.memory import tensor_bytes
-
-SLEEP_CYCLES = 60_000_000  # about 30 ms: longer than the host takes to queue a step
 
 
 @dataclass(frozen=True)
@@ -69,67 +71,13 @@ A_B = tuple(
     for momentum_dtype in ("float32", "int8")
     for registers in (64, 128)
 )
-PLAN = (  # (model, parameters' dtype, steps), the most valuable first
+# (model, parameters' dtype, steps), the most valuable first
+PLAN: tuple[tuple[str, str, tuple[Step | Phase, ...]], ...] = (
     ("gpt2-xl", "float32", (*FORMATS, *LAGGED)),
+    ("gpt2-xl", "bfloat16", (*FORMATS, *PHASES, LAGGED[1])),
     ("gpt2", "float32", (*FORMATS[:2], *GRAPHS)),
-    ("gpt2-xl", "bfloat16", (*FORMATS, LAGGED[1])),
     ("gpt2-xl", "float32", A_B),
 )
-
-
-def device_ms(device: torch.device, call: Callable[[], Any]) -> float:
-    """Returns the device time of a call whose work is all queued, in milliseconds."""
-    if device.type != "cuda":
-        return 1e3 * seconds(device, call)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    synchronize(device)
-    torch.cuda._sleep(SLEEP_CYCLES)
-    begin.record()
-    call()
-    end.record()
-    synchronize(device)
-    return begin.elapsed_time(end)
-
-
-def host_ms(device: torch.device, call: Callable[[], Any], rounds: int) -> float:
-    """Returns how long a call takes to return while the device is busy, in milliseconds."""
-    times = []
-    for _ in range(rounds):
-        synchronize(device)
-        if device.type == "cuda":
-            torch.cuda._sleep(SLEEP_CYCLES)
-        begin = time.perf_counter()
-        call()
-        times.append(1e3 * (time.perf_counter() - begin))
-    synchronize(device)
-    return statistics.median(times)
-
-
-def kernel_ms(device: torch.device, call: Callable[[], Any], calls: int = 3) -> dict[str, float]:
-    """Returns each kernel's device time in a call, in milliseconds; empty on a CPU."""
-    if device.type != "cuda":
-        return {}
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(calls):
-            call()
-        synchronize(device)
-    times = {event.key: event.self_device_time_total for event in profiler.key_averages()}
-    return {name: us / 1e3 / calls for name, us in times.items() if us > 0}
-
-
-def graph_ms(device: torch.device, step: Callable[[], Any], rounds: int) -> float | None:
-    """Returns the device time of a step replayed as a CUDA graph, in milliseconds."""
-    if device.type != "cuda":
-        return None
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return statistics.median(device_ms(device, graph.replay) for _ in range(rounds))
 
 
 def bandwidths(device: torch.device, rounds: int) -> dict[str, float]:
@@ -155,15 +103,15 @@ def compile_options(options: dict[str, Any]) -> Iterator[None]:
     if not options:
         yield
         return
-    from striped_hf.optim.backends.triton import launch
+    from striped_hf.optim.backends.triton.arguments import OPTIONS
 
-    before = dict(launch._OPTIONS)
-    launch._OPTIONS.update(options)
+    before = dict(OPTIONS)
+    OPTIONS.update(options)
     try:
         yield
     finally:
-        launch._OPTIONS.clear()
-        launch._OPTIONS.update(before)
+        OPTIONS.clear()
+        OPTIONS.update(before)
 
 
 def time_step(
@@ -249,8 +197,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 return results
             row = {**same, "optimizer": f"striped {step}"}
             try:
-                with compile_options(step.compiler):
-                    row |= time_step(step, weights, fused.step, args.rounds)
+                if isinstance(step, Phase):
+                    row |= time_phase(step, weights, fused.step, args.rounds)
+                else:
+                    with compile_options(step.compiler):
+                        row |= time_step(step, weights, fused.step, args.rounds)
             except Exception as error:  # the other rows still run
                 row["reason"] = one_line(error) or type(error).__name__
             add(row)

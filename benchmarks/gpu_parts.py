@@ -12,6 +12,7 @@ from benchmarks import (
     gpu_kernels,
     gpu_losses,
     gpu_tests,
+    layerwise_memory,
     optimizer_tables,
     training_memory,
     training_step,
@@ -26,6 +27,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu_tests": gpu_tests.render,
     "gpu_kernels": gpu_kernels.render,
     "optimizers_gpt2_xl_cuda_float32": optimizer_tables.render,
+    "layerwise_memory_cuda": layerwise_memory.render,
     "finetune_gpt2_xl_cuda": training_memory.render,
     "optimizers_gpt2_cuda_float32": optimizer_tables.render,
     "throughput_gpt2_cuda": training_memory.render,
@@ -86,40 +88,46 @@ def full(folder: Path, rehearsal: bool) -> list[Part]:
 
     planned = [
         kernel_tests(folder, 100, rehearsal, smoke=rehearsal),
-        kernel_times(folder, 65, rehearsal),
+        kernel_times(folder, 70, rehearsal),
         # few optimizers: each compiles for seconds, and the part before times the others
         part(
-            *("optimizers_gpt2_xl_cuda_float32", 55),
+            *("optimizers_gpt2_xl_cuda_float32", 45),
             *("benchmarks.optimizers", "--shapes", models["gpt2-xl"], "--rounds", "10"),
             *("--optimizers", "striped_float32", "striped_int8", "striped_int4"),
             tiny=("--rounds", "1"),
         ),
+        # GPT-2 XL, 1 window x 1,024 tokens x 32 accumulation steps; Llama-2 7B, 1 x 1,024 tokens
+        part(
+            *("layerwise_memory_cuda", 100, "benchmarks.layerwise_memory", "--seconds", "80"),
+            tiny=("--model", folding_model(folder), "--accumulation", "2", "--block_size", "32"),
+        ),
         # finetune_shakespeare.py's setting: 1 window x 1,024 tokens x 32 accumulation steps
         part(
-            *("finetune_gpt2_xl_cuda", 85),
+            *("finetune_gpt2_xl_cuda", 55),
             *("benchmarks.training_memory", "--model", models["gpt2-xl"], "--steps", "3"),
+            *("--optim", "adamw_torch_fused", "striped_adamw_8bit"),
             tiny=("--accumulation", "2", "--block_size", "32"),
         ),
         part(
-            *("optimizers_gpt2_cuda_float32", 55, "benchmarks.optimizers"),
+            *("optimizers_gpt2_cuda_float32", 40, "benchmarks.optimizers"),
             *("--shapes", models["gpt2"], "--rounds", "10"),
             tiny=("--rounds", "1", "--optimizers", "adamw_foreach", "striped_int8"),
         ),
         # 16 windows x 1,024 tokens
         part(
-            *("throughput_gpt2_cuda", 45, "benchmarks.training_memory", "--model", models["gpt2"]),
+            *("throughput_gpt2_cuda", 30, "benchmarks.training_memory", "--model", models["gpt2"]),
             *("--steps", "30", "--batch_size", "16", "--accumulation", "1"),
             tiny=("--steps", "3", "--batch_size", "2", "--block_size", "32"),
         ),
         # 12 windows x 1,024 tokens; each variant compiles for half a minute
         part(
-            *("training_step_gpt2_cuda", 90, "benchmarks.training_step"),
-            *("--variants", "recipe", "bare loop", "--rounds", "5", "--steps", "20"),
+            *("training_step_gpt2_cuda", 70, "benchmarks.training_step"),
+            *("--variants", "recipe", "bare loop", "--rounds", "3", "--steps", "20"),
             *("--preset", "cpu" if rehearsal else "gpt2"),
             tiny=("--rounds", "1", "--steps", "2"),
         ),
         Part(
-            *("gpu_losses", losses(folder, data, models["gpt2"], *device, rehearsal=rehearsal), 30),
+            *("gpu_losses", losses(folder, data, models["gpt2"], *device, rehearsal=rehearsal), 15),
             takes_the_rest=True,
         ),
     ]
@@ -175,9 +183,17 @@ def losses(
 
 def tiny_model(folder: Path) -> str:
     """Writes the configuration of a very small GPT-2, and returns its folder."""
-    path = folder / "tiny-gpt2"
+    return _small_model(folder / "tiny-gpt2", vocab_size=96, width=16)
+
+
+def folding_model(folder: Path) -> str:
+    """Writes that of a GPT-2 just large enough that the gradient of its embedding is freed."""
+    return _small_model(folder / "folding-gpt2", vocab_size=1024, width=64)
+
+
+def _small_model(path: Path, vocab_size: int, width: int) -> str:
     path.mkdir(exist_ok=True)
-    config = {"model_type": "gpt2", "vocab_size": 96, "n_positions": 64, "n_embd": 16}
+    config = {"model_type": "gpt2", "vocab_size": vocab_size, "n_positions": 64, "n_embd": width}
     config |= {"n_layer": 1, "n_head": 2, "bos_token_id": 1, "eos_token_id": 1}
     (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return str(path)

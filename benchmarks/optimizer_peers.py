@@ -142,8 +142,10 @@ def optimi_adamw(weights: list[Weight]) -> Any:
     return AdamW(plain_groups(weights), lr=LR)  # it chooses Triton or foreach itself
 
 
-def striped(momentum_dtype: str, backend: str, **settings: bool) -> Callable[[list[Weight]], Any]:
-    """Returns a function that builds a StripedAdamW; ``settings`` are further options of it."""
+def striped(
+    momentum_dtype: str, backend: str, cls: type[StripedAdamW] = StripedAdamW, **settings: bool
+) -> Callable[[list[Weight]], Any]:
+    """Returns a function that builds a ``cls``; ``settings`` are further options of it."""
 
     def build(weights: list[Weight]) -> Any:
         # raises an error with the reason if the named backend cannot run
@@ -151,9 +153,7 @@ def striped(momentum_dtype: str, backend: str, **settings: bool) -> Callable[[li
         groups = plain_groups(weights)
         for group in groups:
             group["blocks"] = [w.blocks for w in weights if w.weight_decay == group["weight_decay"]]
-        return StripedAdamW(
-            groups, lr=LR, momentum_dtype=momentum_dtype, backend=backend, **settings
-        )
+        return cls(groups, lr=LR, momentum_dtype=momentum_dtype, backend=backend, **settings)
 
     return build
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from benchmarks import gpu_kernels, gpu_losses, gpu_parts, gpu_tests
+from benchmarks import gpu_kernels, gpu_losses, gpu_parts, gpu_phases, gpu_tests, layerwise_memory
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -78,19 +79,24 @@ def kernel_arguments(tmp_path, **changes):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted here")
 def test_kernel_times_have_a_row_for_every_step(tmp_path, monkeypatch):
-    steps = (gpu_kernels.Step("int8"), gpu_kernels.Step("no such format"))
+    phases = [gpu_phases.Phase("int8", folds) for folds in (True, False)]
+    steps = (gpu_kernels.Step("int8"), *phases, gpu_kernels.Step("no such format"))
     monkeypatch.setattr(gpu_kernels, "PLAN", (("gpt2", "float32", steps),))
     found = gpu_kernels.measure(kernel_arguments(tmp_path))
     assert read(tmp_path / "kernels.json") == found
     assert found["complete"]
-    fused, striped, broken = found["rows"]
+    fused, striped, fold, folded_step, broken = found["rows"]
     assert (fused["optimizer"], fused["ratio"]) == ("adamw_fused", 1.0)
     assert fused["bytes_per_param"] == 28
     assert 18 < striped["bytes_per_param"] < 22  # 16 of p and g, 2 of codes; stripes of 16 columns
     assert striped["device_ms"] > 0
+    assert 6 < fold["bytes_per_param"] < 7  # 4 of the gradient, 2 of codes, scales of 16 columns
+    assert 9 < folded_step["bytes_per_param"] < 10  # the codes are only read
     assert "no such format" in broken["reason"]
     table = gpu_kernels.render(found)
     assert "`striped int8`" in table
+    assert "`striped int8 fold`" in table
+    assert "`striped int8 folded step`" in table
     assert "Not run: `striped no such format`" in table
 
 
@@ -125,3 +131,51 @@ def test_losses_end_between_turns(tmp_path):
     found = gpu_losses.compare(loss_arguments(tmp_path, seconds=0.0))
     assert found["steps"] == 20
     assert found["complete"]
+
+
+def memory_arguments(tmp_path, **changes):
+    defaults = {"device": "cpu", "model": gpu_parts.folding_model(tmp_path), "steps": 2}
+    defaults |= {"accumulation": 2, "block_size": 32, "seconds": 600.0}
+    defaults |= {"results": str(tmp_path / "memory.json"), **changes}
+    return argparse.Namespace(**defaults)
+
+
+def test_memory_without_gradients_has_a_row_for_every_run(tmp_path, monkeypatch):
+    gone = []
+    make_optimizer = layerwise_memory.make_optimizer
+
+    def watched(model, planned):
+        optimizer = make_optimizer(model, planned)
+        embedding = model.get_input_embeddings().weight
+        step = optimizer.step
+
+        def watched_step():
+            gone.append(embedding.grad is None)
+            step()
+
+        optimizer.step = watched_step
+        return optimizer
+
+    monkeypatch.setattr(layerwise_memory, "make_optimizer", watched)
+    found = layerwise_memory.measure(memory_arguments(tmp_path))
+    assert read(tmp_path / "memory.json") == found
+    assert found["complete"]
+    assert [row["model"] for row in found["rows"]] == [r.model for r in layerwise_memory.RUNS]
+    assert not [row["reason"] for row in found["rows"] if "reason" in row]
+    assert all(row["peak_mib"] > 0 < row["step_s"] for row in found["rows"])
+    layerwise = [r.optim != layerwise_memory.BASELINE for r in layerwise_memory.RUNS]
+    assert gone == [is_gone for is_gone in layerwise for _ in range(2)]
+    assert "`llama-2-7b`" in layerwise_memory.render(found)
+
+
+def test_memory_without_gradients_ends_in_time(tmp_path):
+    found = layerwise_memory.measure(memory_arguments(tmp_path, seconds=-1.0))
+    assert not found["rows"]
+    assert not found["complete"]
+
+
+def test_the_large_model_is_llama_2_7b():
+    config = layerwise_memory.config_of(layerwise_memory.LLAMA_2_7B)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert model.num_parameters() == 6_738_415_616  # as published

@@ -21,9 +21,16 @@ import striped_hf  # before the next line: otherwise other packages look for the
 
 torch.cuda.is_available = lambda: True
 
-from striped_hf.optim.backends.triton import kernels, launch, tile_sizes  # noqa: E402
+from striped_hf.optim.backends.triton import (  # noqa: E402
+    fold_kernels,
+    kernels,
+    launch,
+    tile_sizes,
+)
 from striped_hf.optim.backends.triton.arguments import (  # noqa: E402
+    OPTIONS,
     Buffers,
+    FoldVariant,
     Hyperparameters,
     MatrixVariant,
     OnDevice,
@@ -37,7 +44,11 @@ from striped_hf.optim.backends.triton.workspace import tile_columns  # noqa: E40
 # Triton 3.3 and 3.6 convert layouts of whole tiles. This costs time, and does not change results.
 CONVERTS_LAYOUTS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
-KERNELS = ("statistics", "combine", "stripes", "matrices", "vectors")
+KERNELS = [
+    *((kernels, f"{name}_kernel") for name in ("statistics", "combine", "stripes")),
+    *((kernels, f"{name}_kernel") for name in ("matrices", "vectors")),
+    *((fold_kernels, f"{name}_kernel") for name in ("fold", "add_folded")),
+]
 
 # the types of parameters that are not constants
 BUFFERS = Buffers("*i64", "*i64", "*fp32", "*fp32", "*i32", "*fp32")
@@ -51,6 +62,11 @@ TYPES: dict[str, Any] = {
     "step": "i32",
     "one_minus_beta1": "fp32",
     "eps": "fp32",
+    "partials": "*fp32",
+    **dict.fromkeys(("grad", "exp_avg", "exp_avg_scale", "sketch", "coefficient"), "i64"),
+    **dict.fromkeys(("row_sums", "col_sums"), "i64"),
+    **dict.fromkeys(("rows", "columns", "block_rows", "block_columns"), "i32"),
+    **dict.fromkeys(("whole_start", "whole_stride"), "i32"),
 }
 
 
@@ -101,7 +117,7 @@ def ptx_of(
         },
     )
     target = GPUTarget("cuda", capability, 32)
-    options = {"num_warps": warps, **launch._OPTIONS}
+    options = {"num_warps": warps, **OPTIONS}
     return triton.compile(source, target=target, options=options).asm["ptx"]
 
 
@@ -140,7 +156,7 @@ def check_matrices(
     nesterov: bool = False,
     **layout: bool,
 ) -> None:
-    switches = ("transposed", "narrow", "large", "fused_statistics")
+    switches = ("transposed", "narrow", "large", "fused_statistics", "folded")
     layout = {**dict.fromkeys(switches, False), "aligned": True, **layout}
     variant = MatrixVariant(param, param, stored, qmax, **layout)
     flags = UpdateFlags(maximize, nesterov, stochastic_rounding=param != tl.float32)
@@ -160,6 +176,37 @@ def check_matrices(
         allowed = 8 if variant.fused_statistics else 4  # and of sums
         count = ptx.count("st.shared")
         assert count <= allowed, f"{variant} {flags}: layouts are converted, {count} stores"
+
+
+def check_fold(
+    capability: int, grad: Any, stored: Any, qmax: int, loads: tuple[str, ...], **more: bool
+) -> None:
+    switches = dict.fromkeys(FoldVariant._fields[3:], False) | {"aligned": True, "one_block": True}
+    variant = FoldVariant(grad, stored, qmax, **switches | more)
+    sizes = {"FOLDED_ROWS": tile_sizes.folded_rows(0), "TILE_ROWS": tile_sizes.UPDATE_TILE_ROWS}
+    ptx = ptx_of(fold_kernels.fold_kernel, capability, 4, {}, variant=variant, **sizes)
+    check(f"{variant}", ptx, loads)
+    if variant.aligned and variant.one_block and not CONVERTS_LAYOUTS:
+        count = ptx.count("st.shared")
+        assert count <= 8, f"{variant}: layouts are converted, {count} stores"
+
+
+def check_folds(capability: int) -> None:
+    f32, bf16 = tl.float32, tl.bfloat16
+    first = {"is_first": True}
+    next_one = {"has_sketch": True, "has_coefficient": True}
+    check_fold(capability, f32, f32, 0, ("v4.b32",), **first)
+    check_fold(capability, bf16, tl.int8, 127, ("v2.b32",), **first)
+    check_fold(capability, bf16, tl.int8, 127, ("v2.b32",), **next_one)
+    check_fold(capability, bf16, tl.uint8, 7, ("v2.b32",), **first, maximize=True)
+    check_fold(capability, f32, bf16, 0, ("v4.b32", "v2.b32"), **next_one, maximize=True)
+    check_fold(capability, f32, tl.uint8, 7, (), **next_one, one_block=False, large=True)
+    check_fold(capability, bf16, bf16, 0, (), **next_one, aligned=False)
+    for has_coefficient in (False, True):
+        sizes = {"PARTIALS": tile_sizes.COMBINED_PARTIALS, "WIDTH": tile_sizes.COMBINED_WIDTH}
+        sizes |= {"FOLDED_ROWS": tile_sizes.folded_rows(0), "HAS_COEFFICIENT": has_coefficient}
+        ptx = ptx_of(fold_kernels.add_folded_kernel, capability, 4, {}, **sizes)
+        check("add_folded", ptx)
 
 
 def main() -> None:
@@ -212,7 +259,11 @@ def main() -> None:
         check_matrices(capability, f32, bf16, 0, ("v4.b32", "v2.b32"), fused_statistics=True)
         check_matrices(capability, bf16, tl.int8, 127, ("v2.b32",), fused_statistics=True)
         check_matrices(capability, f32, tl.uint8, 7, ("v4.b32",), fused_statistics=True)
+        for stored, qmax in ((f32, 0), (bf16, 0), (tl.int8, 127), (tl.uint8, 7)):
+            check_matrices(capability, bf16, stored, qmax, ("v2.b32",), folded=True)
+        check_folds(capability)
     check_matrices(90, tl.float16, tl.uint8, 7, ("v2.b32",))
+    check_matrices(90, f32, f32, 0, ("v4.b32",), folded=True)
     check_matrices(90, f32, tl.int8, 127, (), transposed=True, aligned=False)
     check_matrices(90, bf16, tl.uint8, 7, (), narrow=True, large=True, aligned=False)
     check_matrices(90, bf16, tl.uint8, 7, (), narrow=True, aligned=False)
@@ -248,9 +299,9 @@ class Unlaunched:
 def check_that_steps_compile_nothing_anew() -> None:
     """Step 1 or 16, a rate of 0 or 1, or a gradient at another address compiles nothing."""
     triton.runtime.driver.set_active(Driver())
-    unlaunched = [Unlaunched(getattr(kernels, f"{name}_kernel")) for name in KERNELS]
-    for name, kernel in zip(KERNELS, unlaunched, strict=True):
-        setattr(kernels, f"{name}_kernel", kernel)
+    unlaunched = [Unlaunched(getattr(module, name)) for module, name in KERNELS]
+    for (module, name), kernel in zip(KERNELS, unlaunched, strict=True):
+        setattr(module, name, kernel)
     launch.DEVICE_TYPES = ("cpu",)
     # for each way of stepping, the kernels that earlier ways did not compile
     for capturable, lagged, new in (
@@ -272,6 +323,25 @@ def check_that_steps_compile_nothing_anew() -> None:
             optimizer.step()
             counts.add(sum(kernel.compiled() for kernel in unlaunched) - before)
         assert counts == {new}, (capturable, lagged, counts)
+    check_that_folds_compile_nothing_anew(unlaunched)
+
+
+def check_that_folds_compile_nothing_anew(unlaunched: list[Unlaunched]) -> None:
+    """Neither in another step nor for matrices of other sizes, whose rows are whole vectors."""
+    before = sum(kernel.compiled() for kernel in unlaunched)
+    shapes = ((512, 256), (1000, 128), (257, 512), (2048, 400))
+    ps = [torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16)) for shape in shapes]
+    options = {"momentum_dtype": "int8", "max_grad_norm": 1.0, "gradient_accumulation": True}
+    optimizer = striped_hf.LayerwiseStripedAdamW(ps, backend="triton", **options)
+    for t in range(18):
+        for _ in range(2):
+            sum(p.sum() for p in ps).backward()
+        assert all(p.grad is None for p in ps)
+        optimizer.step()
+        found = sum(kernel.compiled() for kernel in unlaunched) - before
+        # fold: the first gradient and the others, each without a coefficient in the first step and
+        # with one later; add_folded: without and with; the update
+        assert found == (4 if t == 0 else 7), (t, found)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,7 @@ def run_python(*command: str | Path, **environment: str) -> None:
 
 COMPILE_KERNELS = Path(__file__).with_name("compile_kernels.py")
 TESTS = Path(__file__).with_name("test_triton.py")
+TESTS_OF_FOLDING = Path(__file__).with_name("test_triton_fold.py")
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -129,4 +130,4 @@ def test_other_versions_of_triton_compile_and_interpret_the_kernels(
     run_python(python, "-c", found)
     run_python(python, COMPILE_KERNELS, TRITON_CACHE_DIR=str(tmp_path / "cache"))
     pytest_options = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "5x130 or random_bits")
-    run_python(python, *pytest_options, TESTS, TRITON_INTERPRET="1")
+    run_python(python, *pytest_options, TESTS, TESTS_OF_FOLDING, TRITON_INTERPRET="1")

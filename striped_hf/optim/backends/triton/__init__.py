@@ -2,6 +2,7 @@
 
 - ``launch.py`` has the functions of a backend and launches the kernels.
 - ``kernels.py`` has the kernels, ``codec.py`` their rounding and their momentum codes.
+- ``fold.py`` folds gradients during the backward pass, by the kernels of ``fold_kernels.py``.
 - ``arguments.py`` has what a launch passes to a kernel, and the tile sizes.
 - ``plan.py`` computes what depends on shapes alone: buffers, and what each program works on.
 - ``addresses.py`` keeps the tensors' addresses on the device up to date.

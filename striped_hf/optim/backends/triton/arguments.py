@@ -10,6 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import triton.language as tl
 
+# Triton 3.9 asks for a choice. The kernels are right either way, and shorter with fused operations.
+OPTIONS = {"enable_fp_fusion": True}
+
 # ---------------------------------------------------------------------------------------------
 # named tuples
 # ---------------------------------------------------------------------------------------------
@@ -86,6 +89,7 @@ class MatrixVariant(NamedTuple):
     narrow: Any  # a block of the matrix has fewer columns than a tile
     large: Any  # the parameter has more than 2^32 elements
     fused_statistics: Any  # the update computes the statistics; no tile has two blocks' columns
+    folded: Any  # the gradient is in the momentum already
 
 
 class VectorVariant(NamedTuple):
@@ -95,6 +99,21 @@ class VectorVariant(NamedTuple):
     grad_dtype: Any
     aligned: Any
     low_bits: Any  # the state has the bits that the parameter's dtype lacks
+
+
+class FoldVariant(NamedTuple):
+    """Constants of ``fold_kernel``, which depend on the matrix and the call."""
+
+    grad_dtype: Any
+    momentum_dtype: Any
+    qmax: Any  # the next three as in ``MatrixVariant``
+    aligned: Any
+    large: Any
+    one_block: Any  # no tile has columns of two blocks
+    maximize: Any
+    is_first: Any  # the momentum decays
+    has_coefficient: Any
+    has_sketch: Any
 
 
 Variant = TypeVar("Variant", bound=tuple[Any, ...])

@@ -1,9 +1,11 @@
-"""Rounding and momentum codes in Triton: device functions that ``kernels.py`` calls.
+"""Rounding and momentum codes in Triton: device functions that the kernels call.
 
 ``striped_hf/optim/rounding.py`` and ``striped_hf/optim/momentum.py`` are the same in PyTorch. The
 random bits and both roundings agree with them to the bit. A code may differ by one, because its
 square roots are the fast ones, which are good to 2 units in the last place.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -127,3 +129,79 @@ def encode(m, scale, QMAX: tl.constexpr):  # [r, c] float32, [r] float32 -> [r, 
     coded = (scale > 0.0) & (scale < float("inf"))
     codes = tl.where(coded[:, None], codes, 0)
     return tl.where(m < 0.0, -codes, codes)
+
+
+# ---------------------------------------------------------------------------------------------
+# momentum in memory
+# ---------------------------------------------------------------------------------------------
+
+
+class StoredMomentum(NamedTuple):
+    """Where a program's tiles of the momentum are: in the columns of one quantization block."""
+
+    exp_avg: Any  # pointer
+    scales: Any  # pointer to the block's scale of row 0, if there are codes
+    code_columns: Any  # columns of ``exp_avg``
+    scale_columns: Any
+    code_index: Any  # [c] int32: the tile's columns of ``exp_avg``
+
+
+@triton.jit
+def load_momentum(stored, rows, in_rows, inside, high_inside, QMAX: tl.constexpr):
+    """Reads a tile of the momentum.
+
+    Args:
+        stored: ``StoredMomentum``.
+        rows: [r] int32: indices.
+        in_rows: [r] bool: whether the row is one of the program's.
+        inside: [c] bool: whether the column is one of the matrix's.
+        high_inside: [c] bool: the same, for the columns of 4-bit codes in the high half of a byte.
+        QMAX: The largest code; 0 where the momentum has no codes.
+
+    Returns:
+        [r, c] float32: the momentum, and where two codes share a byte that of the high halves. It
+        is 0 outside of the matrix.
+    """
+    mask = in_rows[:, None] & inside[None, :]
+    offsets = rows.to(tl.int64)[:, None] * stored.code_columns + stored.code_index[None, :]
+    codes = tl.load(stored.exp_avg + offsets, mask=mask, other=0)
+    if QMAX == 0:
+        m = codes.to(tl.float32)
+        high_m = m
+    else:
+        scale_offsets = rows.to(tl.int64) * stored.scale_columns
+        scale = tl.load(stored.scales + scale_offsets, mask=in_rows, other=0.0)
+        if QMAX == 7:
+            both = codes.to(tl.int32)
+            high_mask = in_rows[:, None] & high_inside[None, :]
+            m = tl.where(mask, decode((both & 15) - 8, scale, QMAX), 0.0)
+            high_m = tl.where(high_mask, decode((both >> 4) - 8, scale, QMAX), 0.0)
+        else:
+            m = decode(codes.to(tl.int32), scale, QMAX)
+            high_m = m
+    return m, high_m
+
+
+@triton.jit
+def store_momentum(
+    m, high_m, stored, rows, in_rows, inside, high_inside, QMAX: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Writes a tile of the momentum in DTYPE; the arguments are those of ``load_momentum``."""
+    mask = in_rows[:, None] & inside[None, :]
+    offsets = rows.to(tl.int64)[:, None] * stored.code_columns + stored.code_index[None, :]
+    if QMAX == 0:
+        tl.store(stored.exp_avg + offsets, round_to_nearest(m, DTYPE), mask=mask)
+    else:
+        largest = largest_magnitude(m)
+        if QMAX == 7:
+            largest = tl.maximum(largest, largest_magnitude(high_m))
+        scale = largest.to(tl.float32, bitcast=True)
+        codes = encode(m, scale, QMAX)
+        if QMAX == 7:
+            # the last byte of an odd block has nothing in its high half, stored as 0
+            high_mask = in_rows[:, None] & high_inside[None, :]
+            high_codes = tl.where(high_mask, encode(high_m, scale, QMAX) + 8, 0)
+            codes = (codes + 8) | (high_codes << 4)
+        tl.store(stored.exp_avg + offsets, codes.to(DTYPE), mask=mask)
+        scale_offsets = rows.to(tl.int64) * stored.scale_columns
+        tl.store(stored.scales + scale_offsets, scale, mask=in_rows)

@@ -89,7 +89,13 @@ def load_aligned_pointer(pointers, INDEX: tl.constexpr, DTYPE: tl.constexpr, ali
 
     The vectors have four elements in every tensor: if some had more, Triton would convert layouts.
     """
-    pointer = tl.load(pointers + INDEX).to(tl.pointer_type(DTYPE))
+    return aligned_pointer(tl.load(pointers + INDEX), DTYPE, aligned)
+
+
+@triton.jit
+def aligned_pointer(address, DTYPE: tl.constexpr, aligned):
+    """The pointer to an address."""
+    pointer = address.to(tl.pointer_type(DTYPE))
     if aligned:
         # not DTYPE.primitive_bitwidth // 2: Triton 3.3 reads no attribute of a constexpr
         if DTYPE == tl.float32:
@@ -162,6 +168,20 @@ def numerator_of(m, g, one_minus_beta1, flags):
 
 
 @triton.jit
+def indices_in_whole(rows, columns, whole_start, whole_stride, large):  # [r], [c] -> [r, c] uint32
+    """The low and the high half of elements' indices in the whole parameter."""
+    low = rows.to(tl.uint32)[:, None] * whole_stride.to(tl.uint32)
+    low += columns.to(tl.uint32)[None, :]
+    low += whole_start.to(tl.uint32)
+    if large:
+        whole_row = whole_start + rows.to(tl.int64)[:, None] * whole_stride
+        high = ((whole_row + columns[None, :]) >> 32).to(tl.uint32)
+    else:
+        high = tl.zeros([1, 1], tl.uint32)
+    return low, high
+
+
+@triton.jit
 def round_parameter(value, index_low, index_high, key, flags, DTYPE: tl.constexpr):
     """Rounds values of the elements 2^32 index_high + index_low to the parameter's dtype."""
     if flags.stochastic_rounding:
@@ -206,6 +226,26 @@ def partial_sum_pointers(partials, shape, region, TILE_COLUMNS: tl.constexpr):
     row_partials = partials + tl.load(shape + ROW_PARTIALS) + tile * region.rows
     column_partials = partials + tl.load(shape + COLUMN_PARTIALS) + program * region.columns
     return row_partials, column_partials
+
+
+@triton.jit
+def add_partials(source, count, stride, lanes, inside, PARTIALS: tl.constexpr, WIDTH: tl.constexpr):
+    """Adds up ``count`` vectors of WIDTH partial sums, ``stride`` apart, always in one order."""
+    total = tl.zeros([PARTIALS, WIDTH], tl.float32)
+    for first in range(0, count, PARTIALS):
+        k = first + tl.arange(0, PARTIALS)
+        offsets = k.to(tl.int64)[:, None] * stride + lanes[None, :]
+        mask = (k < count)[:, None] & inside[None, :]
+        total += tl.load(source + offsets, mask=mask, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def add_distant_rows(squares, HEIGHT: tl.constexpr):  # [r, c] -> [HEIGHT, c]
+    """Adds up rows that are HEIGHT apart: one thread has them all, so it keeps only their sum."""
+    rows: tl.constexpr = squares.shape[0]
+    columns: tl.constexpr = squares.shape[1]
+    return tl.sum(tl.reshape(squares, [rows // HEIGHT, HEIGHT, columns]), axis=0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -268,7 +308,8 @@ def update_tile(m, rows, in_rows, columns, matrix, step, variant, flags):
     """Updates a tile of a matrix.
 
     Args:
-        m: [r, c] float32: the momentum before the step, 0 outside of the matrix.
+        m: [r, c] float32: the momentum before the step, or with the gradient where that was folded;
+            0 outside of the matrix.
         rows: [r] int32: indices.
         in_rows: [r] bool: whether the row is one of the program's.
         columns: ``Columns``.
@@ -278,39 +319,32 @@ def update_tile(m, rows, in_rows, columns, matrix, step, variant, flags):
         flags: ``UpdateFlags``.
 
     Returns:
-        The new momentum and the squares of the gradient, both [r, c] float32.
+        The new momentum and the squares of the gradient, both [r, c] float32; of a folded gradient
+        there are no squares, and the momentum takes their place.
     """
     mask = in_rows[:, None] & columns.inside[None, :]
     offsets = element_offsets(rows, columns.index, matrix.region, variant.transposed)
-    g = tl.load(matrix.grad + offsets, mask=mask, other=0.0).to(tl.float32)
     value = tl.load(matrix.param + offsets, mask=mask, other=0.0).to(tl.float32)
-    if flags.maximize:
-        g = -g
-    m = lerp(m, g, step.one_minus_beta1)
+    if variant.folded:
+        numerator = m
+        squares = m
+    else:
+        g = tl.load(matrix.grad + offsets, mask=mask, other=0.0).to(tl.float32)
+        if flags.maximize:
+            g = -g
+        m = lerp(m, g, step.one_minus_beta1)
+        numerator = numerator_of(m, g, step.one_minus_beta1, flags)
+        squares = g * g
 
     a = _load_row_roots(rows, in_rows, columns, mask, matrix, variant)
-    numerator = numerator_of(m, g, step.one_minus_beta1, flags)
     root = a * columns.roots[None, :]
     smallest = tl.abs(numerator) * step.floor
     root = tl.where(root < smallest, smallest, root)  # not tl.maximum, which may drop a NaN
 
-    index_low = rows.to(tl.uint32)[:, None] * matrix.whole_stride.to(tl.uint32)
-    index_low += columns.index.to(tl.uint32)[None, :]
-    index_low += matrix.whole_start.to(tl.uint32)
-    if variant.large:
-        whole_row = matrix.whole_start + rows.to(tl.int64)[:, None] * matrix.whole_stride
-        index_high = ((whole_row + columns.index[None, :]) >> 32).to(tl.uint32)
-    else:
-        index_high = tl.zeros([1, 1], tl.uint32)
+    index_low, index_high = indices_in_whole(
+        rows, columns.index, matrix.whole_start, matrix.whole_stride, variant.large
+    )
     value = value * step.decay - step.step_size * numerator / (root + step.eps)
     value = round_parameter(value, index_low, index_high, step.key, flags, variant.param_dtype)
     tl.store(matrix.param + offsets, value, mask=mask)
-    return m, g * g
-
-
-@triton.jit
-def fold_rows(squares, HEIGHT: tl.constexpr):  # [r, c] -> [HEIGHT, c]
-    """Adds up rows that are HEIGHT apart: one thread has them all, so it keeps only their sum."""
-    rows: tl.constexpr = squares.shape[0]
-    columns: tl.constexpr = squares.shape[1]
-    return tl.sum(tl.reshape(squares, [rows // HEIGHT, HEIGHT, columns]), axis=0)
+    return m, squares

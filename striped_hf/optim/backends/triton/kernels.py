@@ -39,21 +39,21 @@ from striped_hf.optim.backends.triton.arguments import (
     WHOLE_STRIDE,
 )
 from striped_hf.optim.backends.triton.codec import (
-    decode,
-    encode,
+    StoredMomentum,
     join,
-    largest_magnitude,
-    round_to_nearest,
+    load_momentum,
     split,
     step_key,
+    store_momentum,
 )
 from striped_hf.optim.backends.triton.functions import (
     Matrix,
     Region,
+    add_distant_rows,
+    add_partials,
     bias_correction,
     decay_and_step_size,
     element_offsets,
-    fold_rows,
     lerp,
     load_aligned_pointer,
     load_columns,
@@ -158,13 +158,8 @@ def combine_kernel(
     target_stride = tl.load(reduction + 5)
     lanes = tl.arange(0, WIDTH)
     inside = lanes < size
-    total = tl.zeros([PARTIALS, WIDTH], tl.float32)
-    for first in range(0, count, PARTIALS):
-        k = first + tl.arange(0, PARTIALS)
-        offsets = k.to(tl.int64)[:, None] * stride + lanes[None, :]
-        mask = (k < count)[:, None] & inside[None, :]
-        total += tl.load(source + offsets, mask=mask, other=0.0)
-    tl.store(target + lanes * target_stride, tl.sum(total, axis=0), mask=inside)
+    total = add_partials(source, count, stride, lanes, inside, PARTIALS, WIDTH)
+    tl.store(target + lanes * target_stride, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["step"])
@@ -278,6 +273,8 @@ def matrices_kernel(
 
     With ``fused_statistics`` it also writes the partial sums that ``statistics_kernel`` would
     write, so that the step reads the gradient once.
+
+    Where the gradient was ``folded`` it reads the momentum and does not write it.
     """
     tile = tiles + tl.program_id(0).to(tl.int64) * 3
     entry = tl.load(tile).to(tl.int64)
@@ -368,6 +365,8 @@ def matrices_kernel(
             block_columns,
             variant.narrow,
         )
+    else:
+        high_columns = low_columns
     matrix = Matrix(
         param=param,
         grad=grad,
@@ -379,53 +378,43 @@ def matrices_kernel(
         whole_start=whole_start,
         whole_stride=whole_stride,
     )
-    scale_columns = (columns + _BLOCK_SIZE - 1) // _BLOCK_SIZE
-    scales += first_column // _BLOCK_SIZE
+    stored = StoredMomentum(
+        exp_avg=exp_avg,
+        scales=scales + first_column // _BLOCK_SIZE,
+        code_columns=code_columns,
+        scale_columns=(columns + _BLOCK_SIZE - 1) // _BLOCK_SIZE,
+        code_index=code_index,
+    )
 
     for row in range(first_row, end_row, TILE_ROWS):
         rows = row + tl.arange(0, TILE_ROWS)
         in_rows = rows < end_row
-        mask = in_rows[:, None] & low_columns.inside[None, :]
-        code_offsets = rows.to(tl.int64)[:, None] * code_columns + code_index[None, :]
-        stored = tl.load(exp_avg + code_offsets, mask=mask, other=0)
-        if variant.qmax == 0:
-            m = stored.to(tl.float32)
-        else:
-            scale_offsets = rows.to(tl.int64) * scale_columns
-            scale = tl.load(scales + scale_offsets, mask=in_rows, other=0.0)
-            if variant.qmax == 7:
-                both = stored.to(tl.int32)
-                m = decode((both & 15) - 8, scale, variant.qmax)
-                high_mask = in_rows[:, None] & high_columns.inside[None, :]
-                high_m = tl.where(high_mask, decode((both >> 4) - 8, scale, variant.qmax), 0.0)
-                m = tl.where(mask, m, 0.0)
-            else:
-                m = decode(stored.to(tl.int32), scale, variant.qmax)
+        m, high_m = load_momentum(
+            stored, rows, in_rows, low_columns.inside, high_columns.inside, variant.qmax
+        )
         m, squares = update_tile(m, rows, in_rows, low_columns, matrix, step, variant, flags)
         if variant.fused_statistics:
-            column_sums += fold_rows(squares, HEIGHT)
+            column_sums += add_distant_rows(squares, HEIGHT)
             row_sums = tl.sum(squares, axis=1)
-        if variant.qmax == 0:
-            new = round_to_nearest(m, variant.momentum_dtype)
-            tl.store(exp_avg + code_offsets, new, mask=mask)
-        else:
-            largest = largest_magnitude(m)
-            if variant.qmax == 7:
-                high_m, squares = update_tile(
-                    high_m, rows, in_rows, high_columns, matrix, step, variant, flags
-                )
-                if variant.fused_statistics:
-                    high_column_sums += fold_rows(squares, HEIGHT)
-                    row_sums += tl.sum(squares, axis=1)
-                largest = tl.maximum(largest, largest_magnitude(high_m))
-            scale = largest.to(tl.float32, bitcast=True)
-            codes = encode(m, scale, variant.qmax)
-            if variant.qmax == 7:
-                # the last byte of an odd block has nothing in its high half, stored as 0
-                high_codes = tl.where(high_mask, encode(high_m, scale, variant.qmax) + 8, 0)
-                codes = (codes + 8) | (high_codes << 4)
-            tl.store(exp_avg + code_offsets, codes.to(variant.momentum_dtype), mask=mask)
-            tl.store(scales + scale_offsets, scale, mask=in_rows)
+        if variant.qmax == 7:
+            high_m, squares = update_tile(
+                high_m, rows, in_rows, high_columns, matrix, step, variant, flags
+            )
+            if variant.fused_statistics:
+                high_column_sums += add_distant_rows(squares, HEIGHT)
+                row_sums += tl.sum(squares, axis=1)
+        if not variant.folded:
+            store_momentum(
+                m,
+                high_m,
+                stored,
+                rows,
+                in_rows,
+                low_columns.inside,
+                high_columns.inside,
+                variant.qmax,
+                variant.momentum_dtype,
+            )
         if variant.fused_statistics:
             tl.store(row_partials + rows, row_sums, mask=in_rows)
 

@@ -4,7 +4,10 @@ A step over matrices is four launches, whatever their number: partial sums of sq
 each gradient, the sums of the partial sums in a fixed order, the stripes, and the update. A lagged
 step is the roots of the stripes, an update that also computes partial sums of squares, their sums,
 and the stripes. There, only first steps, and blocks whose columns are not whole tiles, need the
-statistics before the update. 0-D and 1-D parameters take one more launch.
+statistics before statistics before the update. 0-D and 1-D parameters take one more launch.
+
+Folding a gradient (``fold.py``) is two launches for each matrix. The step over folded matrices is
+copies of their sums, the stripes, and the update, for all matrices together.
 
 Every launch has a list of tiles, each with the number of an entry, and finds the entry's tensors
 in an array of addresses. A launch is repeated only for entries that need another variant of the
@@ -17,6 +20,7 @@ uses atomics, and every sum has a fixed order: runs repeat bit for bit.
 
 import logging
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -28,6 +32,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from striped_hf.optim.backends import reference
 from striped_hf.optim.backends.triton import INTERPRETED, kernels, tile_sizes
 from striped_hf.optim.backends.triton.arguments import (
+    OPTIONS,
     Buffers,
     Hyperparameters,
     OnDevice,
@@ -35,17 +40,15 @@ from striped_hf.optim.backends.triton.arguments import (
     UpdateFlags,
     constants,
 )
+from striped_hf.optim.backends.triton.fold import can_fold, launch_fold
 from striped_hf.optim.backends.triton.plan import Plan, is_supported, strides_of
 from striped_hf.optim.backends.triton.workspace import tile_columns
-from striped_hf.optim.interface import LOW_BITS, Entry, Roots, Settings, Sums
+from striped_hf.optim.interface import LOW_BITS, Entry, Folded, Roots, Settings, Sums
 
 logger = logging.getLogger(__name__)
 
 DEVICE_TYPES = ("cpu",) if INTERPRETED else ("cuda",)
 CAPTURABLE = True  # steps and learning rates may be known to the device only
-
-# Triton 3.9 asks for a choice. The kernels are right either way, and shorter with fused operations.
-_OPTIONS = {"enable_fp_fusion": True}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -98,40 +101,61 @@ def update(entries: list[Entry], roots: list[Roots | None], settings: Settings) 
     """Updates momentum and parameter of every entry in place; as ``reference.update``.
 
     Args:
-        entries: The list that ``statistics`` got.
+        entries: The list that ``statistics`` got, or entries whose gradients were folded.
         roots: For each matrix a and c, in tensors of the sums' shapes.
         settings: Of the param group.
     """
     if not entries:
-        return
-    if entries[0].grad is None:  # folded
-        reference.update(entries, roots, settings)
         return
     plan = _plan(entries, lagged=False)
     if plan.pending is not entries:
         plan.refresh(entries)
     plan.pending = None
     with plan.launching():
-        _copy_roots(plan, roots)
+        _copy_to_workspace(plan, roots)
         _launch_update(plan, entries, settings, has_roots=True)
     if plan.fallback:
         fallback_roots = [roots[i] for i in plan.fallback]
         reference.update([entries[i] for i in plan.fallback], fallback_roots, settings)
 
 
-fold = reference.fold
-step_folded = reference.step_folded
+def fold(
+    entry: Entry, folded: Folded, settings: Settings, is_first: bool, coefficient: Tensor | None
+) -> None:
+    """Adds a gradient to the momentum, sums and sketch; as ``reference.fold``.
+
+    It reads the gradient and the momentum once, in two launches.
+    """
+    if not can_fold(entry, folded):
+        _warn_once()
+        reference.fold(entry, folded, settings, is_first, coefficient)
+        return
+    launch_fold(entry, folded, settings, is_first, coefficient)
 
 
-def _copy_roots(plan: Plan, roots: list[Roots | None]) -> None:
-    """Copies roots to the places of the sums, where the kernels read them."""
+def step_folded(entries: list[Entry], sums: list[Sums], settings: Settings) -> None:
+    """Updates whole matrices whose gradients were folded; as ``reference.step_folded``."""
+    if not entries:
+        return
+    plan = _plan(entries, lagged=False)
+    plan.refresh(entries)
+    with plan.launching():
+        _copy_to_workspace(plan, sums)
+        _launch_update(plan, entries, settings)
+    if plan.fallback:
+        fallback_sums = [sums[i] for i in plan.fallback]
+        reference.step_folded([entries[i] for i in plan.fallback], fallback_sums, settings)
+
+
+def _copy_to_workspace(plan: Plan, given: Sequence[Sums | Roots | None]) -> None:
+    """Copies sums, or roots in their place, to where the kernels read them."""
     targets: list[Tensor] = []
     sources: list[Tensor] = []
     for i in plan.supported:
-        places, given = plan.sums[i], roots[i]
-        if places is not None and given is not None:
+        places, pair = plan.sums[i], given[i]
+        if places is not None and pair is not None:
             targets += places
-            sources += given
+            sources += pair
     if targets:
         torch._foreach_copy_(targets, sources)
 
@@ -164,7 +188,7 @@ def _plan(entries: list[Entry], lagged: bool) -> Plan:
         (
             e.param.shape,
             e.param.dtype,
-            e.gradient.dtype,
+            None if e.grad is None else e.grad.dtype,
             LOW_BITS in e.state,
             e.momentum_dtype,
             e.blocks,
@@ -233,7 +257,7 @@ def _launch_statistics(plan: Plan, entries: list[Entry]) -> None:
             TILE_ROWS=tile_sizes.STATISTICS_TILE_ROWS,
             TILE_COLUMNS=tile_columns(fused),
             num_warps=4,
-            **_OPTIONS,
+            **OPTIONS,
         )
     for fused in launched:
         _launch_combine(plan, buffers, fused)
@@ -268,7 +292,7 @@ def _launch_update(
             variant=constants(variant),
             BLOCK=tile_sizes.STRIPE_BLOCK,
             num_warps=8,
-            **_OPTIONS,
+            **OPTIONS,
         )
 
     for fused_statistics in workspace.segments:
@@ -283,7 +307,7 @@ def _launch_update(
             flags=_update_flags(settings, matrix.param_dtype),
             TILE_ROWS=tile_sizes.UPDATE_TILE_ROWS,
             num_warps=4,
-            **_OPTIONS,
+            **OPTIONS,
         )
     if fused:
         _launch_combine(plan, buffers, fused_statistics=True)
@@ -299,7 +323,7 @@ def _launch_update(
             flags=_update_flags(settings, vector.param_dtype),
             BLOCK=tile_sizes.VECTOR_BLOCK,
             num_warps=4,
-            **_OPTIONS,
+            **OPTIONS,
         )
 
 
@@ -311,7 +335,7 @@ def _launch_combine(plan: Plan, buffers: Buffers, fused_statistics: bool) -> Non
         PARTIALS=tile_sizes.COMBINED_PARTIALS,
         WIDTH=tile_sizes.COMBINED_WIDTH,
         num_warps=4,
-        **_OPTIONS,
+        **OPTIONS,
     )
 
 

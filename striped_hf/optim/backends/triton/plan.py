@@ -27,13 +27,13 @@ from striped_hf.optim.backends.triton.arguments import (
 from striped_hf.optim.backends.triton.workspace import Workspace, ceil_div, copy_each, tile_columns
 from striped_hf.optim.interface import LOW_BITS, Entry, Sums
 
-_ALIGNMENT = 16  # bytes of a vector; also the columns of int8 that are so many bytes
-_TRITON_DTYPES = {
+ALIGNMENT = 16  # bytes of a vector; also the columns of int8 that are so many bytes
+TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-_MOMENTUM_DTYPES = {
+MOMENTUM_DTYPES = {
     "float32": tl.float32,
     "bfloat16": tl.bfloat16,
     "int8": tl.int8,
@@ -58,10 +58,10 @@ class Strides(Enum):
 
 def strides_of(entry: Entry) -> Strides:
     """Returns the strides that parameter and gradient have in common."""
-    param, grad = entry.param, entry.gradient
-    if param.is_contiguous() and grad.is_contiguous():
+    tensors = [entry.param] if entry.grad is None else [entry.param, entry.grad]
+    if all(map(Tensor.is_contiguous, tensors)):
         return Strides.CONTIGUOUS
-    if param.dim() >= 2 and param.mT.is_contiguous() and grad.mT.is_contiguous():
+    if entry.param.dim() >= 2 and all(tensor.mT.is_contiguous() for tensor in tensors):
         return Strides.TRANSPOSED
     return Strides.OTHER
 
@@ -106,10 +106,9 @@ def _list_tiles(
     """Lists the tiles of all entries. The lists of arguments have one item per entry."""
     statistics, matrices, vectors = defaultdict(list), defaultdict(list), defaultdict(list)
     for number, entry in enumerate(entries):
-        param_dtype, grad_dtype = (
-            _TRITON_DTYPES[entry.param.dtype],
-            _TRITON_DTYPES[entry.gradient.dtype],
-        )
+        param_dtype = TRITON_DTYPES[entry.param.dtype]
+        # a folded gradient's dtype does not count
+        grad_dtype = tl.float32 if entry.grad is None else TRITON_DTYPES[entry.grad.dtype]
         if entry.param.dim() < 2:
             indices = np.arange(ceil_div(entry.param.numel(), tile_sizes.VECTOR_BLOCK))
             vector = VectorVariant(
@@ -135,10 +134,11 @@ def _list_tiles(
         matrix = MatrixVariant(
             param_dtype=param_dtype,
             grad_dtype=grad_dtype,
-            momentum_dtype=_MOMENTUM_DTYPES[entry.momentum_dtype],
+            momentum_dtype=MOMENTUM_DTYPES[entry.momentum_dtype],
             qmax=momentum.QMAX.get(entry.momentum_dtype, 0),
             narrow=shape.column_blocks > 1 and shape.block_columns < momentum.BLOCK_SIZE,
-            large=shape.whole_start + shape.rows * shape.whole_stride > 1 << 32,
+            large=is_large(shape.rows, shape.whole_start, shape.whole_stride),
+            folded=entry.grad is None,
             **layout,
         )
         # with more rows per program there are fewer partial sums
@@ -159,11 +159,21 @@ def _list_tiles(
     )
 
 
+def is_large(rows: int, whole_start: int, whole_stride: int) -> bool:
+    """Whether an element's index in the whole parameter may need more than 32 bits."""
+    return whole_start + rows * whole_stride > 1 << 32
+
+
 def _combinations(number: int, *axes: np.ndarray) -> np.ndarray:
     """[combinations, 1 + axes]: all combinations of the axes' values, after ``number``."""
     grids = np.meshgrid(*axes, indexing="ij")
     columns = [np.full(grids[0].size, number), *(grid.ravel() for grid in grids)]
     return np.stack(columns, axis=1)
+
+
+def launching_on(device: torch.device) -> AbstractContextManager[Any]:
+    """The context in which kernels are launched on a device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -206,7 +216,7 @@ class Plan:
 
     def launching(self) -> AbstractContextManager[Any]:
         """The context in which kernels are launched on the plan's device."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        return launching_on(self.device)
 
     def refresh(self, entries: list[Entry]) -> None:
         """Updates the addresses, and the tiles if the alignment of an address has changed."""
@@ -232,7 +242,8 @@ class Plan:
             state = entry.state
             # a step of 0 means that only the device knows it
             step = entry.step - first_step if entry.step else state["step"].data_ptr()
-            addresses += (entry.param.data_ptr(), entry.gradient.data_ptr())
+            grad = 0 if entry.grad is None else entry.grad.data_ptr()
+            addresses += (entry.param.data_ptr(), grad)
             # the state of a part of a sharded matrix has no stripes, and that of a vector no scales
             addresses += [state[key].data_ptr() if key in state else 0 for key in _STATE_KEYS]
             addresses.append(step)
@@ -247,11 +258,11 @@ class Plan:
                 pointers.param_low_bits,
             )
         )
-        aligned = (read % _ALIGNMENT == 0).all(axis=0).tolist()
+        aligned = (read % ALIGNMENT == 0).all(axis=0).tolist()
         return [
             is_aligned
             and strides is Strides.CONTIGUOUS
-            and shape.columns % _ALIGNMENT == shape.block_columns % _ALIGNMENT == 0
+            and shape.columns % ALIGNMENT == shape.block_columns % ALIGNMENT == 0
             for is_aligned, strides, shape in zip(
                 aligned, self._strides, self.workspace.shapes, strict=True
             )

@@ -23,3 +23,12 @@ COMBINED_PARTIALS, COMBINED_WIDTH = 32, 64
 # are 13 iterations.
 STRIPE_BLOCK = 4096
 VECTOR_BLOCK = 1024  # elements of a 0-D or 1-D parameter
+
+
+def folded_rows(elements: int) -> int:
+    """Returns how many rows one program of ``fold_kernel`` folds, of a matrix of so many elements.
+
+    Small matrices need many programs, about a thousand where there are enough rows, and large ones
+    few partial sums: of 2^25 elements or more, 3/256 float32 for each element.
+    """
+    return 64 if elements < 1 << 24 else 128 if elements < 1 << 25 else 256
