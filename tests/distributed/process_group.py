@@ -17,7 +17,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-CASES = ("training_cases", "checkpoint_cases", "agreement_cases", "fsdp2_trainer")
+CASES = (
+    "training_cases",
+    "checkpoint_cases",
+    "convolution_cases",
+    "agreement_cases",
+    "fsdp2_trainer",
+)
 IMPORTED_BY = os.getpid()
 
 
