@@ -432,7 +432,7 @@ class StripedAdamW(Optimizer):
         """Returns the state as torch does; each group's ``blocks`` are those of its parameters."""
         self._refresh_groups()
         state_dict = super().state_dict()
-        for group in state_dict["param_groups"]:
+        for group in state_dict.get("param_groups", ()):  # a hook may return anything
             if len(group.get("param_names", group["params"])) != len(group["params"]):
                 del group["param_names"]  # other code took parameters away, and left their names
         return state_dict

@@ -18,7 +18,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 CASES = (
-    *("training_cases", "layerwise_cases", "checkpoint_cases", "agreement_cases"),
+    "training_cases",
+    "layerwise_cases",
+    "checkpoint_cases",
+    "convolution_cases",
+    "agreement_cases",
     "fsdp2_trainer",
 )
 IMPORTED_BY = os.getpid()

@@ -42,6 +42,11 @@ def test_bad_checkpoints_change_nothing(checkpoints: Path) -> None:
     assert error is None, error
 
 
+def test_whole_state_dicts(tmp_path: Path) -> None:
+    error = run(cases.whole_state_dicts, 2, tmp_path)
+    assert error is None, error
+
+
 def test_adamw_goes_on_sharded(tmp_path: Path) -> None:
     error = run(cases.adamw_checkpoints, 2, tmp_path)
     assert error is None, error

@@ -7,7 +7,7 @@ from typing import Any
 
 import convolution_cases as cases
 import pytest
-import sharded_training
+from process_group import run
 
 pytestmark = pytest.mark.slow
 
@@ -18,5 +18,5 @@ pytestmark = pytest.mark.slow
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_sharded_convolutions(case: Any, processes: int, tmp_path: Path) -> None:
-    error = sharded_training.run(case, processes, tmp_path)
+    error = run(case, processes, tmp_path)
     assert error is None, error

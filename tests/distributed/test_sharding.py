@@ -34,7 +34,6 @@ STRIPES = 2e-6  # 8e-7 measured: as above, but of averages relative to themselve
         (cases.tensor_parallel, 4),
         (cases.tensor_parallel_alone, 2),
         (cases.one_exchange, 2),
-        (cases.whole_state_dicts, 2),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
