@@ -102,9 +102,17 @@ class ParameterBlocks:
         )
         for group, blocks in zip(groups, now, strict=True):
             for param, pair in zip(group["params"], blocks, strict=True):
-                self._known[id(param)] = _Known(type(param), _shape(param), pair)
+                old = self._known.get(id(param))
+                # a state was made for the shape that the parameter had when it was first seen
+                shape = old.shape if old is not None and param in states else _shape(param)
+                self._known[id(param)] = _Known(type(param), shape, pair)
             if blocks:
                 group["blocks"] = blocks if as_lists else blocks[0]
+
+    def first_shape(self, param: Tensor) -> tuple[int, ...]:
+        """Returns the shape in which a parameter with a state was first seen."""
+        known = self._known.get(id(param))
+        return _shape(param) if known is None else known.shape
 
     def _find(self, param: Tensor, states: Mapping[Tensor, State]) -> BlocksOption | None:
         """Returns the blocks of a parameter that was seen before."""

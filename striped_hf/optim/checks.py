@@ -219,6 +219,14 @@ def _is_freed(tensor: Tensor) -> bool:
     return not has_memory(tensor)
 
 
+def problem_of_shape(before: Sequence[int]) -> str:
+    """Says that a parameter no longer has the shape for which its state was made."""
+    return (
+        f"had shape {tuple(before)} when its state was made: undo what resized it, or drop the "
+        "state (optimizer.state.pop(parameter)), which starts it afresh"
+    )
+
+
 def problem_of_state(param: Tensor, state: State, description: Description) -> str | None:
     """Says what of a parameter's state no longer fits it; None: the state can be stepped.
 

@@ -16,6 +16,7 @@ from striped_hf.optim.checks import (
     check_group,
     is_ordinary,
     problem_of_gradient,
+    problem_of_shape,
     problem_of_shards,
     problem_of_state,
 )
@@ -271,7 +272,15 @@ class StripedAdamW(Optimizer):
                 if (grad is None and not is_waited_for) or is_elsewhere(param):
                     continue
                 description, state = description_of(group, i), self.state.get(param, {})
-                if grad is not None and is_ordinary(param, grad, state, description):
+                # the state of a kernel has another shape than the kernel, and may fit by accident
+                is_kernel = len(description.stepped) != len(description.shape)
+                first_shape = self._blocks.first_shape(param) if is_kernel else description.shape
+                is_resized = bool(state) and first_shape != description.shape
+                if (
+                    grad is not None
+                    and not is_resized
+                    and is_ordinary(param, grad, state, description)
+                ):
                     groups[-1].alone.append(_Checked(param, grad, description))
                     continue
                 problem = (
@@ -279,6 +288,7 @@ class StripedAdamW(Optimizer):
                     or problem_of_wrapper(param)
                     or problem_of_state(param, state, description)
                     or (problem_of_shards(param, state) if is_sharded(param) else None)
+                    or (problem_of_shape(first_shape) if is_resized else None)
                 )
                 if problem is not None:
                     # a sharded one is still listed: the other processes wait for this one

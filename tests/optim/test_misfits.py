@@ -67,6 +67,18 @@ def test_a_parameter_of_another_shape(shape: tuple[int, ...], momentum_dtype: st
     optimizer.step()  # the fix that the message names
 
 
+@pytest.mark.parametrize("momentum_dtype", FORMATS)
+def test_a_parameter_of_another_shape_whose_state_fits(momentum_dtype: str) -> None:
+    """A kernel [12, 1, 130] is stepped as a matrix [12, 130], the shape from before."""
+    optimizer, ps = stepped(momentum_dtype=momentum_dtype)
+    ps[1].grad = None
+    ps[1].data = torch.randn(12, 1, 130)
+    give_gradients(ps)
+    assert_refused(optimizer, "the.bad.one", "had shape (12, 130)", "state.pop")
+    optimizer.state.pop(ps[1])
+    optimizer.step()
+
+
 def change_dtype(state: dict[str, torch.Tensor]) -> str:
     state["exp_avg_sq_row"] = state["exp_avg_sq_row"].bfloat16()
     return "exp_avg_sq_row"
