@@ -298,7 +298,7 @@ def test_a_step_of_folded_gradients_is_the_ordinary_one(
         )
         for params in (ps, qs)
     )
-    for _ in range(3):
+    for _ in range(2):
         for p, q in zip(ps, qs, strict=True):
             p.grad = torch.randn(p.shape).to(DEVICE, dtype)
             q.grad = p.grad
