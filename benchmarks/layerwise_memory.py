@@ -101,7 +101,8 @@ def train(planned: Run, name: str, args: argparse.Namespace) -> dict[str, Any]:
         args: The command line.
 
     Returns:
-        ``parameters``, ``peak_mib``, ``first_step_s`` and ``step_s``, the median of the others.
+        ``parameters``, ``accumulation`` as it was, ``peak_mib``, ``first_step_s``, and ``step_s``,
+        the median of the others.
     """
     device = torch.device(args.device)
     set_seed(0)
@@ -130,6 +131,7 @@ def train(planned: Run, name: str, args: argparse.Namespace) -> dict[str, Any]:
         raise RuntimeError("the loss is not finite")
     return {
         "parameters": sum(param.numel() for param in model.parameters()),
+        "accumulation": accumulation,
         "peak_mib": peak_memory_mib(),
         "first_step_s": seconds[0],
         "step_s": statistics.median(seconds[1:] or seconds),
@@ -190,7 +192,8 @@ def render(results: dict[str, Any]) -> str:
     lines = [
         markdown_table(header, rows),
         "",
-        f"Random weights in bfloat16, {results['steps']} steps; activations are part of the peak.",
+        f"Random weights in bfloat16, {results['steps']} steps; activations are part of the peak. "
+        "Fused AdamW keeps its state in bfloat16, too, and rounds weights to nearest.",
     ]
     skipped = [
         f"`{row['model']}` with `{row['optim']}` ({row['reason']})"

@@ -162,6 +162,7 @@ def test_memory_without_gradients_has_a_row_for_every_run(tmp_path, monkeypatch)
     assert found["complete"]
     assert [row["model"] for row in found["rows"]] == [r.model for r in layerwise_memory.RUNS]
     assert not [row["reason"] for row in found["rows"] if "reason" in row]
+    assert [row["accumulation"] for row in found["rows"]] == [2, 1, 1, 2]
     assert all(row["peak_mib"] > 0 < row["step_s"] for row in found["rows"])
     layerwise = [r.optim != layerwise_memory.BASELINE for r in layerwise_memory.RUNS]
     assert gone == [is_gone for is_gone in layerwise for _ in range(2)]
