@@ -539,6 +539,17 @@ def test_added_groups_are_hooked() -> None:
     assert model.out.weight.grad is not None
 
 
+def test_the_hooks_of_a_step_run_once() -> None:
+    StripedAdamW([nn.Parameter(torch.zeros(2))])  # torch wraps the steps of both classes
+    model = make_model()
+    optimizer = LayerwiseStripedAdamW(model.parameters())
+    seen: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    run(model, optimizer, range(2))
+    assert seen == 2 * ["before", "after"]
+
+
 # -------------------------------------------------------------------------------------------------
 # state dicts
 # -------------------------------------------------------------------------------------------------

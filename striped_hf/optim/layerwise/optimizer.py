@@ -262,6 +262,7 @@ class LayerwiseStripedAdamW(StripedAdamW):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Performs one step, by the gradients of all backward passes since the last one.
 
@@ -279,7 +280,8 @@ class LayerwiseStripedAdamW(StripedAdamW):
                 "torch.amp.GradScaler scales gradients that a layerwise optimizer has folded by "
                 "then: train in bfloat16 instead of float16, or use StripedAdamW"
             )
-        return super().step()
+        self._update()  # by super().step() the hooks of a step would run twice
+        return None
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
