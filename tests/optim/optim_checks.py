@@ -246,6 +246,16 @@ def stored_momentum(state: dict[str, Any], C: int) -> tuple[np.ndarray, str]:
     return to_numpy(stored), name
 
 
+def whole_values(p: torch.Tensor, state: dict[str, Any]) -> np.ndarray:
+    """A parameter in float64, with the low half of its float32 bits where its state has it."""
+    low = state.get("param_low_bits")
+    if low is None:
+        return to_numpy(p)
+    high = p.detach().cpu().contiguous().view(torch.int16).numpy().astype(np.uint16)
+    added = low.cpu().numpy().astype(np.int64)
+    return (high.astype(np.int64) * 2**16 + added).astype(np.uint32).view(np.float32).astype(float)
+
+
 # ---------------------------------------------------------------------------------------------
 # the oracle beside an optimizer
 # ---------------------------------------------------------------------------------------------
@@ -278,7 +288,8 @@ class Follower:
         self.followed: dict[torch.Tensor, Followed] = {}
 
     def step(self) -> None:
-        before = {p: to_numpy(p) for p in parameters(self.optimizer)}
+        states = self.optimizer.state
+        before = {p: whole_values(p, states.get(p, {})) for p in parameters(self.optimizer)}
         momentum = {}
         for p in parameters(self.optimizer):
             if self.optimizer.state.get(p) and p.ndim >= 1:
@@ -304,7 +315,8 @@ class Follower:
     ) -> None:
         what = f"{p.dtype} {tuple(p.shape)} blocks={group['blocks']} {group['momentum_dtype']}"
         if p.grad is None:
-            assert np.array_equal(to_numpy(p), before), f"{what}: moved without a gradient"
+            after = whole_values(p, self.optimizer.state.get(p, {}))
+            assert np.array_equal(after, before), f"{what}: moved without a gradient"
             return
         shape = documented_matrix(p.shape, group["blocks"])
         is_blocked = len(shape) >= 2 and not isinstance(group["blocks"], str)
@@ -331,9 +343,12 @@ class Follower:
         numerator, _, mine.magnitude = oracle.fraction(np.abs(g), mine.magnitude, mine.t, **hyper)
         size = lr * numerator / denominator
         self._compare_state(p, mine, group, what)
-        actual = to_numpy(p).reshape(shape)
+        actual = whole_values(p, self.optimizer.state[p]).reshape(shape)
         allowed = self.rtol * np.abs(size) + 2.0**-22 * (np.abs(before) + np.abs(size))
-        if p.dtype != torch.float32:
+        if "param_low_bits" in self.optimizer.state[p]:
+            half = 0.5 * spacing(actual, p.dtype)
+            self._close(to_numpy(p).reshape(shape), actual, half, f"{what}: not the nearest")
+        elif p.dtype != torch.float32:
             stochastic = group["stochastic_rounding"] in (None, True)
             ulps = 1.0 if stochastic else 0.5
             allowed = 1.01 * allowed + ulps * spacing(

@@ -202,7 +202,7 @@ def test_layouts_that_it_does_not_walk_are_the_references(momentum_dtype: str) -
         ours, _ = run("cpu", momentum_dtype, layout=layout)
         theirs, _ = run("reference", momentum_dtype, layout=layout)
         for p, q in zip(ours, theirs, strict=True):
-            if not p.is_contiguous():
+            if not p.is_contiguous() and p.dim() != 4:  # a kernel is stepped in a contiguous copy
                 assert_same_bits(p, q)
 
 
