@@ -67,7 +67,7 @@ def plain_parameter(param: Tensor) -> Tensor:
 
 
 def problem_of_wrapper(param: Tensor) -> str | None:
-    """Says why a copy cannot stand for a parameter; None: it can."""
+    """Says why a copy cannot replace a parameter in the step; None: it can."""
     if is_plain(param) or not has_values(param) or not hasattr(param, "__tensor_flatten__"):
         return None
     inner = [getattr(param, name) for name in param.__tensor_flatten__()[0]]

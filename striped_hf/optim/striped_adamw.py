@@ -95,7 +95,8 @@ class StripedAdamW(Optimizer):
     ``exp_avg_scale`` for the integer formats; ``exp_avg_sq_row`` [..., R, bc] and
     ``exp_avg_sq_col`` [..., br, C] for matrices, ``exp_avg_sq`` for 0-D and 1-D parameters and
     where stripes would be no smaller. The latter keep AdamW's exact second moment and a float32
-    momentum. The state of a kernel has the shapes of its matrix.
+    momentum; in bfloat16 they also keep ``param_low_bits``, the 16 bits of float32 that bfloat16
+    lacks, so that their updates are float32's. The state of a kernel has the shapes of its matrix.
 
     A ``torch.optim.AdamW`` state dict can be loaded: its second moments are reduced to the means.
 

@@ -184,8 +184,8 @@ def packed_blocks(model: nn.Module) -> dict[nn.Parameter, Blocks]:
     """Finds the parameters of a model that pack several projections of one size.
 
     Modules are recognised by their class, of transformers or torch, or one derived from it (such
-    as those that ``fully_shard`` makes). What is not recognised is not in the answer; it is to be
-    taken whole.
+    as those that ``fully_shard`` makes). Other matrices are not in the result; their blocks are
+    (1, 1).
 
     Args:
         model: Any module, perhaps wrapped (PEFT, ``torch.compile``, DDP).
@@ -249,8 +249,8 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Builds the param groups with which StripedAdamW trains a model.
 
     The groups are those of ``transformers.Trainer``, in its order, by its own function: weight
-    decay on every parameter but biases and norms, frozen parameters left out. So what is kept by
-    group, the state of an AdamW or of a learning-rate scheduler, fits them too.
+    decay on every parameter but biases and norms, frozen parameters left out. So the state of an
+    AdamW or of a learning-rate scheduler, which is stored by group, fits them too.
 
     Args:
         model: The model to train.
