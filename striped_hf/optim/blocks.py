@@ -1,4 +1,4 @@
-"""The blocks of each parameter: kept by parameter, because other code reorders ``params``.
+"""The blocks of each parameter. They are kept by parameter, because other code reorders ``params``.
 
 A group's ``blocks`` are one value for all of its parameters or a list with a value for each: a pair
 (br, bc), or how a parameter of more than two dimensions is read, "kernel" or "stack"
@@ -23,15 +23,15 @@ _WHOLE: Blocks = (1, 1)
 def mark_blocks(param: Tensor, blocks: BlocksOption) -> None:
     """Marks a parameter with its blocks, for every optimizer and in any group.
 
-    Whoever builds the groups, such as a subclass of ``Trainer``, then need not know of blocks. The
-    mark precedes a group's list, which other code may have dealt out in another order, and its pair
-    where that is (1, 1). A mark that does not divide its parameter is ignored: the parameter was
-    resized since.
+    Code that builds the groups, such as a subclass of ``Trainer``, then need not know of blocks.
+    The mark has precedence over a group's list, because other code may have put the parameters in
+    another order. It also has precedence over a group's pair if the pair is (1, 1). A mark that
+    does not divide its parameter is ignored: the parameter was resized after it was marked.
 
     Args:
         param: A parameter.
-        blocks: (br, bc); or of three or more dimensions "kernel", for the kernel of a convolution,
-            or "stack", for a stack of matrices.
+        blocks: (br, bc). For a parameter of three or more dimensions also "kernel", for the kernel
+            of a convolution, or "stack", for a stack of matrices.
     """
     setattr(param, _MARK, as_blocks(blocks))
 
@@ -48,7 +48,10 @@ def blocks_of(group: Group, position: int) -> BlocksOption:
 
 
 class _Known(NamedTuple):
-    """A parameter that was seen: its class and shape tell it from one that reuses its ``id``."""
+    """A parameter that was seen before.
+
+    A parameter that reuses its ``id`` has another class or shape.
+    """
 
     kind: type
     shape: tuple[int, ...]
@@ -71,11 +74,11 @@ class ParameterBlocks:
 
         Args:
             groups: All of the optimizer's param groups.
-            states: The optimizer's, by parameter.
+            states: The optimizer's states, by parameter.
 
         Raises:
-            RuntimeError: A pair differs from what a matrix's state was made with, or DeepSpeed
-                flattened the parameters. Nothing has changed then.
+            RuntimeError: A pair differs from the pair that a matrix's state was made with, or
+                DeepSpeed flattened the parameters. Nothing has changed then.
         """
         known = [[self._find(p, states) for p in group["params"]] for group in groups]
         found = [
@@ -94,7 +97,7 @@ class ParameterBlocks:
             blocks or [pair for pair in of_group if pair is not None]
             for blocks, of_group in zip(found, known, strict=True)
         ]
-        # a list in one group makes lists of all, so that whoever reads them finds one kind
+        # if one group has a list, all groups get lists, so that readers find one kind
         as_lists = any(
             is_list_of_blocks(group["blocks"]) or blocks.count(blocks[0]) < len(blocks)
             for group, blocks in zip(groups, now, strict=True)
@@ -150,8 +153,8 @@ def _blocks_of_group(
     Args:
         index: The group's position, for messages.
         group: A param group.
-        known: The blocks of those of its parameters that were seen before.
-        states: The optimizer's, by parameter.
+        known: The blocks of the parameters that were seen before, else None.
+        states: The optimizer's states, by parameter.
     """
     params, given = group["params"], group["blocks"]
     if not is_list_of_blocks(given):
@@ -159,7 +162,7 @@ def _blocks_of_group(
             return None
         pair = as_blocks(given)
         blocks = [_mark_of(p, pair) if pair == _WHOLE else pair for p in params]
-        if pair == _WHOLE:  # says nothing of a reading that is known
+        if pair == _WHOLE:  # the default does not contradict known blocks
             blocks = [
                 old if isinstance(old, str) else new for old, new in zip(known, blocks, strict=True)
             ]
@@ -173,7 +176,7 @@ def _blocks_of_group(
         return blocks
     if known == given:
         return None
-    # a list that contradicts what is known is of other parameters
+    # a list that contradicts known blocks belongs to other parameters
     listed = [as_blocks(each) for each in given]
     if len(listed) != len(params) or any(
         old not in (None, pair) for old, pair in zip(known, listed, strict=True)
@@ -184,10 +187,10 @@ def _blocks_of_group(
 
 
 def _check_not_flattened(groups: list[Group], known: list[list[BlocksOption | None]]) -> None:
-    """Raises RuntimeError where DeepSpeed put one flat buffer in a group's parameters' place.
+    """Raises RuntimeError if DeepSpeed replaced a group's parameters by one flat buffer.
 
-    ZeRO 1 and 2 do not mark the buffer, so its module must be there and the buffer new. It is
-    called where matrices have left the groups.
+    ZeRO 1 and 2 do not mark the buffer. So the check is that DeepSpeed's module is loaded and that
+    the buffer is new. Callers call it when matrices have left the groups.
     """
     for index, (group, of_group) in enumerate(zip(groups, known, strict=True)):
         is_new = of_group == [None]

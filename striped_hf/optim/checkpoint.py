@@ -1,4 +1,4 @@
-"""Loading state dicts: of a StripedAdamW, and of a ``torch.optim.AdamW``, which is converted."""
+"""Loads the state dict of a StripedAdamW, and converts the one of a ``torch.optim.AdamW``."""
 
 from itertools import chain, product
 from typing import Any
@@ -23,7 +23,7 @@ _NOT_LOADED = ("params", "blocks")
 
 
 def prepare_state_dict(state_dict: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
-    """Checks a state dict against the param groups that are to load it, and fits it to them.
+    """Checks a state dict against the param groups that will load it, and fits it to them.
 
     It changes neither the state dict nor the groups. A ``torch.optim.AdamW`` state dict is
     converted: second moments are reduced to their means by row and by column, and the momentum is
@@ -31,7 +31,7 @@ def prepare_state_dict(state_dict: dict[str, Any], groups: list[Group]) -> dict[
     matched by name where both sides know names, else by position.
 
     Args:
-        state_dict: Of a StripedAdamW or an AdamW.
+        state_dict: The state dict of a StripedAdamW or an AdamW.
         groups: The optimizer's param groups.
 
     Returns:
@@ -129,17 +129,17 @@ def _pair_of(group: Group, position: int) -> Blocks:
 
 
 def _is_of_others(saved: Group) -> bool:
-    """Whether ``blocks`` are a list of other parameters, as after other code took some away."""
+    """Whether ``blocks`` are a list for other parameters: other code may have removed some."""
     blocks = saved["blocks"]
     return is_list_of_blocks(blocks) and len(blocks) != len(saved["params"])
 
 
 def _as_read_here(loaded: dict[str, Any], description: Description, name: str) -> dict[str, Any]:
-    """Returns a state that was saved when its parameter was read in another way, read as here.
+    """Converts a state that was saved when its parameter was read as another matrix.
 
     Kernels of convolutions were once saved as stacks of matrices [..., R, C]. The second moment is
     expanded from the saved stripes and reduced to the new ones, and the momentum is encoded anew.
-    A state that fits already, or in no reading, is returned itself.
+    A state that fits already, or that fits no reading, is returned unchanged.
     """
     shape = description.shape
     if len(shape) < 3 or description.blocks != (1, 1) or _fits(loaded, description):
@@ -170,11 +170,11 @@ def _fits(loaded: dict[str, Any], description: Description) -> bool:
 
 
 def _problem_of_values(key: str, value: Tensor) -> str | None:
-    """Says what of a loaded tensor no run can have written; None: nothing."""
+    """Describes a value of a loaded tensor that no run can have written; None: there is none."""
     if value.layout is not torch.strided:
         return f"has layout {value.layout}: make it dense"
     if is_sharded(value) or not has_values(value):
-        return None  # a part of the processes must not stop alone
+        return None  # an error in only some of the processes would leave the others waiting
     if key == "step" and not (value >= 0 and value == value.round()):
         return f"is {value.item()}: a number of steps is a whole number >= 0"
     if key == "exp_avg_scale" and not ((value >= 0) & value.isfinite()).all():
@@ -183,7 +183,7 @@ def _problem_of_values(key: str, value: Tensor) -> str | None:
 
 
 def _checked_state(loaded: dict[str, Any], zeros: State, name: str) -> State:
-    """Returns the entries of ``loaded`` that a state has, each checked against its zeros."""
+    """Checks the entries of ``loaded`` that belong to a state against its zeros; returns them."""
     state = {}
     for key, like in zeros.items():
         if key == LOW_BITS and key not in loaded:  # saved in float32, or by another optimizer
@@ -218,10 +218,10 @@ def _is_adamw(state_dict: dict[str, Any]) -> bool:
 
 
 def _check_same_kind(is_adamw: bool, groups: list[Group]) -> None:
-    """Raises ValueError where sharded parameters' processes got state dicts of two optimizers.
+    """Raises ValueError if the processes of sharded parameters got state dicts of two optimizers.
 
-    torch fills the template of this optimizer with what rank 0 broadcasts. Only rank 0 then sees
-    that it is AdamW's.
+    torch fills this optimizer's template with the values that rank 0 broadcasts. Only rank 0 then
+    sees that the state dict is AdamW's.
     """
     params = [param for group in groups for param in group["params"]]
     if any(count not in (0, processes) for count, processes in count_processes(params, is_adamw)):
@@ -308,7 +308,7 @@ def _state_from_adamw(loaded: dict[str, Any], description: Description, name: st
 
 
 def _in_state_shape(exp_avg: Tensor, description: Description) -> Tensor:
-    """Returns a momentum of the parameter's shape in that of the state; whole, if it must be."""
+    """Reshapes a momentum from the parameter's shape to the state's; whole, if it must be."""
     shape, dims = description.state_shape, len(description.state_shape)
     if dims == exp_avg.dim():
         return exp_avg
@@ -322,7 +322,7 @@ def _in_state_shape(exp_avg: Tensor, description: Description) -> Tensor:
 
 
 def _coded(exp_avg: Tensor, momentum_dtype: str) -> State:
-    """Encodes a momentum: each process its own rows, or the whole where codes would be cut."""
+    """Encodes a momentum. Each process encodes its rows, or the whole if shards cut codes."""
     if is_sharded(exp_avg):
         dims, placements = exp_avg.dim(), tuple(exp_avg.placements)
         is_coded = momentum_dtype in momentum.QMAX
@@ -339,14 +339,14 @@ def _coded(exp_avg: Tensor, momentum_dtype: str) -> State:
 
 
 def _decoded(value: Any) -> Any:
-    """Returns a value of AdamW's state, in float32 where torchao's AdamW has it in codes."""
+    """Returns a value of AdamW's state; decodes it to float32 if torchao's AdamW stores codes."""
     if is_sharded(value):
         local = value.to_local()
         decoded = _decoded(local)
         if decoded is local:
             return value
         return wrap(decoded, value.shape, value.device_mesh, tuple(value.placements))
-    # torch's own method of this name is for other tensors
+    # torch's own method with this name is for other tensors
     if isinstance(value, Tensor) and type(value).dequantize is not Tensor.dequantize:
         return value.dequantize()
     return value

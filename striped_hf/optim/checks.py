@@ -1,4 +1,4 @@
-"""Which parameters and gradients StripedAdamW refuses: messages name cause, value and fix.
+"""The parameters and gradients that StripedAdamW refuses. Messages name cause, value and fix.
 
 ``options.py`` has the checks of hyperparameters.
 """
@@ -27,10 +27,10 @@ _FLATTENED = (
 
 
 def check_group(group: Group, group_index: int) -> None:
-    """Raises ValueError unless a param group can be stepped; its pairs become tuples.
+    """Raises ValueError unless a param group can be stepped. Its pairs become tuples.
 
-    What is never stepped, a frozen parameter, may be of any dtype and shape, and a lazy one has
-    none yet: they are checked at their first gradient.
+    A frozen parameter may have any dtype and shape, and a lazy parameter has none yet. Both are
+    checked at their first gradient.
     """
     check_options(group)
     group["betas"] = tuple(float(beta) for beta in group["betas"])
@@ -40,7 +40,7 @@ def check_group(group: Group, group_index: int) -> None:
     elif len(blocks) == len(params):
         group["blocks"] = [as_blocks(each) for each in blocks]
     elif all(is_marked(param) for param in params):
-        group["blocks"] = (1, 1)  # other code dealt out the parameters: their marks count
+        group["blocks"] = (1, 1)  # other code regrouped the parameters: their marks count
     else:
         raise ValueError(
             f"blocks has {len(blocks)} pairs for the {len(params)} parameters of param group "
@@ -77,7 +77,7 @@ def _problem_of_placements(param: Tensor) -> str | None:
     if not is_sharded(param) or not any(p.is_partial() for p in param.placements):
         return None
     return (
-        "has a Partial placement, so that every process has a summand and none has its value: "
+        "has a Partial placement: every process has a summand, and none has its value: "
         "redistribute it to Shard or Replicate"
     )
 
@@ -101,7 +101,7 @@ def _is_flattened(param: Tensor) -> bool:
 def is_ordinary(param: Tensor, grad: Tensor, state: State, description: Description) -> bool:
     """Whether a parameter can be stepped as it is; else ``problem_of_gradient`` and others decide.
 
-    It is about nearly every parameter in every step, so it has no calls that it can do without.
+    It runs for nearly every parameter in every step. So it avoids every call that it can.
     """
     strided, shape, device = torch.strided, param.shape, param.get_device()
     if (
@@ -143,12 +143,12 @@ def is_ordinary(param: Tensor, grad: Tensor, state: State, description: Descript
 
 
 def problem_of_gradient(param: Tensor, grad: Tensor | None, capturable: bool) -> str | None:
-    """Says why a parameter cannot be stepped by its gradient; None: it can.
+    """Explains why a parameter cannot be stepped by its gradient; None: it can be stepped.
 
     Args:
         param: A parameter.
         grad: Its gradient; None for a sharded parameter that has none in this process.
-        capturable: Whether the optimizer is.
+        capturable: Whether the optimizer is capturable.
     """
     if param.dtype not in _DTYPES:
         return _problem_of_dtype(param)
@@ -196,7 +196,7 @@ def problem_of_gradient(param: Tensor, grad: Tensor | None, capturable: bool) ->
 
 
 def problem_of_shards(param: DTensor, state: State) -> str | None:
-    """Says whose local shard has another shape than its placements give; None: no one's."""
+    """Names a tensor whose local shard does not have the shape of its placements; None: none."""
     grad = {} if param.grad is None else {"gradient": param.grad}
     for what, value in {"parameter": param, **grad, **state}.items():
         if not is_sharded(value):
@@ -220,7 +220,7 @@ def _is_freed(tensor: Tensor) -> bool:
 
 
 def problem_of_shape(before: Sequence[int]) -> str:
-    """Says that a parameter no longer has the shape for which its state was made."""
+    """Explains that a parameter no longer has the shape for which its state was made."""
     return (
         f"had shape {tuple(before)} when its state was made: undo what resized it, or drop the "
         "state (optimizer.state.pop(parameter)), which starts it afresh"
@@ -228,16 +228,16 @@ def problem_of_shape(before: Sequence[int]) -> str:
 
 
 def problem_of_state(param: Tensor, state: State, description: Description) -> str | None:
-    """Says what of a parameter's state no longer fits it; None: the state can be stepped.
+    """Describes the part of a parameter's state that does not fit it; None: the state fits.
 
-    Shapes and dtypes must be those of ``state.zero_state``, because kernels read and write as many
-    elements as the parameter's shape and format say. ``blocks`` of a parameter without a state must
-    divide it.
+    The state must have the shapes and dtypes of ``state.zero_state``, because kernels read and
+    write as many elements as the parameter's shape and format say. ``blocks`` of a parameter
+    without a state must divide it.
 
     Args:
         param: The parameter.
-        state: Its state; empty where there is none yet.
-        description: What the state is to be.
+        state: Its state; empty if there is none yet.
+        description: The parameter's description, which decides the state.
     """
     if not state:
         return _problem_of_blocks(description.shape, description.blocks)

@@ -1,4 +1,4 @@
-"""The way back: a StripedAdamW's state as ``torch.optim.AdamW`` keeps it."""
+"""Exports a StripedAdamW's state in the form that ``torch.optim.AdamW`` uses."""
 
 from typing import Any
 
@@ -24,7 +24,8 @@ def adamw_state_dict(optimizer: Optimizer) -> dict[str, Any]:
     The momentum is decoded. The second moment of a matrix is expanded from its stripes, block by
     block, to row_i col_j / mean(row), as Adafactor does (Shazeer and Stern, 2018, algorithm 2).
     0-D and 1-D parameters lose nothing. ``nesterov`` and ``lagged``, which AdamW does not have, are
-    left out. So is the floor under the root: the means of what is exported are the stripes.
+    left out. So is the floor under the root: the means of an exported second moment are the
+    stripes.
 
     If parameters are sharded, all processes must call the function together. The state is gathered
     whole, one parameter at a time, and sharded as its parameter is.
@@ -71,15 +72,15 @@ def _expanded(state: State, param: Tensor) -> State:
 
 
 def expand(state: State, shape: torch.Size) -> State:
-    """Returns ``exp_avg`` and ``exp_avg_sq``, float32 of a parameter's shape, of its whole state.
+    """Returns ``exp_avg`` and ``exp_avg_sq``, float32 of a parameter's shape, from its whole state.
 
     Args:
-        state: As ``state.zero_state`` describes it, for any matrix as which the parameter can be
-            read.
-        shape: The parameter's.
+        state: As ``state.zero_state`` describes it, for any of the matrices as which the parameter
+            can be read.
+        shape: The parameter's shape.
     """
     codes, scale = state["exp_avg"], state.get("exp_avg_scale")
-    momentum_dtype = "int4" if codes.dtype == torch.uint8 else "int8"  # where it has a scale
+    momentum_dtype = "int4" if codes.dtype == torch.uint8 else "int8"  # used only with a scale
     if "exp_avg_sq" in state:
         exp_avg_sq, columns = state["exp_avg_sq"], codes.shape[-1] if codes.dim() else 1
     else:

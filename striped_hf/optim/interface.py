@@ -1,14 +1,14 @@
-"""What a backend gets and gives: the contract between the optimizer and what computes its step."""
+"""The contract between the optimizer and the backends that compute its step."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-State = dict[str, Tensor]  # of one parameter, by the names that a state dict has
-LOW_BITS = "param_low_bits"  # a key of it that few parameters have: ``state.zero_state``
+State = dict[str, Tensor]  # the state of one parameter, by the names in a state dict
+LOW_BITS = "param_low_bits"  # a key that few states have: ``state.zero_state``
 Blocks = tuple[int, int]  # (br, bc)
-# what a param group's ``blocks`` say of a parameter: ``matrix.py``
+# the value of a param group's ``blocks`` for one parameter: ``matrix.py``
 BlocksOption = Blocks | Literal["kernel", "stack"]
 Group = dict[str, Any]  # a param group
 
@@ -36,13 +36,13 @@ class Settings:
 
 
 class Entry(NamedTuple):
-    """A parameter, or a part of one, that a backend steps, in the shape that ``matrix.py`` decides.
+    """A parameter, or a part of one, that a backend steps. ``matrix.py`` decides its shape.
 
     A step changes ``param`` and the tensors of ``state`` in place.
 
     Attributes:
         param: float32, bfloat16 or float16, not empty.
-        grad: The gradient, of ``param``'s shape and any of these dtypes; None where ``fold`` has
+        grad: The gradient, with ``param``'s shape and any of these dtypes; None if ``fold`` has
             added it to the momentum.
         state: As ``state.init_state`` describes it. A part of a sharded matrix has no stripes.
         momentum_dtype: The format in which ``state`` holds the momentum.
@@ -72,13 +72,13 @@ class Entry(NamedTuple):
 
 
 class Folded(NamedTuple):
-    """What the gradients of one matrix leave beside its momentum, from ``fold`` to the step.
+    """The sums of one matrix's gradients, beside its momentum, from ``fold`` to the step.
 
     Attributes:
         row_sums: [..., R, bc] float32, the sums by row of the gradients' squares.
         col_sums: [..., br, C] float32, the sums by column.
-        sketch: [..., R, ceil(C / 128)] float32, the sums of the gradients' elements, each under a
-            random sign, over blocks of 128 columns; None where a step has one gradient.
+        sketch: [..., R, ceil(C / 128)] float32, the sums of the gradients' elements over blocks of
+            128 columns, each element multiplied by a random sign; None if a step has one gradient.
     """
 
     row_sums: Tensor
@@ -89,10 +89,10 @@ class Folded(NamedTuple):
 class Backend(Protocol):
     """A module that computes the step of the parameters of one param group on one device.
 
-    ``step`` is for whole parameters. For parts of sharded matrices ``statistics`` and ``update``
-    are called, and what is between them adds up the sums of all processes. For matrices whose
-    gradients are freed during backward ``fold`` is called for each gradient, and then
-    ``step_folded``, or ``update`` for parts of sharded ones.
+    The optimizer calls ``step`` for whole parameters. For parts of sharded matrices it calls
+    ``statistics`` and ``update``, and adds up the sums of all processes between them. For matrices
+    whose gradients are freed during backward it calls ``fold`` for each gradient, and then
+    ``step_folded``, or ``update`` for parts of sharded matrices.
     """
 
     @property
@@ -111,8 +111,8 @@ class Backend(Protocol):
     ) -> None:
         """Updates parameters and momentum by the roots, and the second moments of vectors.
 
-        The entries are those of the last call of ``statistics``. An entry without a gradient gets
-        the update by its stored momentum, which stays as it is.
+        The entries are the entries of the last call of ``statistics``. An entry without a gradient
+        is updated by its stored momentum, which does not change.
         """
 
     def fold(
@@ -127,11 +127,11 @@ class Backend(Protocol):
         """Adds the gradient of a matrix to its momentum, sums and sketch, and does not keep it.
 
         Args:
-            entry: A matrix; ``step`` is the number of the step to come.
-            folded: What the earlier gradients of this step left; changed in place.
-            settings: Of the param group.
-            is_first: Whether the gradient is the first of this step: the momentum decays.
-            coefficient: [] float32, what the gradient is multiplied by; None: by nothing.
+            entry: A matrix; ``step`` is the number of the next step.
+            folded: The sums of the earlier gradients of this step; changed in place.
+            settings: The param group's settings.
+            is_first: Whether the gradient is the first of this step; the momentum then decays.
+            coefficient: [] float32, a factor of the gradient; None: 1.
         """
 
     def step_folded(self, entries: list[Entry], sums: list[Sums], settings: Settings, /) -> None:
@@ -142,7 +142,7 @@ class Backend(Protocol):
 
 
 class Batch(NamedTuple):
-    """The whole parameters of one param group on one device, and what steps them."""
+    """The whole parameters of one param group on one device, and the backend that steps them."""
 
     backend: Backend
     settings: Settings

@@ -1,1 +1,1 @@
-"""The step in two phases: gradients are folded into the state during backward, and freed."""
+"""The step in two phases: the backward pass folds gradients into the state and frees them."""

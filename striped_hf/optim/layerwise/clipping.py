@@ -1,9 +1,9 @@
-"""Clipping of gradients that are gone before their norm is known."""
+"""Clips gradients that are freed before their norm is known."""
 
 import torch
 from torch import Tensor
 
-_LARGEST_RATIO = 2.0  # of a norm to the one that was assumed
+_LARGEST_RATIO = 2.0  # the ratio of a norm to the assumed norm
 
 
 class ForwardClipping:
@@ -13,15 +13,15 @@ class ForwardClipping:
     that are folded into the momentum one by one are multiplied by min(1, max_norm / assumed). After
     the last one the norm is known. If it is at most twice the assumed one, the difference stays:
     the scale of a gradient changes AdamW's update only by the gradient's share in the averages. If
-    it is larger, as in a spike, ``correction`` reduces that share to what clipping would have
-    given.
+    it is larger, as in a spike, ``correction`` reduces the gradient's share to the share that
+    clipping would have given.
 
-    The next step assumes this step's norm, but at most twice what this step assumed, or twice
-    max_norm where that is larger: a spike does not shrink the step after it, and norms that grow
-    for good are followed in a few steps.
+    The next step assumes this step's norm, but at most twice the norm that this step assumed, or
+    twice max_norm if that is larger. So a spike does not shrink the step after it, and norms that
+    stay larger are reached in a few steps.
 
-    ``max_norm`` may change at any time. What a step's gradients are multiplied by is decided with
-    the first of them.
+    ``max_norm`` may change at any time. The first gradient of a step decides the coefficient of all
+    its gradients.
 
     No number is read from the device.
     """
@@ -37,7 +37,7 @@ class ForwardClipping:
         self._has_begun, self._used = False, None
 
     def coefficient(self, device: torch.device) -> Tensor | None:
-        """Returns what this step's folded gradients are multiplied by; None: by nothing."""
+        """Returns the factor of this step's folded gradients; None: 1."""
         if not self._has_begun and self.max_norm is not None and self.assumed is not None:
             self._used = self.clip(self.assumed)
         self._has_begun = True
@@ -49,21 +49,21 @@ class ForwardClipping:
         return (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
 
     def assume(self, norm: Tensor) -> None:
-        """Sets the norm that this step's gradients are clipped by; before the first ``fold``."""
+        """Sets the norm that this step assumes. Call it before the first ``fold``."""
         self.assumed = norm
 
     def correction(self, norm: Tensor) -> Tensor:
-        """Returns what the folded gradients are to be multiplied by again: [] float32.
+        """Returns a second factor for the folded gradients, after the first one: [] float32.
 
         Args:
-            norm: [] float32, of all gradients of the step, before clipping.
+            norm: [] float32, the norm of all gradients of the step, before clipping.
         """
         used = torch.ones_like(norm) if self._used is None else self._used.to(norm.device)
         ratio = self.clip(norm) / used
         return torch.where(ratio * _LARGEST_RATIO < 1, ratio, torch.ones_like(ratio))
 
     def end_step(self, norm: Tensor) -> None:
-        """Sets what the next step assumes."""
+        """Sets the norm that the next step assumes."""
         assert self.max_norm is not None
         if self.assumed is None:
             self.assumed = norm

@@ -8,10 +8,11 @@ from torch.utils.hooks import RemovableHandle
 
 
 class GradientHooks:
-    """Hooks of an optimizer, which do not keep it alive and are removed with it.
+    """Hooks of an optimizer. They do not keep it alive, and are removed with it.
 
-    A parameter has the hook of one optimizer, the last to attach its hooks: an earlier one may live
-    on unseen, such as with an earlier Trainer in a notebook, and would take the gradients.
+    A parameter has the hook of one optimizer: the last one that attached its hooks. An earlier
+    optimizer may still be alive, such as with an earlier Trainer in a notebook, and would take the
+    gradients.
     """
 
     def __init__(self, on_gradient: Callable[[Tensor], None]) -> None:
@@ -25,7 +26,7 @@ class GradientHooks:
         weakref.finalize(self, _remove, self._handles)
 
     def attach(self, params: Iterable[Tensor]) -> None:
-        """Hooks those parameters that have no hook yet."""
+        """Hooks the parameters that have no hook yet."""
         for param in params:
             if not self._is_hooked(param):
                 _remove_from(param)
@@ -43,7 +44,7 @@ class GradientHooks:
 
 
 class _Call:
-    """What a parameter keeps."""
+    """The function that a parameter keeps as its hook."""
 
     def __init__(self, method: weakref.WeakMethod[Callable[[Tensor], None]]) -> None:
         self._method = method

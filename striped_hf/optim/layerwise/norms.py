@@ -1,4 +1,4 @@
-"""The norm of all gradients of a step, of those that were folded and those that were not."""
+"""The norm of all gradients of a step, folded or not."""
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def square_norms_of_gradients(grads: list[Tensor]) -> list[Tensor]:
 
 
 def square_norms_of_folded(opened: dict[Tensor, OpenMatrix]) -> list[Tensor]:
-    """Returns the squares of the norms of what was folded, [] each, of all processes."""
+    """Returns the squares of the norms of the folded gradients, [] each, over all processes."""
     plain: dict[torch.device, list[Tensor]] = {}
     sharded: dict[tuple[DeviceMesh, tuple[Placement, ...]], list[Tensor]] = {}
     for param, matrix in opened.items():

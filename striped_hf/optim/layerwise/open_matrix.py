@@ -16,24 +16,24 @@ _MOMENTUM = ("exp_avg", "exp_avg_scale")
 
 
 class OpenMatrix:
-    """A matrix to whose momentum the gradients of the step to come are added.
+    """A matrix whose momentum already has gradients of the next step.
 
-    Of a sharded matrix it has this process's part.
+    For a sharded matrix it holds this process's part.
 
     Attributes:
-        description: Of the parameter.
+        description: The parameter's description.
         momentum: ``exp_avg`` and perhaps ``exp_avg_scale``: the state's tensors, or an int8 copy
             while an int4 momentum gets several gradients.
         momentum_dtype: The format of ``momentum``.
-        folded: What the gradients left.
-        count: How many gradients were folded.
+        folded: The sums of the gradients.
+        count: The number of folded gradients.
     """
 
     def __init__(self, description: Description, state: State, accumulates: bool) -> None:
-        """Creates what the first gradient needs.
+        """Creates the tensors that the first gradient needs.
 
         Args:
-            description: Of the parameter.
+            description: The parameter's description.
             state: Its state.
             accumulates: Whether several gradients may come.
         """
@@ -54,7 +54,7 @@ class OpenMatrix:
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
-        """What backends step as one tensor; of a plain matrix the whole."""
+        """The pieces that backends step as one tensor each; for a plain matrix the whole."""
         if self.description.layout is None:
             return (Piece((), (), self.description.blocks, 0, 0),)
         return self.description.layout.pieces
@@ -70,18 +70,18 @@ class OpenMatrix:
         """Adds a gradient.
 
         Args:
-            grad: Of the parameter's shape.
-            step: The number of the step to come.
-            backend: What computes.
-            settings: Of the param group.
-            coefficient: [] float32, what the gradient is multiplied by; None: by nothing.
+            grad: The gradient, with the parameter's shape.
+            step: The number of the next step.
+            backend: The backend that computes.
+            settings: The param group's settings.
+            coefficient: [] float32, a factor of the gradient; None: 1.
         """
         layout = self.description.layout
         local = plain_gradient(grad) if layout is None else local_gradient(grad, layout)
         for piece in self.pieces:
             part = local[piece.index]
             entry = Entry(
-                param=part,  # whose shape counts
+                param=part,  # only its shape counts
                 grad=part,
                 state=self._momentum_of(piece),
                 momentum_dtype=self.momentum_dtype,
@@ -95,9 +95,9 @@ class OpenMatrix:
         self.count += 1
 
     def square_norm(self) -> Tensor:
-        """Returns the square of the norm of the added gradients' sum: [] float32.
+        """Returns the square of the norm of the sum of the added gradients: [] float32.
 
-        Of several gradients it is an estimate, and of a sharded matrix this process's part.
+        For several gradients it is an estimate. For a sharded matrix it is this process's part.
         """
         if self.count == 1:
             return self.folded.row_sums.sum()
@@ -119,9 +119,9 @@ class OpenMatrix:
             self.folded.sketch.mul_(factor)
 
     def sums(self) -> Sums:
-        """Returns the sums of squares of the added gradients' sum, shaped as the stripes.
+        """Returns the sums of squares of the sum of the added gradients, shaped as the stripes.
 
-        Of several gradients they are an estimate, for each piece by itself.
+        For several gradients they are an estimate, made for each piece alone.
         """
         if self.count == 1:
             return self.folded.row_sums, self.folded.col_sums
@@ -133,7 +133,7 @@ class OpenMatrix:
         return row_sums, col_sums
 
     def entries(self, entries: list[Entry]) -> list[Entry]:
-        """Returns entries, one for each piece, with the momentum that has the gradients."""
+        """Returns entries, one for each piece, with the momentum that includes the gradients."""
         return [
             entry._replace(
                 state={**entry.state, **self._momentum_of(piece)},
@@ -144,14 +144,14 @@ class OpenMatrix:
 
     @property
     def needs_exchange(self) -> bool:
-        """Whether the sums of other processes belong to its stripes."""
+        """Whether its stripes need the sums of other processes."""
         layout = self.description.layout
         return layout is not None and layout.needs_exchange
 
     def whole(
         self, param: Tensor, state: State, step: int
     ) -> tuple[list[Entry], list[tuple[Tensor, Tensor]]]:
-        """Returns what a backend steps of a matrix that is not sharded.
+        """Returns the entry by which a backend steps a matrix that is not sharded.
 
         Args:
             param: The parameter.
@@ -159,8 +159,8 @@ class OpenMatrix:
             step: The number of the step.
 
         Returns:
-            An entry; and, where no kernel can step the parameter, it and the copy that is stepped
-            in its place.
+            An entry. If no kernel can step the parameter, also the parameter and the copy that is
+            stepped in its place.
         """
         plain = plain_parameter(param)
         stripes = {key: state[key] for key in ("exp_avg_sq_row", "exp_avg_sq_col")}
@@ -168,7 +168,7 @@ class OpenMatrix:
         return self.entries([entry]), [] if plain is param else [(param, plain)]
 
     def close(self, state: State) -> None:
-        """Stores the momentum in the state, where it is kept in another format."""
+        """Stores the momentum in the state if it was kept in another format."""
         stored = self.description.momentum_dtype
         if self.momentum_dtype == stored:
             return
@@ -193,13 +193,13 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def recoded(of_state: State, before: str, after: str, columns: int) -> State:
-    """Returns a momentum in another integer format.
+    """Converts a momentum to another integer format.
 
     Args:
         of_state: ``exp_avg`` and ``exp_avg_scale``.
         before: Their format.
         after: The format of the result.
-        columns: Of the momentum.
+        columns: The number of the momentum's columns.
     """
     codes, scale = of_state["exp_avg"], of_state["exp_avg_scale"]
     shape = torch.Size((*codes.shape[:-1], columns))

@@ -32,8 +32,8 @@ from striped_hf.optim.striped_adamw import StripedAdamW
 
 logger = logging.getLogger(__name__)
 
-# Elements of the smallest parameter whose gradient is freed. Smaller ones, and vectors, are few:
-# they keep their gradients until the step.
+# The number of elements of the smallest parameter whose gradient is freed. Smaller parameters and
+# vectors have few elements: they keep their gradients until the step.
 SMALLEST = 1 << 16
 
 _NORM_KEY = "assumed_grad_norm"  # of a param group
@@ -66,22 +66,22 @@ class LayerwiseStripedAdamW(StripedAdamW):
     After ``zero_grad()`` in place of ``step()`` the momentum still has the dropped gradients.
 
     Args:
-        params: As of StripedAdamW.
+        params: As for StripedAdamW.
         max_grad_norm: Clip the gradients to this norm, as ``torch.nn.utils.clip_grad_norm_`` would.
-            It must not be called: it would see the few gradients that are left. See
-            ``clipping.ForwardClipping`` for how it differs from clipping. None: do not clip.
+            Do not call that function: it would see only the few gradients that are left.
+            ``clipping.ForwardClipping`` explains the differences from clipping. None: do not clip.
         gradient_accumulation: Whether several backward passes may come before each step. The second
             moment is then estimated (``backends.reference.fold``), for 1/32 byte per element of a
             matrix while a step is open. An int4 momentum is kept as int8 meanwhile, for 1.03
             bytes per element.
-        options: As of StripedAdamW, by keyword.
+        options: As for StripedAdamW, by keyword.
 
     Attributes:
-        gradient_hook: Called with a parameter and each of its gradients before it is folded, such
-            as to look for infinities. None: nothing is called.
+        gradient_hook: A function that gets a parameter and each of its gradients before the
+            gradient is folded, such as to look for infinities. None: no function.
 
     Raises:
-        ValueError: As StripedAdamW; ``max_grad_norm`` is not above zero; or ``nesterov``,
+        ValueError: As for StripedAdamW; ``max_grad_norm`` is not above zero; or ``nesterov``,
             ``lagged`` or ``capturable`` is True.
     """
 
@@ -116,7 +116,7 @@ class LayerwiseStripedAdamW(StripedAdamW):
         """The norm that gradients are clipped to; None: they are not clipped.
 
         Raises:
-            ValueError: It is set to a number that is not above zero.
+            ValueError: The new value is not above zero.
         """
         return self._clipping.max_norm
 
@@ -130,10 +130,10 @@ class LayerwiseStripedAdamW(StripedAdamW):
         self._clipping.max_norm = max_norm
 
     def add_param_group(self, param_group: Group) -> None:
-        """Adds a param group, as of StripedAdamW, and hooks its parameters.
+        """Adds a param group, as StripedAdamW does, and hooks its parameters.
 
         Raises:
-            ValueError: As on construction; the optimizer has not changed then.
+            ValueError: As on construction. The optimizer has not changed then.
         """
         super().add_param_group(param_group)
         try:
@@ -151,13 +151,13 @@ class LayerwiseStripedAdamW(StripedAdamW):
     def attach_hooks(self) -> None:
         """Hooks every matrix that has no hook yet, such as after other code replaced parameters.
 
-        ``step()`` does so, too. Gradients that come before it stay until the step.
+        ``step()`` does so, too. A gradient that comes before its hook stays until the step.
         """
         params = [param for group in self.param_groups for param in group["params"]]
         self._hooks.attach(p for p in params if p.requires_grad and _is_large(p))
 
     def remove_hooks(self) -> None:
-        """Leaves ordinary parameters, whose gradients stay until the step."""
+        """Removes all hooks. Gradients then stay until the step, as for ordinary parameters."""
         self._hooks.remove()
 
     @torch.no_grad()
@@ -220,7 +220,7 @@ class LayerwiseStripedAdamW(StripedAdamW):
         return opened
 
     def _is_folded(self, param: Tensor) -> bool:
-        """Whether a large parameter is stepped as it is; a convolution's kernel is not."""
+        """Whether a large parameter is stepped in its own shape; a convolution's kernel is not."""
         group, position, _ = self._place_of(param)
         return description_of(group, position).stepped == param.shape
 
@@ -238,7 +238,7 @@ class LayerwiseStripedAdamW(StripedAdamW):
         return name_of(*self._place_of(param))
 
     def _fold_rest(self) -> None:
-        """Folds the gradients of matrices that are still there, such as under DDP."""
+        """Folds the gradients of matrices that stayed until the step, such as under DDP."""
         rest = [
             param
             for group in self.param_groups
@@ -246,7 +246,7 @@ class LayerwiseStripedAdamW(StripedAdamW):
             if param.grad is not None and _is_large(param) and self._is_folded(param)
         ]
         if rest and not self._open and self.max_grad_norm is not None:
-            # nothing was clipped yet, so that the norm need not be assumed
+            # no gradient was clipped yet, so the true norm can be used instead of an assumed one
             self._clipping.assume(self._compute_norm())
         for param in rest:
             grad, param.grad = param.grad, None
@@ -264,11 +264,11 @@ class LayerwiseStripedAdamW(StripedAdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Performs one step, by the gradients of all backward passes since the last one.
+        """Performs one step, by the gradients of all backward passes since the last step.
 
         Raises:
-            RuntimeError: As of StripedAdamW; a closure was passed; or ``torch.amp.GradScaler``
-                calls, which scales gradients before they are folded.
+            RuntimeError: As for StripedAdamW; a closure was passed; or ``torch.amp.GradScaler``
+                calls the step, which scales gradients before they are folded.
         """
         if closure is not None:
             raise RuntimeError(
@@ -277,15 +277,15 @@ class LayerwiseStripedAdamW(StripedAdamW):
             )
         if hasattr(self, "grad_scale"):
             raise RuntimeError(
-                "torch.amp.GradScaler scales gradients that a layerwise optimizer has folded by "
-                "then: train in bfloat16 instead of float16, or use StripedAdamW"
+                "torch.amp.GradScaler unscales gradients at the step, when a layerwise optimizer "
+                "has folded them: train in bfloat16 instead of float16, or use StripedAdamW"
             )
-        self._update()  # by super().step() the hooks of a step would run twice
+        self._update()  # super().step() would run the hooks of a step a second time
         return None
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
-        """Returns the norm of the gradients of the step to come, before clipping: [] float32.
+        """Returns the norm of the gradients of the next step, before clipping: [] float32.
 
         After several backward passes it is an estimate: within 1% where gradients have millions of
         elements, and within a few percent where they have 100,000.
@@ -324,7 +324,7 @@ class LayerwiseStripedAdamW(StripedAdamW):
         self.attach_hooks()
 
     def _clip(self, norm: Tensor) -> None:
-        """Clips the gradients that are still there, and corrects what was folded of the others."""
+        """Clips the gradients that stayed, and corrects the sums of the folded gradients."""
         coefficient = self._clipping.clip(norm)
         for grad in self._kept_gradients():
             local = grad.to_local() if is_sharded(grad) else grad
@@ -339,7 +339,7 @@ class LayerwiseStripedAdamW(StripedAdamW):
         return opened if opened is not None and opened.needs_exchange else None
 
     def _update_matrices(self) -> None:
-        """Updates the matrices whose gradients were folded, and whose sums no process exchanges."""
+        """Updates the matrices with folded gradients whose sums are not exchanged."""
         batches: dict[tuple[int, torch.device], list[Tensor]] = {}
         for param, opened in self._open.items():
             if not opened.needs_exchange:
@@ -383,12 +383,12 @@ class LayerwiseStripedAdamW(StripedAdamW):
     # ---------------------------------------------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops the gradients, and what was folded since the last step but for the momentum."""
+        """Drops the gradients and their sums; the momentum keeps the folded gradients."""
         super().zero_grad(set_to_none)
         self._forget_step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state, as of StripedAdamW, with the norm that the next step assumes.
+        """Returns the state, as StripedAdamW does, with the norm that the next step assumes.
 
         Raises:
             RuntimeError: A backward pass was not followed by ``step()``.
@@ -406,10 +406,10 @@ class LayerwiseStripedAdamW(StripedAdamW):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state, as of StripedAdamW.
+        """Loads a state, as StripedAdamW does.
 
         Raises:
-            ValueError: As of StripedAdamW; the optimizer has not changed then.
+            ValueError: As for StripedAdamW. The optimizer has not changed then.
         """
         super().load_state_dict(state_dict)
         self._forget_step()
@@ -420,7 +420,7 @@ class LayerwiseStripedAdamW(StripedAdamW):
 
 
 def check_layerwise(options: dict[str, Any]) -> None:
-    """Raises ValueError where options, perhaps a param group's, need a gradient in the update."""
+    """Raises ValueError if options need a gradient in the update; they may be a param group's."""
     for option in ("nesterov", "lagged"):
         if options.get(option):
             raise ValueError(
