@@ -99,7 +99,7 @@ def test_plan_is_what_a_real_training_holds(name, setting, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "checkpointing"),  # every way was compared once; these are the heaviest and the lightest
+    ("name", "checkpointing"),  # the heaviest and the lightest; every way was compared once
     [("adamw_torch_fused-float32", False), ("striped_adamw_4bit_layerwise-bfloat16", True)],
 )
 def test_plan_at_124m_parameters(name, checkpointing, tmp_path):
