@@ -70,7 +70,7 @@ def test_other_data_under_the_same_name_is_an_error(folder, docs_data, run_here,
 def test_a_run_continues_to_more_steps(folder, flags, run_here):
     more = ("--max_steps", 22, "--resume_from_checkpoint", "true")
     printed = run_here(RECIPE, *flags, *more)
-    assert "its run had 20 steps, and this one has 22" in printed
+    assert "its run had 20 steps, this run has 22" in printed
     run = read_run(folder)
     assert (run["steps"], run["tokens"], run["dtype"]) == (22, 22 * 12 * 32, "float32")
 
@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(folder, cap
     assert last_checkpoint(str(folder)) == folder / "checkpoint-10"
     (line,) = capsys.readouterr().out.splitlines()
     assert f"{name} is damaged" in line
-    assert line.endswith("checkpoint-10, the one before it")
+    assert line.endswith("checkpoint-10, the checkpoint before it")
     (folder / "checkpoint-10" / "optimizer.pt").unlink()
     with pytest.raises(UserError, match=r"checkpoint-10 lacks optimizer\.pt"):
         last_checkpoint(str(folder))
@@ -135,14 +135,14 @@ def test_a_checkpoint_of_save_only_model_continues_with_a_note(folder, flags, ru
         (folder / name / "scheduler.pt").unlink()
     given = ("--resume_from_checkpoint", folder / "checkpoint-10", "--max_steps", 11)
     printed = run_here(RECIPE, *flags, *given)
-    assert "was saved by --save_only_model: optimizer and schedule begin anew" in printed
+    assert "was saved by --save_only_model: optimizer and schedule start anew" in printed
 
 
 def test_a_new_run_replaces_an_earlier_one(folder, flags, run_here):
     (folder / "run.json").write_text("{}")
     few = ("--seed", 2, "--max_steps", 3, "--save_steps", 2, "--eval_steps", 2)
     printed = run_here(RECIPE, *flags, *few)
-    assert "has an earlier run's checkpoints, up to checkpoint-20: the first one" in printed
+    assert "has an earlier run's checkpoints, up to checkpoint-20: this run's first" in printed
     found = {path.name for path in folder.glob("checkpoint-*")}
     assert found == {"checkpoint-2", "checkpoint-3"}
     assert read_run(folder)["seed"] == 2
