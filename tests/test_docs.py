@@ -171,6 +171,30 @@ def test_losses_in_the_text_match_the_results_files():
     assert f"begins at {history['eval_losses'][0]:.2f}" in benchmarks
 
 
+def test_planned_memory_in_the_text_matches_the_results_file():
+    planned = {
+        (model["name"], row["optim"]): f"{sum(row['bytes'].values()) / 2**30:.1f}"
+        for model in results("memory_plans")["models"]
+        for row in model["rows"]
+        if row["dtype"] == "bfloat16"
+    }
+    readme, page = words("README.md"), PAGES["docs/least_memory.md"]
+    seven, eight = (
+        planned[name, "striped_adamw_4bit_layerwise"] for name in ("llama-2-7b", "llama-8b")
+    )
+    assert f"Llama-2 7B are then finetuned in {seven} GiB" in readme
+    assert f"Llama-3.1 8B in {eight} GiB" in readme
+    columns = (
+        "striped_adamw_8bit",
+        "striped_adamw_8bit_layerwise",
+        "striped_adamw_4bit_layerwise",
+        "adamw_torch_fused",  # of adapters
+    )
+    for title, name in (("Llama-2 7B", "llama-2-7b"), ("Llama-3.1 8B", "llama-8b")):
+        cells = " | ".join(planned[name, optim] for optim in columns)
+        assert f"| {title} | {cells} |" in page
+
+
 def test_times_and_memory_in_the_text_match_the_results_files():
     one_die, two_dies = (
         {row["name"]: row.get("step_ms") for row in results(name)["optimizers"]}
