@@ -31,9 +31,9 @@ blocks need no arithmetic of their own.
 
 With ``lagged`` a_i and c_j use the stripes of the step before, and c_j the correction
 1 - b2^(t - 1). One read of the gradient then serves both stripes and update, as in ADOPT, which has
-a full second moment (Taniguchi et al. 2024, https://arxiv.org/abs/2411.02853). These stripes lack this
-step's gradient. If a row, a column or a whole matrix (LoRA's A) gets its first gradient, d_ij is
-sqrt(u_t) |m_ij|. The first step has no step before it and uses its own stripes.
+a full second moment (Taniguchi et al. 2024, https://arxiv.org/abs/2411.02853). These stripes do not
+include this step's gradient. If a row, a column or a whole matrix (LoRA's A) gets its first
+gradient, d_ij is sqrt(u_t) |m_ij|. The first step has no step before it and uses its own stripes.
 
 A backend has two functions over the parameters of one param group. ``statistics`` turns gradients
 into sums of squares, and ``update`` turns a_i and c_j into new parameters and momentum. Between
