@@ -260,7 +260,7 @@ def test_the_denominator_is_that_of_the_summed_gradient(passes: int, mean: float
         give_gradient(summed, grad)
         give_gradient(folded, grad)
         assert folded.grad is None
-    # the deviation of 4,096 squares' sum is sqrt(2 / 4096) = 2.2%, of its root 1.1%: four times this
+    # a sum of 4,096 squares deviates by sqrt(2 / 4096) = 2.2%, its root by 1.1%: four times this
     within = 0.045
     assert layerwise.grad_norm().item() == pytest.approx(summed.grad.norm().item(), rel=within)
     ordinary.step()
