@@ -1,4 +1,4 @@
-"""Plan the memory of finetuning a causal language model: what each way to train it needs.
+"""Plan the memory of finetuning a causal language model, for each way to train it.
 
     python recipes/plan_memory.py gpt2-xl --card_gib 8
     python recipes/plan_memory.py meta-llama/Llama-2-7b-hf --card_gib 24 --context 1024
@@ -7,14 +7,14 @@ The model is a name on the hub or a local folder; only its config.json is read. 
 network: the message for an unknown name lists them.
 
 The figures are computed, not measured. A whole training step (forward, backward and the
-optimizer's step) of the real model class runs on tensors that have shapes but no memory, and the
-bytes of all tensors that live are followed (striped_hf/trainer/step_memory.py). The step is
+optimizer's step) of the real model class runs on tensors that have shapes but no memory. The
+script follows the bytes of all live tensors (striped_hf/trainer/step_memory.py). The step is
 transformers.Trainer's, which holds all logits. --chunked_loss plans the recipes' own loss instead.
 1 GiB of the card is left for the CUDA context. The allocator's fragmentation comes on top.
 
-Two rows are not of optimizers that run: adamw_bnb_8bit has its state by arithmetic, 2 x 1 byte per
-parameter and the scales (float32 for embeddings, as Trainer sets it up), and LoRA's adapters, of
-rank 16 on all linear layers but the output, are this script's own.
+In two rows the script does not run the real code. adamw_bnb_8bit only has the state of
+bitsandbytes' optimizer, 2 x 1 byte per parameter and the scales (float32 for embeddings, as Trainer
+sets it up). LoRA's adapters, of rank 16 on all linear layers but the output, are this script's own.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from striped_hf.results import markdown_table
 from striped_hf.trainer import param_groups
 from striped_hf.trainer.step_memory import FakeTraining, Memory, Setting
 
-CONTEXT_GIB = 1  # what CUDA and the kernels themselves take of a card
+CONTEXT_GIB = 1  # a card's memory for CUDA and the kernels themselves
 LORA_RANK = 16
 WEIGHT_DECAY = 0.01
 
@@ -55,11 +55,11 @@ class Way:
 
     Attributes:
         optim: The optimizer's name in TrainingArguments.
-        dtype: Of the weights. Float32 weights are trained under bfloat16 autocast.
-        build: Makes the optimizer.
+        dtype: The dtype of the weights. Float32 weights are trained under bfloat16 autocast.
+        build: A function that makes the optimizer.
         layerwise: Whether the optimizer works in the backward pass.
         lora: Whether adapters are trained instead of the weights.
-        remark: Why it is not recommended; empty for what may be.
+        remark: The reason against a recommendation; empty if the way may be recommended.
     """
 
     optim: str
@@ -82,7 +82,7 @@ def _adamw(model: Any, setting: Setting) -> Optimizer:
 class _EightBitAdamW(Optimizer):
     """Has the state of bitsandbytes' AdamW8bit as Trainer sets it up, and computes nothing.
 
-    Both moments in 8 bits with a float32 scale for each 256 elements. Both are float32 for
+    Both moments are in 8 bits with a float32 scale for each 256 elements. They are float32 for
     parameters of fewer than 4,096 elements and for embeddings.
     """
 
@@ -177,14 +177,14 @@ def add_adapters(model: Any) -> None:
 
 
 class Plan(NamedTuple):
-    """What a way needs, with or without gradient checkpointing."""
+    """The memory that a way needs, with or without gradient checkpointing."""
 
     way: Way
     setting: Setting
     memory: Memory
 
     def fits(self, card_gib: float) -> bool:
-        """Tells whether a card holds it beside the CUDA context."""
+        """Tells whether a card has the memory for it beside the CUDA context."""
         return self.memory.total <= (card_gib - CONTEXT_GIB) * 2**30
 
 
@@ -194,19 +194,20 @@ def plan(
     ways: Sequence[Way] = WAYS,
     checkpointing: Sequence[bool] = (False, True),
 ) -> list[Plan]:
-    """Computes what each way needs.
+    """Computes the memory that each way needs.
 
     Args:
         config: The model's configuration.
-        setting: How the model is trained, but for gradient checkpointing.
-        ways: Which ways.
-        checkpointing: Whether without or with gradient checkpointing, or both.
+        setting: The settings of the training, except gradient checkpointing.
+        ways: The ways to plan.
+        checkpointing: False plans without gradient checkpointing, True with it.
 
     Raises:
         UserError: The model cannot run on fake tensors.
     """
-    # An ordinary optimizer's state is the same before and after the passes, which are the same for
-    # all of them. So the passes run once for each dtype, and each optimizer steps once.
+    # An ordinary optimizer's state is the same before and after the passes, and the passes are the
+    # same for all ordinary optimizers. So the passes run once for each dtype, and each optimizer
+    # steps once.
     steps: dict[Way, Memory] = {}
     passes: dict[Any, tuple[FakeTraining, Memory]] = {}
     found: dict[tuple[Way, bool], Plan] = {}
@@ -251,7 +252,7 @@ def recommended(plans: list[Plan], card_gib: float) -> Plan | None:
 
 
 def render(plans: list[Plan], card_gib: float) -> str:
-    """Makes the Markdown table of what each way needs."""
+    """Makes the Markdown table of the memory that each way needs."""
     header = (
         *("optim", "weights are", "gradient checkpointing", "weights", "gradients", "state"),
         *("optimizer's buffers", "activations", "peak, GiB", f"fits {card_gib:g} GiB"),
@@ -297,7 +298,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def advice(plans: list[Plan], card_gib: float, name: str) -> str:
-    """Returns the recommendation, or what to do where nothing fits."""
+    """Returns the recommendation, or advice if no way fits."""
     best = recommended(plans, card_gib)
     if best is not None:
         checkpointing = "with" if best.setting.gradient_checkpointing else "without"

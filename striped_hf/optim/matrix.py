@@ -1,39 +1,39 @@
-"""As which matrix a parameter of three or more dimensions is stepped.
+"""The matrix as which a parameter of three or more dimensions is stepped.
 
-A matrix [R, C] is stepped as it is, and so are vectors (0-D and 1-D). A parameter [d0, d1, ...] of
-more dimensions has three readings. For its second moment they need these numbers:
+Matrices [R, C] and vectors (0-D and 1-D) are stepped in their own shapes. A parameter [d0, d1, ...]
+of more dimensions has three readings. Each needs so many numbers for the second moment:
 
     kernel  the matrix [d0, d1 d2 ...], such as a convolution's     d0 + d1 d2 ...
     stack   n matrices [R, C], such as a layer of experts           n (R + C)
     exact   no matrix                                               d0 d1 d2 ...
 
-Whoever knows the module says "kernel" or "stack" (``blocks.mark_blocks``). Blocks other than (1, 1)
-are of the matrices of a stack. Otherwise the shape alone decides:
+Code that knows the module passes "kernel" or "stack" (``blocks.mark_blocks``). Blocks other than
+(1, 1) mean a stack, and divide its matrices. Otherwise the shape alone decides:
 
     [n, R, C] with R and C of at least 16 is a stack;
-    else the reading with fewer numbers is taken, and the stack where both have as many.
+    else the reading with fewer numbers, or the stack if both need as many.
 
-Whatever was decided, a parameter is exact where its stripes would need no fewer numbers than it has
-elements: its second moment is never larger than AdamW's.
+In every case a parameter is exact if its stripes would need at least as many numbers as it has
+elements. So its second moment is never larger than AdamW's.
 """
 
 import torch
 
 from striped_hf.optim.interface import BlocksOption
 
-_STACK_SIZE = 16  # the fewest rows and columns of what is a stack, whatever it costs
+_STACK_SIZE = 16  # matrices with at least so many rows and columns are always a stack
 
 
 def stepped_shape(shape: torch.Size, blocks: BlocksOption) -> torch.Size:
     """Returns the shape as which backends see a parameter.
 
     Args:
-        shape: The parameter's.
+        shape: The parameter's shape.
         blocks: (br, bc), "kernel" or "stack".
 
     Returns:
         ``shape`` for vectors, matrices and stacks; [d0, d1 d2 ...] for a kernel; [d0 d1 ...] for
-        what is exact.
+        an exact parameter.
     """
     if len(shape) < 3 or shape.numel() == 0 or (blocks != (1, 1) and isinstance(blocks, tuple)):
         return shape

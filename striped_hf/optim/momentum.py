@@ -1,11 +1,11 @@
-"""How the momentum is stored: float32, bfloat16, or block-wise codes of 8 or 4 bits.
+"""The storage formats of the momentum: float32, bfloat16, and block-wise codes of 8 or 4 bits.
 
 The integer formats divide the last dimension into blocks of ``BLOCK_SIZE`` elements and store one
 float32 scale per block, its largest magnitude. The last block of a row may be shorter. No block
-crosses a row, so a parameter that is sharded by rows is sharded at blocks. The block-wise scales
-are those of Dettmers et al., "8-bit Optimizers via Block-wise Quantization"
-(https://arxiv.org/abs/2110.02861). Instead of their table of codes there is a square root, which
-gives small magnitudes more codes:
+crosses a row, so a parameter that is sharded by rows is sharded between blocks. The block-wise
+scales come from Dettmers et al., "8-bit Optimizers via Block-wise Quantization"
+(https://arxiv.org/abs/2110.02861). A square root replaces their table of codes, and gives small
+magnitudes more codes:
 
     code    = round(sign(x) * sqrt(|x| / scale) * qmax)
     decoded = scale * sign(code) * (code / qmax)^2
@@ -29,12 +29,12 @@ MOMENTUM_DTYPES = ("float32", "bfloat16", "int8", "int4")
 def storage_format(shape: torch.Size, momentum_dtype: str) -> str:
     """Returns the format in which the momentum of one parameter is kept.
 
-    It is float32 for 0-D and 1-D parameters, and for a matrix whose codes and scales would need as
-    many bytes as float32.
+    It is float32 for 0-D and 1-D parameters, and for a matrix whose codes and scales would need at
+    least as many bytes as float32.
 
     Args:
         shape: The parameter's shape.
-        momentum_dtype: One of ``MOMENTUM_DTYPES``: what the param group asks for.
+        momentum_dtype: The format that the param group asks for, one of ``MOMENTUM_DTYPES``.
     """
     if len(shape) < 2 or shape.numel() == 0:
         return "float32"
@@ -99,7 +99,7 @@ def encode(values: Tensor, momentum_dtype: str) -> tuple[Tensor, Tensor | None]:
     blocks = in_blocks(values)
     scale = blocks.abs().amax(-1)
     magnitude = blocks.abs().div_(scale.unsqueeze(-1)).sqrt_().mul_(QMAX[momentum_dtype])
-    # a block of zeros gave 0/0, and a block with an Inf gave Inf/Inf; neither has a code
+    # a block of zeros gives 0/0, and a block with an Inf gives Inf/Inf; neither has a code
     codes = magnitude.round_().nan_to_num_(0.0).copysign_(blocks).to(torch.int8)
     codes = codes.flatten(-2)[..., :columns]
     return (_pack(codes) if momentum_dtype == "int4" else codes), scale
@@ -128,7 +128,8 @@ def decode(codes: Tensor, scale: Tensor | None, momentum_dtype: str, columns: in
 def in_blocks(values: Tensor) -> Tensor:
     """Views [..., C] as [..., ceil(C / 128), 128]; pads a last, shorter block with zeros.
 
-    A row shorter than a block is not padded, [..., 1, C]: rows of 2 would need 64 times the memory.
+    A row shorter than a block becomes [..., 1, C], without padding: padded rows of 2 elements would
+    need 64 times the memory.
     """
     if values.shape[-1] <= BLOCK_SIZE:
         return values.unsqueeze(-2)
@@ -139,7 +140,7 @@ def in_blocks(values: Tensor) -> Tensor:
 
 
 def _pack(codes: Tensor) -> Tensor:
-    """[..., C] int8 codes in [-7, 7] to [..., ceil(C / 2)] uint8."""
+    """Packs [..., C] int8 codes in [-7, 7] into [..., ceil(C / 2)] uint8."""
     nibbles = (codes + 8).to(torch.uint8)
     whole = nibbles.shape[-1] // BLOCK_SIZE * BLOCK_SIZE
     blocks = nibbles[..., :whole].unflatten(-1, (-1, 2, BLOCK_SIZE // 2))
@@ -151,7 +152,7 @@ def _pack(codes: Tensor) -> Tensor:
 
 
 def _unpack(packed: Tensor, columns: int) -> Tensor:
-    """[..., ceil(C / 2)] uint8 to [..., C] int8 codes in [-7, 7]."""
+    """Unpacks [..., ceil(C / 2)] uint8 into [..., C] int8 codes in [-7, 7]."""
     nibbles = torch.stack((packed & 15, packed >> 4)).to(torch.int8) - 8
     whole = columns // BLOCK_SIZE * BLOCK_SIZE // 2
     low, high = nibbles[..., :whole].unflatten(-1, (-1, BLOCK_SIZE // 2))

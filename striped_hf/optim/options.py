@@ -1,6 +1,6 @@
-"""The options of a param group: what values they may have, and what a backend sees of them.
+"""The options of a param group: their allowed values, and their form in ``Settings``.
 
-A new option is an argument of ``StripedAdamW`` with its default, a row here, and, where a backend
+A new option is an argument of ``StripedAdamW`` with its default, a row here, and, if a backend
 needs it, a field of ``Settings``.
 """
 
@@ -15,9 +15,9 @@ from torch import Tensor
 from striped_hf.optim.interface import BlocksOption, Group, Settings
 from striped_hf.optim.momentum import MOMENTUM_DTYPES
 
-# the smallest eps: a step must not be 0/0 where the gradient was always zero
+# the smallest eps: a step must not be 0/0 for a gradient that was always zero
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
-_READINGS = ("kernel", "stack")  # of a parameter of three or more dimensions: ``matrix.py``
+_READINGS = ("kernel", "stack")  # for parameters of three or more dimensions: ``matrix.py``
 
 
 class Option(NamedTuple):
@@ -118,7 +118,7 @@ def check_options(group: Group) -> None:
 
 
 def settings_of(group: Group, capturable: bool) -> Settings:
-    """Returns what a backend sees of a param group.
+    """Returns a param group's options as a backend sees them.
 
     Args:
         group: A param group.

@@ -1,4 +1,4 @@
-"""Plain tensors, whose memory kernels may read and write, in place of other kinds of tensors."""
+"""Replaces other kinds of tensors by plain tensors, whose memory kernels may read and write."""
 
 from functools import cache
 
@@ -8,18 +8,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is its own memory, not a wrapper around others (or a DTensor)."""
+    """Whether a tensor has its own memory, and is no DTensor or other wrapper around tensors."""
     return _is_plain_class(type(tensor))
 
 
 @cache
 def _is_plain_class(cls: type) -> bool:
-    # a wrapper computes in its own __torch_dispatch__; a subclass without one is an ordinary tensor
+    # a wrapper has its own __torch_dispatch__; a subclass without one is an ordinary tensor
     return cls.__torch_dispatch__ is Tensor.__torch_dispatch__  # type: ignore[attr-defined]
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether a tensor has values, as neither a meta nor a fake one has."""
+    """Whether a tensor has values. Meta tensors and fake tensors have none."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
@@ -38,7 +38,7 @@ def has_memory(tensor: Tensor) -> bool:
 
 
 def is_expanded(tensor: Tensor) -> bool:
-    """Whether elements of a strided tensor share memory, so that none can be written."""
+    """Whether elements of a strided tensor share memory, so that a kernel cannot write them."""
     if tensor.is_contiguous():
         return False
     return any(n > 1 and not s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
@@ -47,8 +47,8 @@ def is_expanded(tensor: Tensor) -> bool:
 def plain_gradient(grad: Tensor) -> Tensor:
     """Returns a gradient as a plain tensor: itself, or a copy of a wrapper or a lazy view.
 
-    Lazy are negative and conjugate views, which have the bits of another tensor, and tensors of
-    zeros, which have no memory.
+    Lazy views are negative and conjugate views, which have the bits of another tensor, and zero
+    tensors, which have no memory.
     """
     if is_plain(grad):
         if grad.is_neg():
@@ -60,14 +60,14 @@ def plain_gradient(grad: Tensor) -> Tensor:
 
 
 def plain_parameter(param: Tensor) -> Tensor:
-    """Returns a parameter as a plain tensor: itself, or a copy that is to be copied back."""
+    """Returns a parameter as a plain tensor: itself, or a copy that the caller copies back."""
     if is_plain(param):
         return param.detach().clone().resolve_neg() if param.is_neg() else param
     return _copy(param) if has_values(param) else param
 
 
 def problem_of_wrapper(param: Tensor) -> str | None:
-    """Says why a copy cannot replace a parameter in the step; None: it can."""
+    """Explains why a copy cannot replace a parameter in the step; None: it can."""
     if is_plain(param) or not has_values(param) or not hasattr(param, "__tensor_flatten__"):
         return None
     inner = [getattr(param, name) for name in param.__tensor_flatten__()[0]]

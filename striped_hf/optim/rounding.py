@@ -1,8 +1,8 @@
-"""Float32 values in fewer bits: rounded stochastically, or split into two halves.
+"""Stores float32 values in fewer bits: rounded stochastically, or split into two halves.
 
 Rounding to nearest loses every update below half a unit in the last place. For bfloat16 this is
-anything under about 1/512 of the weight. Rounding up with the probability of the remainder keeps
-the mean.
+every update below about 1/512 of the weight. Rounding up with the probability of the remainder
+keeps the mean.
 
 The random bits do not come from a generator. They are a hash of (``SEED``, step, index of the
 element in the whole parameter), so that data-parallel replicas, a resumed run, every backend and
@@ -19,24 +19,24 @@ _FLOAT16_MIN_NORMAL = 2.0**-14
 
 
 def _multiply(x: Tensor, factor: int) -> Tensor:
-    """x * factor modulo 2^32, in place; int32 holds the bits."""
+    """Computes x * factor modulo 2^32, in place; int32 holds the bits."""
     return x.mul_(factor - (1 << 32) if factor >= 1 << 31 else factor)
 
 
 def _xor_shift(x: Tensor, shift: int) -> Tensor:
-    """x ^ (x >> shift) on the bits as unsigned, in place."""
+    """Computes x ^ (x >> shift) on the bits as unsigned integers, in place."""
     return x.bitwise_xor_((x >> shift).bitwise_and_((1 << (32 - shift)) - 1))
 
 
 def _mix(x: Tensor) -> Tensor:
-    """MurmurHash3's 32-bit finalizer, in place on int32."""
+    """Applies MurmurHash3's 32-bit finalizer, in place on int32."""
     x = _multiply(_xor_shift(x, 16), 0x85EB_CA6B)
     x = _multiply(_xor_shift(x, 13), 0xC2B2_AE35)
     return _xor_shift(x, 16)
 
 
 def _mix_int(x: int) -> int:
-    """``_mix`` on a Python integer in [0, 2^32)."""
+    """Applies ``_mix`` to a Python integer in [0, 2^32)."""
     x = (x ^ x >> 16) * 0x85EB_CA6B & 0xFFFF_FFFF
     x = (x ^ x >> 13) * 0xC2B2_AE35 & 0xFFFF_FFFF
     return x ^ x >> 16
@@ -49,10 +49,10 @@ def random_bits(start: int, count: int, step: int, device: torch.device) -> Tens
     ``bits = mix(mix(i_low ^ mix(mix(SEED ^ step) ^ i_high)))``.
 
     Args:
-        start: Row-major index in the whole parameter of the first element.
-        count: How many elements.
+        start: The first element's row-major index in the whole parameter.
+        count: The number of elements.
         step: The parameter's step, from 1.
-        device: Of the result.
+        device: The device of the result.
 
     Returns:
         [count] int32.
@@ -78,7 +78,7 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor
     Args:
         values: Any shape, float32.
         dtype: ``torch.bfloat16`` or ``torch.float16``.
-        bits: int32 random bits of a shape that broadcasts to that of ``values``.
+        bits: int32 random bits, of a shape that broadcasts to the shape of ``values``.
 
     Returns:
         The rounded values in ``dtype``.
@@ -87,7 +87,7 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor
         rounded = _truncate_after_adding(values, bits, dropped=16)
     else:
         rounded = _truncate_after_adding(values, bits, dropped=13)
-        # the unit of subnormal float16 is 2^-24, as just above its smallest normal number
+        # the unit of subnormal float16 is 2^-24, the same as just above the smallest normal number
         offset = _truncate_after_adding(values.abs() + _FLOAT16_MIN_NORMAL, bits, dropped=13)
         subnormal = offset.sub_(_FLOAT16_MIN_NORMAL).copysign_(values)
         rounded = torch.where(values.abs() < _FLOAT16_MIN_NORMAL, subnormal, rounded)
@@ -95,11 +95,11 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor
 
 
 def join(high: Tensor, low: Tensor) -> Tensor:
-    """Returns float32 values of their two halves; the inverse of ``split``.
+    """Joins two halves to float32 values; the inverse of ``split``.
 
     Args:
         high: Any shape, bfloat16.
-        low: Of the same shape, int16: the distance of the value from ``high``, in units of 2^-16 of
+        low: The same shape, int16: the distance of the value from ``high``. Its unit is 2^-16 of
             the distance of two neighbors in bfloat16.
     """
     return ((high.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
@@ -114,7 +114,7 @@ def split(values: Tensor) -> tuple[Tensor, Tensor]:
         values: Any shape, float32.
 
     Returns:
-        bfloat16 and int16, as ``join`` takes them. NaN has a low half of 0.
+        The bfloat16 and int16 arguments of ``join``. NaN has a low half of 0.
     """
     bits = values.view(torch.int32)
     high = (bits + 0x8000 >> 16).to(torch.int16).view(torch.bfloat16)

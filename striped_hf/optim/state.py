@@ -1,4 +1,4 @@
-"""What the state of one parameter is: decided once from its shape and its group's options."""
+"""The state of one parameter, decided once from its shape and its group's options."""
 
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -18,16 +18,16 @@ from striped_hf.optim.sharded.layout import Layout, by_rows, is_sharded, layout_
 
 @dataclass(frozen=True)
 class Description:
-    """What is decided about a parameter before its first step, and holds in every step.
+    """The facts about a parameter that are decided before its first step and hold in every step.
 
     Attributes:
-        shape: The parameter's.
+        shape: The parameter's shape.
         stepped: The shape as which backends see it: [..., R, C], or [n], or [].
         momentum_dtype: The format in which its momentum is stored.
         blocks: (br, bc).
-        layout: How this process steps its part of a DTensor; None for a plain tensor.
+        layout: The layout of this process's part of a DTensor; None for a plain tensor.
         has_low_bits: Whether its state has the 16 bits of float32 that bfloat16 lacks, so that its
-            updates are float32's.
+            updates have the precision of float32.
     """
 
     shape: torch.Size
@@ -44,7 +44,7 @@ class Description:
 
     @cached_property
     def tensors(self) -> tuple[tuple[str, torch.Size, torch.dtype], ...]:
-        """Key, shape and dtype of each tensor in the state of the whole, without ``step``."""
+        """Key, shape and dtype of each tensor in the whole parameter's state, without ``step``."""
         zeros = zero_state(self, torch.device("meta"))
         return tuple((key, v.shape, v.dtype) for key, v in zeros.items() if key != "step")
 
@@ -63,7 +63,7 @@ def describe(param: Tensor, momentum_dtype: str, blocks: BlocksOption) -> Descri
     """Describes a parameter.
 
     Args:
-        param: Only its shape and dtype count, and where it is a DTensor its mesh and placements.
+        param: Only its shape and dtype count, and for a DTensor its mesh and placements.
         momentum_dtype: The format that its param group asks for.
         blocks: (br, bc), "kernel" or "stack".
     """
@@ -85,7 +85,7 @@ def _describe(
     stepped = stepped_shape(shape, blocks)
     stored = momentum.storage_format(stepped, momentum_dtype)
     pair = blocks if isinstance(blocks, tuple) else (1, 1)
-    # weights of about 1, as in norms, lose most updates to bfloat16's rounding, and are few
+    # weights of about 1, as in norms, lose most updates to bfloat16's rounding; they are few
     has_low_bits = dtype == torch.bfloat16 and len(stepped) < 2
     description = Description(shape, stepped, stored, pair, None, has_low_bits)
     if mesh is None:
@@ -97,7 +97,7 @@ def _describe(
 
 
 def name_of(group: Group, position: int, group_index: int | None = None) -> str:
-    """Names a parameter for a message: by its name where known, else by its position."""
+    """Names a parameter for a message: by its name if known, else by its position."""
     param, name = group["params"][position], known_name(group, position)
     shape = "unknown" if is_lazy(param) else tuple(param.shape)
     if name is not None:
@@ -107,9 +107,9 @@ def name_of(group: Group, position: int, group_index: int | None = None) -> str:
 
 
 def known_name(group: Group, position: int) -> str | None:
-    """Returns the name of a parameter where its group has names."""
+    """Returns the name of a parameter; None if its group has no names."""
     names = group.get("param_names", ())
-    # else other code took parameters away
+    # other lengths: other code has removed parameters
     return names[position] if len(names) == len(group["params"]) else None
 
 
@@ -136,13 +136,13 @@ def zero_state(description: Description, device: torch.device) -> State:
 
     Returns:
         ``step``: [] float32, on the CPU; ``exp_avg`` and perhaps ``exp_avg_scale`` as
-        ``momentum.init`` returns them; for a matrix ``exp_avg_sq_row`` [..., R, bc] and
-        ``exp_avg_sq_col`` [..., br, C], for what is exact ``exp_avg_sq`` of the parameter's shape,
-        all float32. [..., R, C] is the matrix as which the parameter is stepped. What is exact in
-        bfloat16 also has ``param_low_bits`` of its shape, int16: see ``rounding.join``.
+        ``momentum.init`` returns them. A matrix has ``exp_avg_sq_row`` [..., R, bc] and
+        ``exp_avg_sq_col`` [..., br, C], float32; [..., R, C] is the matrix as which the parameter
+        is stepped. An exact parameter has ``exp_avg_sq`` of its own shape, float32. If it is
+        bfloat16 it also has ``param_low_bits`` of its shape, int16: see ``rounding.join``.
     """
     shape = description.state_shape
-    # dtypes are spelled out: torch.set_default_dtype must not change what the state is
+    # explicit dtypes: torch.set_default_dtype must not change the state's dtypes
     step_device = "meta" if device.type == "meta" else "cpu"
     state = {"step": torch.zeros((), dtype=torch.float32, device=step_device)}
     state |= momentum.init(shape, description.momentum_dtype, device)

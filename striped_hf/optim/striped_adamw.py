@@ -53,8 +53,8 @@ class _Checked(NamedTuple):
     """A parameter that can be stepped by its gradient.
 
     Attributes:
-        ordinary: Whether all of its tensors are plain, as they are to be, and have values.
-        sharded: Where it is sharded, what ``sharded_step`` needs.
+        ordinary: Whether all of its tensors are plain, fit each other, and have values.
+        sharded: The argument of ``sharded_step`` if the parameter is sharded, else None.
     """
 
     param: Tensor
@@ -65,12 +65,12 @@ class _Checked(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """What is to be stepped of one param group.
+    """The parameters of one param group that a step updates.
 
     Attributes:
-        settings: Of the group.
-        alone: Parameters that this process steps without the others.
-        together: Sharded parameters of which the processes exchange something, with or without a
+        settings: The group's settings.
+        alone: Parameters that this process steps without other processes.
+        together: Sharded parameters of which the processes exchange a tensor, with or without a
             gradient in this process.
     """
 
@@ -88,15 +88,16 @@ class StripedAdamW(Optimizer):
     weight decay carry over from AdamW. ``backends/reference.py`` has the equations and their
     sources, and ``matrix.py`` says how parameters of three or more dimensions are read.
 
-    Beside the weight decay no element of a matrix moves further than AdamW might move it, which is
-    7.3 learning rates at betas 0.9 and 0.999 (docs/algorithm.md).
+    Apart from the weight decay, no element of a matrix moves further than AdamW might move it: 7.3
+    learning rates at betas 0.9 and 0.999 (docs/algorithm.md).
 
     The state of a parameter is created at its first gradient: ``step``; ``exp_avg``, and
     ``exp_avg_scale`` for the integer formats; ``exp_avg_sq_row`` [..., R, bc] and
-    ``exp_avg_sq_col`` [..., br, C] for matrices, ``exp_avg_sq`` for 0-D and 1-D parameters and
-    where stripes would be no smaller. The latter keep AdamW's exact second moment and a float32
-    momentum; in bfloat16 they also keep ``param_low_bits``, the 16 bits of float32 that bfloat16
-    lacks, so that their updates are float32's. The state of a kernel has the shapes of its matrix.
+    ``exp_avg_sq_col`` [..., br, C] for matrices; ``exp_avg_sq`` for 0-D and 1-D parameters and for
+    parameters whose stripes would be no smaller. The latter two keep AdamW's exact second moment
+    and a float32 momentum. In bfloat16 they also keep ``param_low_bits``, the 16 bits of float32
+    that bfloat16 lacks, so that their updates have the precision of float32. The state of a kernel
+    has the shapes of its matrix.
 
     A ``torch.optim.AdamW`` state dict can be loaded: its second moments are reduced to the means.
 
@@ -111,13 +112,14 @@ class StripedAdamW(Optimizer):
         momentum_dtype: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``: how the momentum of
             matrices is stored (4, 2, 1.03 and 0.53 bytes per element).
         blocks: (br, bc): divide each matrix of the group into br x bc equal blocks, each with its
-            own row and column means. For a matrix that packs several projections along its rows or
-            columns, such as GPT-2's ``c_attn``: (1, 3). 0-D and 1-D parameters ignore it. Or how
-            parameters of three or more dimensions are read, where their shapes are not to decide:
-            "kernel" or "stack". A param group may instead have a list with one such value for each
-            of its parameters, which then follows them. A mark (``blocks.mark_blocks``) precedes the
-            list and (1, 1).
-        backend: What computes the step: ``"auto"``, the fastest that can run, or one by name.
+            own row and column means. They suit a matrix that packs several projections along its
+            rows or columns: GPT-2's ``c_attn`` has (1, 3). 0-D and 1-D parameters ignore it.
+            "kernel" or "stack" decides how parameters of three or more dimensions are read, instead
+            of their shapes. A param group may also have a list with one such value for each of its
+            parameters, which then follows them. A mark (``blocks.mark_blocks``) has precedence over
+            the list and over (1, 1).
+        backend: The backend that computes the step: ``"auto"``, the fastest that can run, or a
+            name.
         stochastic_rounding: Round updates of bfloat16 and float16 parameters stochastically instead
             of to nearest. None means True. Float32 parameters ignore it.
         nesterov: Use b1 m + (1 - b1) g instead of m in the update.
@@ -172,7 +174,7 @@ class StripedAdamW(Optimizer):
         """Adds a param group.
 
         Raises:
-            ValueError: As on construction; the optimizer has not changed then.
+            ValueError: As on construction. The optimizer has not changed then.
         """
         super().add_param_group(param_group)
         try:
@@ -184,7 +186,7 @@ class StripedAdamW(Optimizer):
             raise
 
     def _refresh_groups(self) -> None:
-        """Completes groups that other code put in, and lets their blocks follow the parameters."""
+        """Completes groups that other code added, and lets their blocks follow the parameters."""
         for group in self.param_groups:
             for name in OPTIONS.keys() - group.keys():
                 group[name] = self.defaults[name]
@@ -210,7 +212,7 @@ class StripedAdamW(Optimizer):
                 sharded; processes differ in the sharded matrices that they step, or only some have
                 a gradient of one; the backend asked for by name cannot run; or a CUDA graph is
                 captured without ``capturable``, or with it and sharded parameters. No parameter or
-                state has changed then. Of sharded parameters the error is in all processes.
+                state has changed then. For sharded parameters all processes raise the error.
         """
         loss = None
         if closure is not None:
@@ -245,7 +247,7 @@ class StripedAdamW(Optimizer):
         sharded_step.update(exchanged)
         for target, copy in copies + exchanged.copies:
             target.copy_(copy)
-        # kernels write past torch, which must know that values saved for backward are gone
+        # kernels write without torch, which must learn that values saved for backward have changed
         whole = [entry.param for batch in batches + exchanged.batches for entry in batch.entries]
         parts = [matrix.local for matrix in exchanged.matrices]
         torch.autograd.graph.increment_version(whole + parts)
@@ -258,7 +260,7 @@ class StripedAdamW(Optimizer):
         """Checks everything that the step will read or write, and changes none of it.
 
         Returns:
-            For each param group, what is to be stepped.
+            For each param group, the parameters to step.
         """
         self._check_capture()
         self._refresh_groups()
@@ -273,7 +275,7 @@ class StripedAdamW(Optimizer):
                 if (grad is None and not is_waited_for) or is_elsewhere(param):
                     continue
                 description, state = description_of(group, i), self.state.get(param, {})
-                # the state of a kernel has another shape than the kernel, and may fit by accident
+                # a kernel's state has another shape than the kernel, and may fit by accident
                 is_kernel = len(description.stepped) != len(description.shape)
                 first_shape = self._blocks.first_shape(param) if is_kernel else description.shape
                 is_resized = bool(state) and first_shape != description.shape
@@ -292,7 +294,7 @@ class StripedAdamW(Optimizer):
                     or (problem_of_shape(first_shape) if is_resized else None)
                 )
                 if problem is not None:
-                    # a sharded one is still listed: the other processes wait for this one
+                    # a sharded parameter is still listed: the other processes wait for this one
                     first_problem = first_problem or f"{name_of(group, i, group_index)} {problem}"
                 sharded = self._sharded(groups[-1].settings, group, i, problem is None)
                 if sharded is not None and sharded.mesh_dims:
@@ -309,7 +311,7 @@ class StripedAdamW(Optimizer):
     def _sharded(
         self, settings: Settings, group: Group, position: int, is_valid: bool
     ) -> ShardedParameter | None:
-        """Returns what ``sharded_step`` needs of a parameter; None where it is not sharded."""
+        """Returns the argument of ``sharded_step`` for a parameter; None if it is not sharded."""
         param = group["params"][position]
         if not is_sharded(param):
             return None
@@ -329,20 +331,20 @@ class StripedAdamW(Optimizer):
         return ShardedParameter(param, grad, description, item, backend, settings, folded)
 
     def _folded_of(self, param: Tensor) -> FoldedGradients | None:
-        """Returns what folded gradients of a sharded matrix left, for ``LayerwiseStripedAdamW``."""
+        """Returns the sums of a sharded matrix's folded gradients, in LayerwiseStripedAdamW."""
         return None
 
     def _collect(
         self, groups: list[_Group], new: list[Tensor]
     ) -> tuple[list[Batch], list[State], list[tuple[Tensor, Tensor]]]:
-        """Collects what this process steps alone, and creates missing state.
+        """Collects the parameters that this process steps alone, and creates missing state.
 
         Args:
-            groups: What ``_check`` found.
-            new: Gets the parameters that had no state.
+            groups: The result of ``_check``.
+            new: A list to which the parameters without a state are added.
 
         Returns:
-            For each param group and each device of its parameters a batch; the states; and pairs of
+            A batch for each param group and each device of its parameters; the states; and pairs of
             a tensor that no kernel can step and the copy that is stepped in its place.
         """
         batches: list[Batch] = []
@@ -382,7 +384,7 @@ class StripedAdamW(Optimizer):
     def _state_of(
         self, param: Tensor, description: Description, is_placed: bool, new: list[Tensor]
     ) -> State:
-        """Returns the state of a parameter, created where there is none."""
+        """Returns the state of a parameter, created if there is none."""
         state = self.state[param]
         if not state:
             new.append(param)
@@ -399,11 +401,11 @@ class StripedAdamW(Optimizer):
         return state
 
     def _next_step(self, state: State) -> int:
-        """Returns the number of this step; 0 where only the device may know it."""
+        """Returns the number of this step; 0 if only the device may know it."""
         if self.capturable:
             return 0
         step = state["step"]
-        # without values any number will do: a step on fake tensors is for shapes and memory
+        # fake tensors have no values, and any number will do: such a step is for shapes and memory
         return int(step.item()) + 1 if has_values(step) else 1
 
     def _count_step(self, states: list[State]) -> None:
@@ -445,7 +447,7 @@ class StripedAdamW(Optimizer):
         state_dict = super().state_dict()
         for group in state_dict.get("param_groups", ()):  # a hook may return anything
             if len(group.get("param_names", group["params"])) != len(group["params"]):
-                del group["param_names"]  # other code took parameters away, and left their names
+                del group["param_names"]  # other code removed parameters, and left their names
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -463,9 +465,9 @@ class StripedAdamW(Optimizer):
         self._refresh_groups()
 
         # Optimizer.load_state_dict casts state to the parameter's dtype, which destroys codes and
-        # rounds stripes, so it gets the groups only. These hooks run between those of the user:
-        # pre-hooks may still replace the state dict, post-hooks see the final state. Whatever may
-        # fail is in the first of them: then nothing has changed yet.
+        # rounds stripes, so it gets the groups only. These hooks run between the user's hooks:
+        # pre-hooks may still replace the state dict, post-hooks see the final state. All code that
+        # may fail is in the first of them: nothing has changed yet then.
         def prepare(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
             prepared.update(prepare_state_dict(incoming, self.param_groups))
             places = [
@@ -491,7 +493,7 @@ class StripedAdamW(Optimizer):
             post_hook.remove()
 
     def _placed(self, loaded: State, group: Group, position: int) -> State:
-        """Returns copies of a checked state, where the parameter has its state."""
+        """Copies a checked state to the places where the parameter has its state."""
         param, description = group["params"][position], description_of(group, position)
         state = {}
         for key, value in loaded.items():

@@ -1,4 +1,4 @@
-"""Parameters in the shape in which backends step them: views, or copies where there is no view.
+"""Parameters in the shape in which backends step them: views, or copies if there is no view.
 
 The columns of a kernel are in the parameter's row-major order, whatever its memory format. So its
 state, and the bits of stochastic rounding, do not depend on the format. A kernel that is not
@@ -12,17 +12,17 @@ from torch import Tensor
 from striped_hf.optim.interface import Batch, Entry, State
 from striped_hf.optim.state import Description
 
-# the elements that are copied at a time: on a CPU they stay in a cache between copy and step
+# the number of elements copied at a time: on a CPU they stay in a cache between copy and step
 _COPIED = {"cpu": 1 << 20}
 _COPIED_ELSEWHERE = 1 << 24
 
 
 def as_stepped(tensor: Tensor, dims: int) -> Tensor:
-    """Returns a view of a contiguous tensor, of a parameter's shape, in the shape it is stepped in.
+    """Views a contiguous tensor of a parameter's shape in the shape in which it is stepped.
 
     Args:
         tensor: A parameter, its gradient, or the same part of both.
-        dims: The dimensions of the shape that it is stepped in.
+        dims: The number of dimensions of the shape in which it is stepped.
     """
     if tensor.dim() == dims:
         return tensor
@@ -32,7 +32,7 @@ def as_stepped(tensor: Tensor, dims: int) -> Tensor:
 def entry_of(
     param: Tensor, grad: Tensor, state: State, description: Description, step: int
 ) -> Entry:
-    """Returns what a backend steps of a whole parameter; ``step_batch`` steps it."""
+    """Returns the entry of a whole parameter; ``step_batch`` steps it."""
     dims = len(description.stepped)
     if dims != param.dim():
         if dims == 1:

@@ -1,14 +1,14 @@
-"""What a GPU's operations allocate, on fake CPU tensors.
+"""Makes operations on fake CPU tensors allocate the same memory as on a GPU.
 
-torch refuses fake tensors of a device that it was not built for, so memory is planned on fake
-tensors of the CPU. Some operations allocate other tensors there than on a GPU:
+torch refuses fake tensors of a device that it was not built for. So memory is planned on fake
+tensors of the CPU. Some operations allocate other tensors on a CPU than on a GPU:
 
 - Attention. A GPU's flash attention keeps queries, keys, values, its result and one number per
-  query, with dropout and with fewer heads of keys than of queries. On a CPU both need the whole
-  matrix of attention weights.
-- Dropout. A GPU keeps a mask of one byte per element, a CPU one in the tensor's dtype.
+  query, also with dropout and with fewer heads of keys than of queries. On a CPU either of the two
+  needs the whole matrix of attention weights.
+- Dropout. A GPU keeps a mask of one byte per element. A CPU keeps a mask in the tensor's dtype.
 - Autocast. On a GPU more functions compute in float32.
-- Products by groups of rows (mixtures of experts). Fake tensors do not take them in float32.
+- Products by groups of rows (mixtures of experts). Fake tensors do not support them in float32.
 """
 
 from typing import Any
@@ -20,8 +20,8 @@ from transformers import AttentionInterface
 
 ATTENTION = "causal_shapes"  # among transformers' attention implementations
 
-# Functions that language models use, of those that autocast computes in float32 on a GPU only
-# (torch 2.13, ATen/autocast_mode.h)
+# The functions of language models that autocast computes in float32 on a GPU only (torch 2.13,
+# ATen/autocast_mode.h)
 _FLOAT32 = (
     *("__pow__", "cross_entropy", "cumprod", "cumsum", "exp", "group_norm", "layer_norm", "log"),
     *("log_softmax", "logsumexp", "norm", "pow", "prod", "reciprocal", "rms_norm", "rsqrt"),
@@ -30,9 +30,9 @@ _FLOAT32 = (
 
 
 class GpuShapes(TorchFunctionMode):
-    """Lets functions on fake CPU tensors allocate what they would on a GPU.
+    """Lets functions on fake CPU tensors allocate the same tensors as on a GPU.
 
-    The backward pass is not in the mode. Layers that are computed again there must enter it.
+    The backward pass is not in the mode. Layers that are computed again there must enter the mode.
     """
 
     def __torch_function__(
@@ -61,7 +61,7 @@ def _in_float32(value: Any) -> Any:
 
 
 class _GroupedProduct(torch.autograd.Function):
-    """Allocates what the product of [N, d] by [experts, d, width] does, and computes nothing."""
+    """Allocates like the product of [N, d] and [experts, d, width], and computes nothing."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class _GroupedProduct(torch.autograd.Function):
 
 
 class _FlashAttention(torch.autograd.Function):
-    """Allocates what flash attention does, and computes nothing."""
+    """Allocates like flash attention, and computes nothing."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         query, key, value, _, _ = ctx.saved_tensors
-        sums = torch.empty_like(query, dtype=torch.float32)  # of the queries' gradient
+        sums = torch.empty_like(query, dtype=torch.float32)  # for the queries' gradient
         result = tuple(map(torch.empty_like, (query, key, value)))
         del sums
         return result
@@ -96,7 +96,7 @@ class _FlashAttention(torch.autograd.Function):
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Has the signature of transformers' attention functions; gets no mask, being causal."""
+    """Computes attention with transformers' signature; it is causal and gets no mask."""
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)

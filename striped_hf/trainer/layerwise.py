@@ -1,12 +1,12 @@
-"""LayerwiseStripedAdamW under accelerate, and so in Trainer, in TRL and in loops of users' own.
+"""LayerwiseStripedAdamW under accelerate, and so in Trainer, in TRL and in users' own loops.
 
 This is the only file that reaches into accelerate. Programs clip gradients by
 ``Accelerator.clip_grad_norm_``, between the backward pass and the step, when a layerwise optimizer
 has only a few gradients left. Four methods of ``Accelerator`` are wrapped. For all other optimizers
 they do what they did.
 
-- ``prepare`` refuses what cannot work, and hooks the parameters of a model that it has sharded.
-- ``backward`` hooks parameters that were replaced since.
+- ``prepare`` refuses setups that cannot work, and hooks the parameters of a model that it sharded.
+- ``backward`` hooks parameters that were replaced since then.
 - ``clip_grad_norm_`` makes the optimizer clip, and returns the norm of all gradients.
 - ``clip_grad_value_`` is refused.
 
@@ -161,7 +161,7 @@ def _replace(accelerator: type, name: str, wrap: Callable[[Method], Method]) -> 
 
 
 def _check_accelerator(accelerator: Any) -> None:
-    """Raises ValueError where no layerwise optimizer can train."""
+    """Raises ValueError if no layerwise optimizer can train under the accelerator."""
     distributed = accelerator.distributed_type.value
     if distributed in _DISTRIBUTED and not getattr(accelerator, "is_fsdp2", False):
         raise ValueError(f"distributed_type={distributed}: {_refusal(distributed)}")
@@ -181,7 +181,7 @@ def _layerwise_of(accelerator: Any) -> list[LayerwiseStripedAdamW]:
 
 
 def layerwise_among(optimizers: Iterable[Any]) -> list[LayerwiseStripedAdamW]:
-    """Returns the layerwise optimizers among some, out of accelerate's wrappers."""
+    """Returns the layerwise optimizers among optimizers, without accelerate's wrappers."""
     found = []
     for optimizer in optimizers:
         # accelerate has it in an attribute of its own optimizer
@@ -205,7 +205,7 @@ def _optimizer_of(accelerator: Any, parameters: list[Tensor]) -> LayerwiseStripe
     """Returns the layerwise optimizer that trains some of the parameters; None: there is none.
 
     Raises:
-        ValueError: Other parameters among them have a gradient.
+        ValueError: Parameters that the optimizer does not train have a gradient.
     """
     for optimizer in _layerwise_of(accelerator):
         trained = _trained(optimizer)

@@ -1,4 +1,4 @@
-"""The bytes of all tensors that live at a time, followed operation by operation."""
+"""Follows the bytes of all live tensors, operation by operation."""
 
 import weakref
 from collections.abc import Iterable
@@ -8,27 +8,26 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-OTHER = "other"  # the label of what has no other
+OTHER = "other"  # the label of memory without a label
 
 
 class _Storage:
-    """What is known of one storage; ``label`` may be set after it was allocated."""
+    """The size and the label of one storage; ``label`` may be set after the allocation."""
 
     def __init__(self, size: int, label: str) -> None:
         self.size, self.label = size, label
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the bytes of all tensors that operations make, while they live.
+    """Follows the bytes of all tensors that operations make, while they are alive.
 
-    The tensors may be fake ones (``FakeTensorMode``), which have sizes but no memory. Those on the
-    meta device do not count. What a kernel
-    allocates and frees inside one operation is not seen, nor are tensors from before that nobody
-    labelled.
+    The tensors may be fake (``FakeTensorMode``): such tensors have sizes but no memory. Tensors on
+    the meta device do not count. The memory that a kernel allocates and frees inside one operation
+    is not seen. Neither are earlier tensors that nobody labelled.
 
     Attributes:
-        peak: The largest number of bytes that lived at a time.
-        new: The label of what is allocated from now on.
+        peak: The largest number of bytes that were alive at a time.
+        new: The label of memory that is allocated from now on.
     """
 
     def __init__(self) -> None:
@@ -40,15 +39,15 @@ class LiveBytes(TorchDispatchMode):
         self.peak = 0
 
     def label(self, label: str, tensors: Iterable[torch.Tensor]) -> None:
-        """Labels the memory of tensors for ``at_peak``, also where the peak is over already.
+        """Labels the memory of tensors for ``at_peak``, also after the peak.
 
-        Tensors from before count from now on.
+        Earlier tensors count from now on.
         """
         for tensor in tensors:
             self._add(tensor.untyped_storage(), label)
 
     def at_peak(self) -> dict[str, int]:
-        """Returns the bytes that lived at the peak, by label."""
+        """Returns the bytes that were alive at the peak, by label."""
         storages = self._alive.values() if self._at_peak is None else self._at_peak
         found = {OTHER: 0}
         for storage in storages:
@@ -66,7 +65,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _add(self, storage: torch.UntypedStorage, label: str | None = None) -> None:
         key = storage._cdata
-        if key in self._alive:  # of a view, or of an operation in place
+        if key in self._alive:  # the storage of a view, or of an in-place operation's result
             if label is not None:
                 self._alive[key].label = label
             return

@@ -1,6 +1,6 @@
-"""Param groups for StripedAdamW: which parameters decay, and how matrices are read.
+"""Param groups for StripedAdamW: the parameters that decay, and the readings of matrices.
 
-Packed projections have blocks, and the kernels of convolutions are one matrix each.
+Packed projections have blocks, and each kernel of a convolution is one matrix.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from striped_hf.optim.interface import Blocks, BlocksOption
 
 
 def _fused_experts(module: Any) -> Blocks:
-    # [experts, 2 ff, d] in most models, [experts, d, 2 ff] in some, and Qwen3-VL's was turned from
+    # [experts, 2 ff, d] in most models, [experts, d, 2 ff] in some. Qwen3-VL's was transposed from
     # transformers 4 to 5. The down projection, [.., d, ff] or [.., ff, d], tells them apart.
     rows, columns = module.gate_up_proj.shape[-2:]
     down_rows, down_columns = module.down_proj.shape[-2:]
@@ -32,8 +32,8 @@ def _one_head_count(module: Any) -> Blocks:
 
 # The packed projections of the architectures in transformers (read in 4.57, 5.0 and 5.23): the
 # parameter's path in its module, the blocks, and the classes of such modules. The blocks are a
-# function of the module where its configuration decides. Here stand only matrices whose parts are
-# of one size and lie one after another. Not here, hence (1, 1), are those
+# function of the module if its configuration decides. The list has only matrices whose parts have
+# one size and lie one after another. It does not have these, whose blocks are therefore (1, 1):
 #   - interleaved by head: GPT-NeoX, GPT-NeoX-Japanese, BLOOM, Falcon, Persimmon, CodeGen, DeBERTa,
 #     MiniMax's lightning attention, GPT-BigCode without multi-query, Qwen3-Next (and the query and
 #     gate of its attention), the kv_b_proj of multi-head latent attention;
@@ -169,7 +169,7 @@ _PACKED: tuple[tuple[str, Blocks | Callable[[Any], Blocks], str], ...] = (
 )
 
 
-# their kernels are [out, in / groups, ...], of transposed ones [in, out / groups, ...]
+# their kernels are [out, in / groups, ...], or [in, out / groups, ...] if transposed
 _CONVOLUTIONS = (
     nn.Conv1d,
     nn.Conv2d,
@@ -183,9 +183,9 @@ _CONVOLUTIONS = (
 def packed_blocks(model: nn.Module) -> dict[nn.Parameter, Blocks]:
     """Finds the parameters of a model that pack several projections of one size.
 
-    Modules are recognised by their class, of transformers or torch, or one derived from it (such
-    as those that ``fully_shard`` makes). Other matrices are not in the result; their blocks are
-    (1, 1).
+    The function recognises modules by their class: a class of transformers or torch, or a class
+    derived from it (such as the classes that ``fully_shard`` makes). Other matrices are not in the
+    result; their blocks are (1, 1).
 
     Args:
         model: Any module, perhaps wrapped (PEFT, ``torch.compile``, DDP).
@@ -203,7 +203,7 @@ def packed_blocks(model: nn.Module) -> dict[nn.Parameter, Blocks]:
     for module in model.modules():
         for cls in type(module).__mro__:
             if cls.__module__.split(".")[0] not in ("transformers", "torch"):
-                continue  # the name says nothing of a class from elsewhere
+                continue  # the name of a class from another package has no meaning here
             for path, layout in by_class.get(cls.__name__, ()):
                 try:
                     param = attrgetter(path)(module)
@@ -223,8 +223,8 @@ def packed_blocks(model: nn.Module) -> dict[nn.Parameter, Blocks]:
 def mark_matrices(model: nn.Module) -> None:
     """Marks packed projections and kernels of convolutions, for a StripedAdamW built afterwards.
 
-    Whoever builds the groups need not know of blocks then. The marks are lost where parameters are
-    replaced, as in a deep copy of the model; mark the copy, too.
+    Code that builds the groups then need not know of blocks. The marks are lost when parameters are
+    replaced, as in a deep copy of the model: mark the copy, too.
 
     Args:
         model: As for ``packed_blocks``.
@@ -234,12 +234,12 @@ def mark_matrices(model: nn.Module) -> None:
 
 
 def _marks(model: nn.Module) -> dict[nn.Parameter, BlocksOption]:
-    """Finds the parameters of a model whose modules tell how they are read."""
+    """Finds the parameters of a model whose modules decide how they are read."""
     kernels: dict[nn.Parameter, BlocksOption] = {
         param: "kernel"
         for module in model.modules()
         if isinstance(module, _CONVOLUTIONS)
-        for param in module.parameters()  # a parametrization's, too
+        for param in module.parameters()  # also the parameters of a parametrization
         if is_lazy(param) or param.dim() >= 3
     }
     return {**kernels, **packed_blocks(model)}
@@ -248,21 +248,22 @@ def _marks(model: nn.Module) -> dict[nn.Parameter, BlocksOption]:
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Builds the param groups with which StripedAdamW trains a model.
 
-    The groups are those of ``transformers.Trainer``, in its order, by its own function: weight
-    decay on every parameter but biases and norms, frozen parameters left out. So the state of an
-    AdamW or of a learning-rate scheduler, which is stored by group, fits them too.
+    They are the groups of ``transformers.Trainer``, in its order, made by its own function: every
+    parameter but biases and norms decays, and frozen parameters are left out. So the state of an
+    AdamW or of a learning-rate scheduler, which is stored by group, fits these groups, too.
 
     Args:
         model: The model to train.
-        weight_decay: Decay of the parameters that decay, a rate times the learning rate.
+        weight_decay: The decay of the parameters that decay, a rate times the learning rate.
 
     Returns:
-        First what decays, then what does not, also where there is none: ``params`` as (name,
-        parameter), ``weight_decay``, and ``blocks`` as a list with a pair for each parameter.
+        The group of parameters that decay, then the group of the others. Either may be empty. Each
+        has ``params`` as (name, parameter), ``weight_decay``, and ``blocks`` as a list with a pair
+        for each parameter.
     """
     from transformers.trainer import Trainer
 
-    # the method uses nothing of its Trainer, and there is none yet
+    # the method does not use its Trainer, and there is no Trainer yet
     decaying = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     packed, marks = packed_blocks(model), _marks(model)
     groups = []
@@ -272,7 +273,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
             for name, param in model.named_parameters()
             if param.requires_grad and (name in decaying) == decays
         ]
-        for _, param in named:  # other code may deal the parameters out in another order
+        for _, param in named:  # other code may put the parameters in another order
             mark_blocks(param, marks.get(param, (1, 1)))
         group: dict[str, Any] = {
             "params": named,
@@ -280,6 +281,6 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
             "blocks": [packed.get(param, (1, 1)) for _, param in named],
         }
         if not named:
-            group["param_names"] = []  # torch takes no names from none, and wants all groups named
+            group["param_names"] = []  # torch wants names in all groups, and here finds none
         groups.append(group)
     return groups

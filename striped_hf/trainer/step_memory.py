@@ -1,12 +1,13 @@
-"""The memory of a training step, by running it on fake tensors.
+"""Computes the memory of a training step by running the step on fake tensors.
 
 A model of any size makes its forward and backward passes and its optimizer's step on tensors that
-have shapes but no memory (torch's ``FakeTensorMode``), and ``LiveBytes`` follows what lives. So the
-gradients that exist at a time, the optimizer's temporaries and the buffers of gradient accumulation
-are what the code does. Operations allocate what they would on a GPU (``gpu_shapes``).
+have shapes but no memory (torch's ``FakeTensorMode``). ``LiveBytes`` follows the live tensors. So
+the gradients that exist at a time, the optimizer's temporaries and the buffers of gradient
+accumulation come from the real code. Operations allocate the same tensors as on a GPU
+(``gpu_shapes``).
 
-Not seen is what a kernel allocates within one operation. The allocator's fragmentation and the CUDA
-context come on top.
+The memory that a kernel allocates within one operation is not seen. The allocator's fragmentation
+and the CUDA context come on top.
 """
 
 import contextlib
@@ -33,12 +34,12 @@ from striped_hf.trainer.causal_lm import loss_from_hidden
 from striped_hf.trainer.gpu_shapes import ATTENTION, GpuShapes
 from striped_hf.trainer.live_bytes import OTHER, LiveBytes
 
-_OPTIMIZER = "optimizer"  # the label of what optimizers allocate beside their state
+_OPTIMIZER = "optimizer"  # the label of optimizers' memory beside their state
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is trained.
+    """The settings of a training.
 
     Attributes:
         batch_size: Sequences in one forward pass.
@@ -46,7 +47,7 @@ class Setting:
         accumulation: Forward and backward passes in one step.
         gradient_checkpointing: Whether layers are computed again in the backward pass.
         chunked_loss: Whether the loss is computed as by ``CausalLMTrainer`` instead of ``Trainer``.
-        max_grad_norm: What gradients are clipped to.
+        max_grad_norm: The norm that gradients are clipped to.
     """
 
     batch_size: int = 1
@@ -58,14 +59,15 @@ class Setting:
 
 
 class Memory(NamedTuple):
-    """What lives at the peak of a step, in bytes.
+    """The memory at the peak of a step, in bytes.
 
     Attributes:
         weights: Parameters and buffers.
         gradients: The parameters' gradients.
         state: The optimizer's state.
-        optimizer: What the optimizer allocates until its step is over.
-        activations: The rest: what the forward pass keeps, and temporaries of the passes.
+        optimizer: The optimizer's buffers until the end of its step.
+        activations: All other memory: tensors that the forward pass keeps, and temporaries of the
+            passes.
     """
 
     weights: int
@@ -85,10 +87,10 @@ class FakeTraining:
 
     Args:
         config: The model's configuration.
-        dtype: Of the weights.
-        setting: How the model is trained.
+        dtype: The dtype of the weights.
+        setting: The settings of the training.
         autocast: Whether the forward pass is under bfloat16 autocast.
-        prepare: Changes the model after it was made.
+        prepare: A function that changes the model after its construction.
 
     Raises:
         UserError: The model has no such configuration.
@@ -124,7 +126,7 @@ class FakeTraining:
             param.register_post_accumulate_grad_hook(self._on_gradient)
 
     def passes(self) -> Memory:
-        """Returns the peak of the passes of one step; the gradients stay.
+        """Runs the passes of one step and returns their peak. The gradients stay.
 
         Raises:
             UserError: The model cannot run without values.
@@ -134,10 +136,10 @@ class FakeTraining:
         return _memory(live)
 
     def step(self, build: Callable[[Any], Optimizer]) -> Memory:
-        """Returns the peak of an optimizer's first step, by the gradients that ``passes`` left.
+        """Returns the peak of an optimizer's first step, with the gradients of ``passes``.
 
         Args:
-            build: Makes an optimizer for the model.
+            build: A function that makes an optimizer for the model.
         """
         with self._running():
             optimizer = build(self.model)
@@ -152,7 +154,8 @@ class FakeTraining:
         """Returns the peak of a whole step of an optimizer that works in the backward pass.
 
         Args:
-            build: Makes an optimizer for the model, which clips the gradients itself.
+            build: A function that makes an optimizer for the model. The optimizer itself clips the
+                gradients.
         """
         with self._running():
             optimizer = build(self.model)
@@ -168,7 +171,7 @@ class FakeTraining:
         return _memory(live)
 
     def _run_passes(self) -> None:
-        for _ in range(min(self.setting.accumulation, 2)):  # the third is as the second
+        for _ in range(min(self.setting.accumulation, 2)):  # a third pass is like the second
             self._loss().backward()
 
     def _loss(self) -> Tensor:
@@ -203,7 +206,7 @@ class FakeTraining:
         with self._mode, GpuShapes(), chunks.skipped():
             try:
                 yield
-            except RuntimeError as error:  # all errors of fake tensors are
+            except RuntimeError as error:  # all errors of fake tensors are RuntimeErrors
                 raise UserError(
                     "memory cannot be planned for this model, which does not run on tensors "
                     f"without values: {one_line(error)}"

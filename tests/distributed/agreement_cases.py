@@ -1,7 +1,7 @@
-"""Processes that differ in what they step: one function per case, run by every process of a mesh.
+"""Processes that step different parameters: one function per case, which every process calls.
 
-Every error must come in all processes, name the difference and change nothing. The step after it,
-without the difference, must be the step of whole parameters.
+All processes must raise each error. It must name the difference, and no tensor may have changed.
+The step after it, without the difference, must be the step of whole parameters.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def values(shape: Sequence[int], seed: int) -> Tensor:
 
 
 def distribute(value: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
-    """Shards a tensor that every process has, so that nothing is sent."""
+    """Shards a tensor that every process has, without communication."""
     return distribute_tensor(value, mesh, placements, src_data_rank=None)
 
 
@@ -84,7 +84,7 @@ class Training:
 
 
 def local_bytes(optimizer: StripedAdamW) -> list[bytes]:
-    """This process's bytes of all parameters and states."""
+    """Returns this process's bytes of all parameters and states."""
     tensors = [p for group in optimizer.param_groups for p in group["params"]]
     for state in optimizer.state.values():
         tensors += state.values()
@@ -103,7 +103,7 @@ def assert_refused(optimizer: StripedAdamW, *expected: str) -> None:
 
 
 def another_order(mesh: DeviceMesh, folder: Path) -> None:
-    """Another order on one process: equal shapes with names, other shapes with and without."""
+    """Gives one process another order: equal shapes with names, other shapes with or without."""
     last = mesh.get_rank() == mesh.size() - 1
     for shapes, named in (
         (((64, 32), (64, 32), (64, 32)), True),
@@ -120,7 +120,7 @@ def another_order(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def another_number(mesh: DeviceMesh, folder: Path) -> None:
-    """One process has a matrix more, or other blocks."""
+    """Gives one process one more matrix, or other blocks."""
     first = mesh.get_rank() == 0
     training = Training(mesh, [(64, 32), (32, 64)], momentum_dtype="int8")
     training.set_gradients()
@@ -132,7 +132,7 @@ def another_number(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def a_change_after_some_steps(mesh: DeviceMesh, folder: Path) -> None:
-    """One process reverses its parameters, drops one or freezes one between two steps."""
+    """Reverses, drops or freezes parameters of one process between two steps."""
     first = mesh.get_rank() == 0
     for momentum_dtype in ("float32", "int8"):
         training = Training(mesh, [(64, 256), (64, 256)], momentum_dtype=momentum_dtype)
@@ -158,7 +158,7 @@ def a_change_after_some_steps(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def a_change_on_all(mesh: DeviceMesh, folder: Path) -> None:
-    """All processes freeze a matrix, add a group and reorder: what was agreed on changes."""
+    """Freezes a matrix, adds a group and reorders in all processes, so that they agree anew."""
     training = Training(mesh, [(64, 32), (48, 16), (16, 48)])
     optimizer = StripedAdamW(training.sharded[:2], lr=1e-2)
     for p in (training.sharded[2], training.whole[2]):
@@ -179,7 +179,7 @@ def a_change_on_all(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def gradients_on_some(mesh: DeviceMesh, folder: Path) -> None:
-    """A gradient that one process lacks is an error; one that all lack is no step."""
+    """Tests a gradient that one process lacks, an error, and one that all lack, no step."""
     first = mesh.get_rank() == 0
     for arguments in ({}, {"lagged": True, "momentum_dtype": "int8"}):
         training = Training(mesh, [(64, 256), (64, 256), (32, 128)], **arguments)
@@ -190,18 +190,18 @@ def gradients_on_some(mesh: DeviceMesh, folder: Path) -> None:
                 for i in without:
                     training.sharded[i].grad = None if first else training.sharded[i].grad
                 assert_refused(optimizer, f"'layer.{without[0]}'", "zeros_like")
-            training.set_gradients()  # crosswise: as many of one shape in each process
+            training.set_gradients()  # crosswise: each process has as many gradients of one shape
             training.sharded[0 if first else 1].grad = None
             assert_refused(optimizer, "'layer.0'", "zeros_like")
             training.set_gradients()
-            if step == 0:  # not yet used in any process
+            if step == 0:  # no process has used it yet
                 training.sharded[1].grad = training.whole[1].grad = None
             training.step(optimizer)
             assert (training.sharded[1] in optimizer.state) == (step > 0)
 
 
 def no_gradient_of_an_empty_part(mesh: DeviceMesh, folder: Path) -> None:
-    """A process whose part is empty joins in with and without a gradient."""
+    """Steps with a process whose part is empty, with and without a gradient there."""
     training = Training(mesh, [(1, 6), (mesh.size() - 1, 32), (64, 32)])
     optimizer = training.optimizer()
     for _ in range(3):
@@ -212,7 +212,7 @@ def no_gradient_of_an_empty_part(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def sharded_again(mesh: DeviceMesh, folder: Path) -> None:
-    """All processes shard a matrix in another way between steps, as ``module.to`` swaps tensors."""
+    """Shards a matrix in another way between steps, in all processes, as ``module.to`` swaps it."""
     for momentum_dtype in ("float32", "int8", "int4"):
         for before, after in (
             (ROWS, WHOLE),
@@ -236,7 +236,7 @@ def sharded_again(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def sharded_again_on_one(mesh: DeviceMesh, folder: Path) -> None:
-    """One process shards a matrix in another way, with and without an exchange after it."""
+    """Shards a matrix in another way in one process, with and without an exchange after it."""
     for after in (WHOLE, COLUMNS):
         training = Training(mesh, [(64, 256), (64, 32)])
         optimizer = training.optimizer()
@@ -262,7 +262,7 @@ def swap(param: nn.Parameter, value: Tensor) -> None:
 
 
 def one_cannot_step(mesh: DeviceMesh, folder: Path) -> None:
-    """What one process refuses is an error in all: at the first step and at a later one."""
+    """Refuses a step in one process: an error in all, at the first step and at a later step."""
     training = Training(mesh, [(64, 32), (32, 64)])
     optimizer = training.optimizer()
     extra = nn.Parameter(torch.zeros(3, 3))
@@ -279,7 +279,7 @@ def one_cannot_step(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def rows_of_cut_columns(mesh: DeviceMesh, folder: Path) -> None:
-    """Matrices whose columns are exchanged for rows: nothing is exchanged before the check."""
+    """Steps matrices whose columns are exchanged for rows, which must wait for the check."""
     first = mesh.get_rank() == 0
     training = Training(mesh, [(64, 96), (64, 96)], COLUMNS, momentum_dtype="int4")
     optimizer = training.optimizer()
@@ -302,7 +302,7 @@ def rows_of_cut_columns(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def gradients_that_are_partial(mesh: DeviceMesh, folder: Path) -> None:
-    """Gradients that are still to be added up, of matrices and vectors; then in one process."""
+    """Steps matrices and vectors with Partial gradients; then only one process has one."""
     training = Training(mesh, [(64, 32), (64,)])
     optimizer = training.optimizer()
     for one in (False, True):
@@ -318,7 +318,7 @@ def gradients_that_are_partial(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def two_dimensions(mesh: DeviceMesh, folder: Path) -> None:
-    """Rows and columns over the two dimensions of a mesh, with a difference in one process."""
+    """Shards rows and columns over two dimensions of a mesh, with a difference in one process."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     last = dist.get_rank() == 3
     for placements in ((Shard(0), Shard(1)), (Shard(1), Shard(0)), (Shard(0), Shard(0))):
@@ -334,7 +334,7 @@ def two_dimensions(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def two_meshes(mesh: DeviceMesh, folder: Path) -> None:
-    """Matrices over each dimension of a mesh: a difference in one does not block the other."""
+    """Shards matrices over each mesh dimension: a difference in one must not block the other."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     first = dist.get_rank() == 0
     data = Training(mesh["data"], [(64, 32), (64, 32)])
@@ -359,13 +359,13 @@ def two_meshes(mesh: DeviceMesh, folder: Path) -> None:
             optimizer.step()
         except RuntimeError as error:
             message = str(error)
-        # a process of the other groups may go on, or learn it from one that exchanges with both
+        # a process of the other groups may continue, or learn it from one that exchanges with both
         assert f"'{name}.0'" in message or dist.get_rank() not in others, message
     dist.barrier()
 
 
 def refused_placements(mesh: DeviceMesh, folder: Path) -> None:
-    """Partial parameters, and local shards that are not what the placements say."""
+    """Refuses Partial parameters, and local shards whose shapes contradict the placements."""
     summand = DTensor.from_local(torch.ones(64, 32), mesh, [Partial()], run_check=False)
     p = nn.Parameter(summand)
     p.grad = DTensor.from_local(torch.ones(64, 32), mesh, [Partial()], run_check=False)
@@ -387,7 +387,7 @@ def refused_placements(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def a_mesh_of_others(mesh: DeviceMesh, folder: Path) -> None:
-    """A process that is not in a parameter's mesh skips it, and loads what the others saved."""
+    """Skips a parameter on a mesh of other processes, and loads the checkpoint that they saved."""
     inner = DeviceMesh("cpu", list(range(mesh.size() - 1)))
     training = Training(inner, [(64, 32)]) if inner.get_coordinate() is not None else None
     p = nn.Parameter(distribute(values((64, 32), 0), inner, ROWS))
@@ -419,7 +419,7 @@ def trained(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def optimizers_in_another_order(mesh: DeviceMesh, folder: Path) -> None:
-    """Two optimizers of equal shapes, which one process steps in another order."""
+    """Steps two optimizers of equal shapes in another order in one process."""
     trainings = [Training(mesh, [(64, 32)]) for _ in range(2)]
     optimizers = [
         StripedAdamW([(f"{name}.weight", t.sharded[0])], lr=1e-2)

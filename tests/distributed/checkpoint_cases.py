@@ -27,8 +27,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from striped_hf.optim import StripedAdamW
 from striped_hf.optim.momentum import MOMENTUM_DTYPES
 
-# Parameters of two trainings whose gradients were rounded differently, relative to the largest
-# element. Where a gradient is only noise, AdamW's update has full size in either direction.
+# The difference of parameters after two trainings whose gradients were rounded differently, in
+# relation to the largest element. If a gradient is only noise, AdamW's update has full size in
+# either direction.
 TRAINING = 5e-4
 
 
@@ -103,7 +104,7 @@ def load_into(
 
 
 def whole_state_dicts(mesh: DeviceMesh, folder: Path) -> None:
-    """A full state dict, gathered on rank 0, comes back by a broadcast; so do plain tensors."""
+    """Gathers a full state dict on rank 0, and loads it by a broadcast; plain tensors, too."""
     for momentum_dtype in MOMENTUM_DTYPES:
         model = shard(new_model(), mesh)
         optimizer = new_optimizer(model, momentum_dtype)
@@ -130,7 +131,7 @@ def whole_state_dicts(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def adamw_checkpoints(mesh: DeviceMesh, folder: Path) -> None:
-    """AdamW's state goes on in every way; a broadcast by rank 0 takes the way round by AdamW."""
+    """Continues from AdamW's state in every way; after a broadcast by rank 0, through an AdamW."""
     full = StateDictOptions(full_state_dict=True, cpu_offload=True)
     broadcast = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     model = shard(new_model(), mesh)
@@ -170,7 +171,7 @@ def adamw_checkpoints(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def bad_checkpoints(mesh: DeviceMesh, folder: Path) -> None:
-    """Cut short, of another format, of another shape: an error, and nothing has changed."""
+    """Loads cut checkpoints and ones of another format or shape: an error and no change."""
     saved_in = checkpoint_folder(folder, "int8", False, mesh.size())
     short = folder / "short"
     if mesh.get_rank() == 0:
@@ -196,7 +197,7 @@ def bad_checkpoints(mesh: DeviceMesh, folder: Path) -> None:
         loaded = copy.deepcopy(dict(zip(("model", "optimizer"), states, strict=True)))
         try:
             load_into(optimizer, model, loaded, damaged)
-        except BaseException as error:  # CheckpointException is no Exception
+        except BaseException as error:  # CheckpointException is not an Exception
             message = str(error)
         else:
             message = "no error"

@@ -1,4 +1,4 @@
-"""Shared by the tests of several processes."""
+"""Fixtures of the tests of several processes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ from striped_hf.data.tokens import write_data_set
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set so small that its evaluation takes a moment: counting up, with some noise."""
+    """Makes a data set with a short evaluation: it counts up, with some noise."""
     folder = tmp_path_factory.mktemp("small_data")
     noise = np.random.default_rng(0).integers(0, 3, 12_000)
     tokens = (np.arange(12_000) + noise) % 50
@@ -24,7 +24,7 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def launched() -> Iterator[list[Launch]]:
-    """A list for a test's launches; those still running at the end are killed."""
+    """Yields a list for a test's launches, and kills the ones that still run at the end."""
     launches: list[Launch] = []
     yield launches
     for launch in launches:

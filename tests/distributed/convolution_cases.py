@@ -1,4 +1,4 @@
-"""Convolutions and stacks of matrices that are sharded, in each of several processes."""
+"""Sharded convolutions and stacks of matrices: one function per case, which every process calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOMENTUM_DTYPES = ("float32", "bfloat16", "int8", "int4")
 
 
 class Convolutions(nn.Module):
-    """Rows that no number of processes divides, and fewer than there are processes."""
+    """Convolutions with rows that no process count divides, or fewer rows than processes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,14 +45,14 @@ def set_gradients(model: nn.Module, seed: int) -> None:
 
 
 def by_rows(mesh: DeviceMesh, folder: Path) -> None:
-    """As ``fully_shard`` shards by default."""
+    """Shards as ``fully_shard`` does by default."""
     for momentum_dtype in MOMENTUM_DTYPES:
         model = fully_shard(new_model(), mesh=mesh)
         follow(model, momentum_dtype)
 
 
 def by_inputs(mesh: DeviceMesh, folder: Path) -> None:
-    """By a dimension other than the first, of which a part is not one range of columns."""
+    """Shards another dimension than the first: a part of it is not one range of columns."""
     for momentum_dtype in MOMENTUM_DTYPES:
         for dim in (1, 2):
             model = new_model()
@@ -71,7 +71,7 @@ def follow(model: nn.Module, momentum_dtype: str) -> None:
 
 
 def state_dicts(mesh: DeviceMesh, folder: Path) -> None:
-    """AdamW's, one saved as stacks of matrices, and the way back, between sharded and whole."""
+    """Exchanges state dicts between sharded and whole: AdamW's, one of stacks, and an export."""
     for momentum_dtype in MOMENTUM_DTYPES:
         whole, sharded = new_model(), fully_shard(new_model(), mesh=mesh)
         adamw = torch.optim.AdamW(whole.parameters())

@@ -1,8 +1,8 @@
 """Imports the recipes' packages once, then runs recipes in its forks: two processes per job.
 
 A line of standard input is a job, ``{"script": ..., "arguments": [...], "port": ...}``. The answers
-are lines of JSON: null when all is imported, then for each job the two process ids and, once both
-have ended, their exit statuses. Importing takes seconds, a fork none.
+are lines of JSON: null after the imports, then for each job the two process ids and, when both have
+ended, their exit statuses. The imports take seconds, a fork almost no time.
 """
 
 import json
@@ -17,7 +17,7 @@ import striped_hf.trainer.run_folder  # noqa: F401
 
 
 def work(job: dict, rank: int) -> None:
-    """Runs the script as one of two processes, its output in the server's log."""
+    """Runs the script as one of two processes. Its output goes to the server's log."""
     os.dup2(2, 1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}

@@ -1,8 +1,9 @@
 """Trainer and accelerate under FSDP2 on CPU processes, by a shim.
 
-THE SHIM: accelerate turns FSDP on on accelerators only, and trains with DDP on CPUs without a word.
-``shim`` has it take CPU processes for accelerators in this one respect. Everything behind it
-(sharding, the optimizer's switch to DTensors, checkpoints, resuming) is accelerate's and Trainer's.
+THE SHIM: accelerate turns FSDP on only for accelerators. On CPUs it trains with DDP, without a
+warning. ``shim`` makes accelerate treat CPU processes as accelerators in this one respect. All code
+behind it (sharding, the optimizer's switch to DTensors, checkpoints, resuming) is accelerate's and
+Trainer's.
 """
 
 from pathlib import Path
@@ -28,7 +29,7 @@ def shim() -> None:
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.fsdp_plugin = fsdp_plugin
-        if getattr(self, "fsdp_plugin", None) is not None:  # each new state forgets it again
+        if getattr(self, "fsdp_plugin", None) is not None:  # each new state resets it
             self.distributed_type = DistributedType.FSDP
 
     AcceleratorState.__init__ = init
@@ -50,7 +51,7 @@ def new_model() -> GPT2LMHeadModel:
 
 
 def through_trainer(state_dict_type: str, mesh: DeviceMesh, folder: Path) -> None:
-    """Eight steps in one go, and the last four from the checkpoint after the first four."""
+    """Trains eight steps, then the last four again from the checkpoint after the first four."""
     shim()
     whole = train(folder, state_dict_type, None)
     resumed = train(folder, state_dict_type, f"{folder}/checkpoint-4")
@@ -85,7 +86,7 @@ def train(folder: Path, state_dict_type: str, checkpoint: str | None) -> dict[in
 
 
 def through_accelerate(state_dict_type: str, mesh: DeviceMesh, folder: Path) -> None:
-    """The same by ``save_state`` and ``load_state``."""
+    """Does the same by ``save_state`` and ``load_state``."""
     shim()
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
@@ -126,7 +127,7 @@ def through_accelerate(state_dict_type: str, mesh: DeviceMesh, folder: Path) -> 
 
 
 def check(accelerator: Accelerator, model: torch.nn.Module, optimizer) -> None:
-    """That it was FSDP2, and our optimizer: what a wrong shim would not show."""
+    """Checks that it was FSDP2, and our optimizer: a wrong shim would raise no error."""
     assert accelerator.is_fsdp2
     assert all(isinstance(p, DTensor) for p in model.parameters())
     assert isinstance(optimizer.optimizer, StripedAdamW)

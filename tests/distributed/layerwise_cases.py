@@ -24,7 +24,7 @@ from striped_hf.optim.momentum import MOMENTUM_DTYPES
 
 
 class Model(nn.Module):
-    """Matrices whose gradients are freed, one of them packed; their rows are shared unevenly."""
+    """A model with matrices whose gradients are freed, one packed, with uneven shards of rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ def assert_same_model(actual: Model, expected: Model, tolerance: float) -> None:
 
 
 def float32_momentum(mesh: DeviceMesh, folder: Path) -> None:
-    """As one process with the ordinary optimizer; uneven shards, a packed matrix."""
+    """Compares with one process and the ordinary optimizer; uneven shards, a packed matrix."""
     for backend in ("reference", "cpu"):
         whole, model = new_model(), new_model(mesh)
         ordinary = new_optimizer(whole, StripedAdamW, backend=backend)
@@ -97,7 +97,7 @@ def float32_momentum(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def every_format(mesh: DeviceMesh, folder: Path) -> None:
-    """After one step the state is the ordinary optimizer's, code by code."""
+    """Compares the state after one step with the ordinary optimizer's, code by code."""
     for momentum_dtype in MOMENTUM_DTYPES:
         states = []
         for cls in (StripedAdamW, LayerwiseStripedAdamW):
@@ -112,7 +112,7 @@ def every_format(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def accumulation(mesh: DeviceMesh, folder: Path) -> None:
-    """Several passes before a step, reduced after each or after the last one only."""
+    """Runs several passes before a step, reduced after each pass or only after the last."""
     whole = new_model()
     ordinary = new_optimizer(whole, StripedAdamW)
     expected = train(whole, ordinary, range(1), parts=4)
@@ -135,14 +135,14 @@ def accumulation(mesh: DeviceMesh, folder: Path) -> None:
         for layer in model.layers:
             layer.set_requires_gradient_sync(part == 3)
         backward(model, 0, part, 4)
-    # one gradient has arrived, the whole one
+    # only one gradient has arrived: the sum of all passes
     torch.testing.assert_close([optimizer.grad_norm().item()], expected, rtol=1e-5, atol=0)
     optimizer.step()
     assert_same_model(model, whole, ROUNDING)
 
 
 def clipping(mesh: DeviceMesh, folder: Path) -> None:
-    """All processes clip by the norm of the whole gradient."""
+    """Clips in all processes by the norm of the whole gradient."""
     whole, model = new_model(), new_model(mesh)
     ordinary = new_optimizer(whole, StripedAdamW, eps=1e-3)
     optimizer = new_optimizer(model, eps=1e-3, max_grad_norm=1e-3)
@@ -156,7 +156,7 @@ def clipping(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def resuming(mesh: DeviceMesh, folder: Path) -> None:
-    """By torch's sharded state dicts, to the bit."""
+    """Resumes from torch's sharded state dicts, to the bit."""
     options = {"momentum_dtype": "int8", "max_grad_norm": 0.01}
     whole = new_model(mesh)
     train(whole, new_optimizer(whole, **options), range(4))

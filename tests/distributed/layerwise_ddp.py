@@ -1,4 +1,4 @@
-"""Trains with an ordinary and a layerwise optimizer under DDP, and prints what they have.
+"""Trains with an ordinary and a layerwise optimizer under DDP, and prints their results.
 
 Script: ``accelerate launch layerwise_ddp.py FOLDER``; see ``test_layerwise_ddp.py``.
 """

@@ -34,10 +34,10 @@ def run(
     """Runs a case in separate processes, on a mesh of all of them.
 
     Args:
-        case: Called in every process with the mesh and ``folder``.
-        processes: How many.
-        folder: For the case's files.
-        minutes: After which processes that wait for each other fail.
+        case: A function that every process calls with the mesh and ``folder``.
+        processes: The number of processes.
+        folder: The folder for the case's files.
+        minutes: The time after which processes that wait for each other fail.
 
     Returns:
         The traceback of the first error; None if there was none.
@@ -68,9 +68,9 @@ def run(
 
 @cache
 def start_fork_server() -> None:
-    """Starts the process whose forks run the cases: an import takes seconds, a fork no time.
+    """Starts the process whose forks run the cases: an import takes seconds, a fork almost no time.
 
-    It finds its imports by PYTHONPATH alone, and is silent about those that it does not find.
+    It finds its imports by PYTHONPATH alone, and does not report missing ones.
     """
     torch.multiprocessing.set_forkserver_preload([__name__, *CASES])
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
@@ -80,7 +80,7 @@ def start_fork_server() -> None:
 def work(
     rank: int, case: Callable, processes: int, shared: Path, folder: Path, minutes: float
 ) -> None:
-    """Runs a case as one process of the group, and leaves an error's traceback in ``shared``."""
+    """Runs a case as one process of the group, and writes an error's traceback to ``shared``."""
     assert os.getpid() != IMPORTED_BY, "the fork server has not imported this module"
     torch.set_num_threads(1)
     ranks = {

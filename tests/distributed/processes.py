@@ -1,4 +1,4 @@
-"""Ways to start several processes, and to end all of them."""
+"""Starts several processes, and ends all of them."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ import psutil
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = REPOSITORY / "recipes" / "train_shakespeare_char.py"
-# a thread a process, and no GPU: on one the sums' order is another
+# one thread per process, and no GPU, which would add up sums in another order
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
 
 
@@ -25,7 +25,7 @@ def free_port() -> int:
 
 
 def tree(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The process and all that it has started, itself first."""
+    """Returns the process and all its descendants, itself first."""
     try:
         root = psutil.Process(process.pid)
         return [root, *root.children(recursive=True)]
@@ -61,7 +61,7 @@ class Launch:
             )
 
     def workers(self) -> dict[int, psutil.Process]:
-        """The processes that run the script, by rank."""
+        """Returns the processes that run the script, by rank."""
         found = {}
         for process in tree(self.process)[1:]:
             with contextlib.suppress(psutil.Error):
@@ -87,7 +87,7 @@ class Launch:
 
 
 class ForkServer:
-    """Starts recipes in processes that need not import everything first: see fork_server.py."""
+    """Starts recipes in processes that have their imports already: see fork_server.py."""
 
     def __init__(self, log: Path) -> None:
         self.log = log
@@ -101,7 +101,7 @@ class ForkServer:
                 text=True,
                 start_new_session=True,
             )
-        self.read()  # it has imported everything
+        self.read()  # its answer after the imports
 
     def read(self) -> Any:
         assert self.process.stdout is not None
@@ -118,7 +118,7 @@ class ForkServer:
         return [psutil.Process(pid) for pid in self.read()]
 
     def statuses(self) -> list[int]:
-        """Waits for the end of both and returns their exit statuses, -9 for a SIGKILL."""
+        """Waits for the end of both processes; returns their exit statuses, -9 for a SIGKILL."""
         return self.read()
 
     def end(self) -> None:

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from striped_hf.optim import StripedAdamW
 
-# Relative to a parameter's largest element. Sums are added up in another order, which is a few
-# roundings of 6e-8 in each of the few steps that are compared.
+# Relative to a parameter's largest element. Sums are added up in another order, which gives a few
+# roundings of 6e-8 in each of the few compared steps.
 ROUNDING = 2e-6
 
 VOCABULARY, WIDTH = 97, 32
@@ -29,8 +29,8 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
-        # Packed, in parts of 30 rows, which 4 processes cut. It has no bias: the gradient of a bias
-        # of keys is only noise, which AdamW enlarges.
+        # Packed, in parts of 30 rows, which 4 processes cut. It has no bias, because the gradient
+        # of the keys' bias is only noise, which AdamW enlarges.
         self.qkv = nn.Linear(WIDTH, 3 * 30, bias=False)
         self.out = nn.Linear(30, WIDTH)
         self.up = nn.Linear(WIDTH, 4 * WIDTH)
@@ -43,7 +43,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """A small language model with tied embeddings, a frozen layer and one that is used at times."""
+    """A small language model with tied embeddings, a frozen layer and a layer not always used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def new_model() -> Model:
 
 
 def shard(model: Model, mesh: DeviceMesh | None, **options: Any) -> Model:
-    """Shards a model over a mesh. Blocks, and the layer that is not always used, are units."""
+    """Shards a model over a mesh. Blocks, and the layer not always used, are units."""
     for module in (*model.blocks, model.sometimes):
         fully_shard(module, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)

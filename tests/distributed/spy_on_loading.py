@@ -21,7 +21,7 @@ def spy_on(auto_class: type) -> None:
 
     def from_pretrained(*args, **kwargs):
         note(f"{auto_class.__name__}-begins")
-        time.sleep(0.3)  # so that the other process would get ahead, or in between
+        time.sleep(0.3)  # time in which the other process could start too early
         loaded = load(*args, **kwargs)
         note(f"{auto_class.__name__}-ends")
         return loaded

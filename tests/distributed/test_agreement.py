@@ -1,4 +1,4 @@
-"""Processes that differ in what they step: an error in all of them, and no hang."""
+"""Processes that step different parameters: all of them raise an error, and none hangs."""
 
 from __future__ import annotations
 

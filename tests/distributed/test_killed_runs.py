@@ -1,7 +1,7 @@
-"""Runs of two processes that are killed at any moment go on from their last whole checkpoint.
+"""Runs of two processes that are killed at any moment resume from their last whole checkpoint.
 
-The recipe saves every second step, so that about half of its time is saving. Whatever was killed
-and when, the run that was resumed each time has to end with the bits of an undisturbed one.
+The recipe saves every second step, so that it spends about half of its time on saving. A run that
+was killed and resumed any number of times must end with the bits of an undisturbed run.
 """
 
 import contextlib
@@ -23,22 +23,22 @@ pytestmark = pytest.mark.slow
 KILLS = 20
 FLAGS = ("--max_steps", 120, "--save_steps", 2, "--eval_steps", 2, "--warmup_steps", 2)
 FLAGS += ("--logging_steps", 1, "--per_device_train_batch_size", 6)
-# dropout, so that the state of the random numbers counts too; and the worst checkpoint as the best
-# one, so that the last one is not kept for being the best
+# with dropout, so that the state of the random numbers counts, too; and with the worst checkpoint
+# as the best one, so that the last checkpoint is not kept as the best
 FLAGS += ("--dropout", 0.1, "--greater_is_better", "true")
 
 
 def checkpoints(folder: Path) -> set[int]:
-    """The steps of the checkpoints that go by that name."""
+    """Returns the steps of the checkpoints whose folders have their final names."""
     if not folder.is_dir():
         return set()
     return {int(p.name.split("-")[1]) for p in folder.iterdir() if p.name.startswith("checkpoint-")}
 
 
 def saving(folder: Path) -> dict[int, int]:
-    """The checkpoint, if there is one, that has begun and has no name yet: how many files it has.
+    """Returns the number of files of a checkpoint that is still being saved, if there is one.
 
-    The key tells apart two of one step, of which the first was cut short.
+    The key distinguishes two checkpoints of one step, of which the first was cut short.
     """
     with contextlib.suppress(FileNotFoundError):
         return {f.stat().st_ino: len(list(f.iterdir())) for f in (folder / "_partial").iterdir()}
@@ -46,7 +46,7 @@ def saving(folder: Path) -> dict[int, int]:
 
 
 def wait_until(happened: Callable[[], bool], processes: list[psutil.Process]) -> None:
-    """Waits for something that a run does, looking every millisecond."""
+    """Waits until a run has done something, with a check every millisecond."""
     deadline = time.monotonic() + 1200
     while not happened():
         assert time.monotonic() < deadline
@@ -68,7 +68,7 @@ def flags(small_data):
 
 @pytest.fixture(scope="module")
 def undisturbed(server, flags, tmp_path_factory):
-    """The folder of a run that nobody killed, and how long its first checkpoint took."""
+    """Returns the folder of a run that was not killed, and the time of its first checkpoint."""
     folder = tmp_path_factory.mktemp("undisturbed")
     begin = time.monotonic()
     processes = server.start(RECIPE, *flags, "--output_dir", folder)
@@ -124,7 +124,7 @@ def test_twenty_kills_at_random_moments(server, flags, undisturbed, tmp_path):
             time.sleep(chance.uniform(0, 0.1 if further else startup))
         victims = chance.choice(list(whom))
         kill(processes if victims == "both" else [processes[int(victims[-1])]])
-        if victims != "both":  # the other process runs until a launcher ends it
+        if victims != "both":  # the other process would run until a launcher ends it
             time.sleep(chance.uniform(0, 0.2))
             kill(processes)
         assert -9 in server.statuses(), server.log.read_text()
@@ -146,7 +146,7 @@ def test_twenty_kills_at_random_moments(server, flags, undisturbed, tmp_path):
 
 
 def test_kills_under_accelerate_launch(flags, undisturbed, launched, tmp_path):
-    """All that a launch started at once, then one of its two processes alone."""
+    """Kills all processes of a launch at once, then one of its two processes alone."""
     folder = tmp_path / "run"
     chance = random.Random(1337)
     last = 0
@@ -168,7 +168,7 @@ def test_kills_under_accelerate_launch(flags, undisturbed, launched, tmp_path):
             launch.process.wait()
         else:
             kill([workers[victims]])
-            launch.wait(status=1)  # it sees that one is gone, and ends the other
+            launch.wait(status=1)  # it notices the end of one process, and ends the other
         assert gone(list(workers.values()))
         last = max(checkpoints(folder))
 

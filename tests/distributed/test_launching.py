@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 RECIPES = REPOSITORY / "recipes"
 FLAGS = (*TINY, *STEPS, "--logging_steps", 1)
-# The sums over a batch are the same, in another order: a few roundings of float32 a step, which may
-# send an 8-bit code to its neighbour. Measured: 2e-7. Other windows would differ by a hundredth.
+# The sums over a batch are the same, in another order: a few float32 roundings in each step, which
+# may change an 8-bit code to its neighbour. Measured: 2e-7. Other windows would differ by 0.01.
 TOLERANCE = 1e-5
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ def run(launched: list[Launch], *arguments: object, **settings: object) -> tuple
 
 @pytest.fixture(scope="module")
 def launches():
-    """As ``launched``, for the fixtures of this file."""
+    """Does the same as ``launched``, for the fixtures of this file."""
     launches: list[Launch] = []
     yield launches
     for launch in launches:
@@ -37,7 +37,7 @@ def launches():
 
 @pytest.fixture(scope="module")
 def single(launches, small_data, tmp_path_factory):
-    """A run of one process on 12 windows per step: its folder, and its output."""
+    """Runs one process on 12 windows per step; returns its folder and its output."""
     folder = tmp_path_factory.mktemp("single")
     flags = (*FLAGS, "--data_dir", small_data, "--output_dir", folder / "run")
     printed = run(launches, "single.yaml", RECIPE, *flags, cwd=folder, log="single")
@@ -46,7 +46,7 @@ def single(launches, small_data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ddp(launches, small_data, tmp_path_factory):
-    """The same of two processes on 6 windows each."""
+    """Runs two processes on 6 windows each; returns the same."""
     folder = tmp_path_factory.mktemp("ddp")
     flags = (*FLAGS, "--data_dir", small_data, "--output_dir", folder / "run")
     flags += ("--per_device_train_batch_size", 6)
@@ -55,7 +55,7 @@ def ddp(launches, small_data, tmp_path_factory):
 
 
 def losses(folder: Path) -> dict[str, float]:
-    """Every loss and gradient norm that a run logged, and its final ones."""
+    """Returns every loss and gradient norm that a run logged, and the final ones."""
     log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     kinds = ("loss", "grad_norm", "eval_loss", "train_blocks_loss")
     found = {f"{kind} at {e['step']}": e[kind] for e in log for kind in kinds if kind in e}
@@ -76,14 +76,14 @@ def files(folder: Path) -> set[str]:
 
 def test_ddp_has_the_losses_of_one_process(ddp, single):
     assert_same_losses(ddp[0], single[0])
-    # the others' random numbers are all that more processes leave
+    # more processes write no other files than their random states
     more = {f"checkpoint-{step}/rng_state_{rank}.pth" for step in (10, 20) for rank in (0, 1)}
     less = {f"checkpoint-{step}/rng_state.pth" for step in (10, 20)}
     assert files(ddp[0]) ^ files(single[0]) == more | less
 
 
 def test_ddp_prints_once(ddp, single):
-    """The same lines as one process prints, except for the figures; and one bar on stderr."""
+    """Two processes print the lines of one process, with other figures; and one bar on stderr."""
     (_, out, err), (_, expected, _) = ddp, single
 
     def keys(text: str) -> list[object]:
@@ -94,14 +94,14 @@ def test_ddp_prints_once(ddp, single):
     assert len(keys(out)) == 20 + 2 + 1 + 1
     assert out.count("the model is in") == 1
     assert err.count("0/20 [00:00<?") == 1
-    assert err.count("`loss_type=None`") <= 1  # transformers' own warnings are not doubled either
+    assert err.count("`loss_type=None`") <= 1  # transformers' own warnings come once, too
 
 
 def test_two_nodes_have_the_losses_of_one_process(launched, single, small_data, tmp_path):
-    """Two launches that meet at an address; gradients accumulated over two batches of 3 windows.
+    """Two launches meet at an address, and accumulate gradients over two batches of 3 windows.
 
-    Each has a folder of its own here, which shows what node 1 writes: nothing but its random
-    numbers, for the checkpoints that it takes part in.
+    Here each has its own folder, to show the files that node 1 writes: only its random states, for
+    the checkpoints that it takes part in.
     """
     flags = (*FLAGS, "--data_dir", small_data, "--load_best_model_at_end", "false")
     flags += ("--per_device_train_batch_size", 3, "--gradient_accumulation_steps", 2)
@@ -127,7 +127,7 @@ def test_two_nodes_have_the_losses_of_one_process(launched, single, small_data, 
 
 
 def test_others_wait_for_the_main_process_to_load(launched, tiny_run, docs_data, tmp_path):
-    """The first process has loaded (downloaded) model and tokenizer before the other begins."""
+    """The other process begins to load after the first has loaded model and tokenizer."""
     spy = Path(__file__).parent / "spy_on_loading.py"
     flags = ("--model_name_or_path", tiny_run, "--data_dir", docs_data, "--block_size", 32)
     flags += ("--max_steps", 1, "--gradient_accumulation_steps", 1, "--eval_strategy", "no")
@@ -175,8 +175,8 @@ def test_comparison_launches_its_runs(run_script, small_data, tmp_path):
     assert "--accelerate_config" in refused.stderr
 
 
-def test_fsdp2_is_what_is_meant(launched, tmp_path):
-    """accelerate's settings from the file; a run with them needs GPUs."""
+def test_the_fsdp2_file_gives_accelerate_the_intended_settings(launched, tmp_path):
+    """The file gives accelerate the intended settings; a run with them needs GPUs."""
     (tmp_path / "show.py").write_text(
         "from accelerate.utils import FullyShardedDataParallelPlugin\n"
         "from transformers import AutoModelForCausalLM, GPT2Config\n"
@@ -201,7 +201,7 @@ def test_fsdp2_is_what_is_meant(launched, tmp_path):
 
 
 def test_fsdp2_is_refused_without_a_gpu(run_script, tmp_path):
-    """Else it would be DDP, which accelerate runs on CPUs in its place without a word."""
+    """Otherwise accelerate would run DDP on CPUs in its place, without a warning."""
     recipe = "recipes/train_shakespeare_char.py"
     environment = ENVIRONMENT | {"ACCELERATE_USE_FSDP": "true"}  # as the launcher sets it
     error = run_script(recipe, cwd=tmp_path, status=2, **environment).stderr
@@ -212,7 +212,7 @@ def test_fsdp2_is_refused_without_a_gpu(run_script, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_fsdp2_trains_and_resumes_on_gpus(small_data, tmp_path):
-    """On as many GPUs as there are, two at most; resumed, and a model folder at the end."""
+    """A run on at most two GPUs trains and resumes, and leaves a model folder."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes"]
     launch += [str(min(2, torch.cuda.device_count())), "--config_file"]
     launch += [str(RECIPES / "accelerate" / "fsdp2.yaml"), str(RECIPE)]
@@ -240,4 +240,4 @@ def test_every_configuration_is_tested():
     for path in folder.iterdir():
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         assert "main_process_ip" not in settings
-        assert "mixed_precision" not in settings  # --bf16 says that
+        assert "mixed_precision" not in settings  # --bf16 sets it

@@ -23,7 +23,7 @@ def test_trainer_and_accelerate_resume(way: Any, state_dict_type: str, tmp_path:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the checkpoints of 1, 2 and 3 processes, in every format."""
+    """Makes a folder with the checkpoints of 1, 2 and 3 processes, in every format."""
     folder = tmp_path_factory.mktemp("checkpoints")
     for processes in (1, 2, 3):
         error = run(cases.save_checkpoints, processes, folder)
@@ -32,7 +32,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_a_checkpoint_goes_on_on_any_number_of_processes(checkpoints: Path, processes: int) -> None:
+def test_any_number_of_processes_can_resume_a_checkpoint(checkpoints: Path, processes: int) -> None:
     error = run(cases.load_checkpoints, processes, checkpoints)
     assert error is None, error
 
@@ -47,6 +47,6 @@ def test_whole_state_dicts(tmp_path: Path) -> None:
     assert error is None, error
 
 
-def test_adamw_goes_on_sharded(tmp_path: Path) -> None:
+def test_sharded_training_continues_from_adamw(tmp_path: Path) -> None:
     error = run(cases.adamw_checkpoints, 2, tmp_path)
     assert error is None, error

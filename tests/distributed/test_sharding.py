@@ -13,9 +13,9 @@ from process_group import run
 REPOSITORY = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 
-# of parameters, relative to their largest element, after 50 steps
-PARAMETERS = 5e-7  # 2.3e-7 measured: the sums' order moves a step by a rounding of 6e-8 or two
-STRIPES = 2e-6  # 8e-7 measured: as above, but of averages relative to themselves
+# the differences of parameters, relative to their largest element, after 50 steps
+PARAMETERS = 5e-7  # 2.3e-7 measured: the sums' order changes a step by one or two roundings of 6e-8
+STRIPES = 2e-6  # 8e-7 measured: the same for averages, relative to themselves
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_sharded(case: Any, processes: int, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def comparisons(tmp_path_factory: pytest.TempPathFactory, run_script: Any) -> list[dict]:
-    """The benchmark of the table in docs/: every format, backend and way of sharding."""
+    """Runs the benchmark of the table in docs/: every format, backend and way of sharding."""
     output = tmp_path_factory.mktemp("comparisons") / "comparisons.json"
     run_script("benchmarks.sharding", "--output", output, cwd=REPOSITORY)
     return json.loads(output.read_text())["comparisons"]

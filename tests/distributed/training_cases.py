@@ -33,20 +33,20 @@ from torch.distributed.tensor.parallel import (
 from striped_hf.optim import StripedAdamW, adamw_state_dict
 from striped_hf.optim.momentum import MOMENTUM_DTYPES
 
-# Losses of two trainings whose gradients were rounded differently: 5e-3 measured at one of 50
-# steps, most below 1e-3. Where a gradient is only noise, AdamW's update has full size in either
-# direction.
+# The difference of losses in two trainings whose gradients were rounded differently: 5e-3 measured
+# at one of 50 steps, most below 1e-3. If a gradient is only noise, AdamW's update has full size in
+# either direction.
 LOSSES = 2e-2
 
 
 def even_columns(parameter: nn.Parameter, mesh: DeviceMesh) -> Shard | None:
-    """Shards columns where every process gets as many of them."""
+    """Shards columns if every process gets the same number of them."""
     is_even = parameter.dim() == 2 and parameter.shape[1] % mesh.size() == 0
     return Shard(1) if is_even else None
 
 
 def fsdp2(mesh: DeviceMesh, folder: Path) -> None:
-    """Rows over all processes: uneven and empty shards, tied embeddings, clipping."""
+    """Shards rows over all processes: uneven and empty shards, tied embeddings, clipping."""
     for momentum_dtype in MOMENTUM_DTYPES:
         for backend in ("reference", "cpu"):
             model = shard(new_model(), mesh)
@@ -58,7 +58,7 @@ def fsdp2(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def fifty_steps(mesh: DeviceMesh, folder: Path) -> None:
-    """One process on all data has the same losses as many processes on their parts."""
+    """Compares the losses of one process on all data and of many processes on their parts."""
     single = new_model()
     optimizer = new_optimizer(single, "int8")
     expected = []
@@ -77,7 +77,7 @@ def fifty_steps(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def accumulation(mesh: DeviceMesh, folder: Path) -> None:
-    """Gradients of several backward passes, exchanged after the last."""
+    """Adds up the gradients of several backward passes, exchanged after the last pass."""
     model = shard(new_model(), mesh)
     follower = Follower(model, new_optimizer(model, "int8"))
     for t in range(4):
@@ -89,26 +89,26 @@ def accumulation(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def mixed_precision(mesh: DeviceMesh, folder: Path) -> None:
-    """bfloat16 in forward, backward and the gradients' exchange; float32 parameters."""
+    """Uses bfloat16 in forward, backward and the gradients' exchange; float32 parameters."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
     model = shard(new_model(), mesh, mp_policy=policy)
     train(model, Follower(model, new_optimizer(model, "int8")).step, range(4), mesh.get_rank())
 
 
 def low_precision(mesh: DeviceMesh, folder: Path) -> None:
-    """bfloat16 parameters, rounded stochastically by the same bits as whole ones."""
+    """Rounds bfloat16 parameters stochastically, by the same bits as whole parameters."""
     model = shard(new_model().bfloat16(), mesh)
     train(model, Follower(model, new_optimizer(model, "int8")).step, range(4), mesh.get_rank())
 
 
 def cpu_offload(mesh: DeviceMesh, folder: Path) -> None:
-    """Parameters on the CPU, which therefore computes the step."""
+    """Keeps the parameters on the CPU, which therefore computes the step."""
     model = shard(new_model(), mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
     train(model, Follower(model, new_optimizer(model, "int4")).step, range(4), mesh.get_rank())
 
 
 def by_columns(mesh: DeviceMesh, folder: Path) -> None:
-    """``fully_shard`` with a placement of its own: columns, where these are even."""
+    """Shards columns by a placement function of ``fully_shard``, if they divide evenly."""
 
     def place(parameter: nn.Parameter) -> Shard | None:
         return even_columns(parameter, mesh)
@@ -120,7 +120,7 @@ def by_columns(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def export_to_adamw(mesh: DeviceMesh, folder: Path) -> None:
-    """What ``adamw_state_dict`` returns is sharded as the parameters, and whole it is the same."""
+    """Exports by ``adamw_state_dict``: sharded like the parameters, and equal to a whole export."""
 
     def place(parameter: nn.Parameter) -> Shard | None:
         return even_columns(parameter, mesh)
@@ -147,20 +147,20 @@ def export_to_adamw(mesh: DeviceMesh, folder: Path) -> None:
         adamw = torch.optim.AdamW(model.parameters())
         adamw.load_state_dict(exported)
         train(model, adamw.step, range(3, 6))
-        again = new_optimizer(model, "int8")  # and as AdamW's into another format
+        again = new_optimizer(model, "int8")  # loads the export into another format
         again.load_state_dict(exported)
         train(model, again.step, range(6, 8))
 
 
 def lagged(mesh: DeviceMesh, folder: Path) -> None:
-    """The stripes of the step before."""
+    """Divides by the stripes of the step before."""
     model = shard(new_model(), mesh)
     optimizer = new_optimizer(model, "int8", lagged=True)
     train(model, Follower(model, optimizer, lagged=True).step, range(4), mesh.get_rank())
 
 
 def hybrid(mesh: DeviceMesh, folder: Path) -> None:
-    """HSDP: shards over one dimension of the mesh, replicas over the other."""
+    """Trains with HSDP: shards over one dimension of the mesh, replicas over the other."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     for momentum_dtype in ("float32", "int8"):
         model = shard(new_model(), mesh)
@@ -169,7 +169,7 @@ def hybrid(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def tensor_parallel(mesh: DeviceMesh, folder: Path) -> None:
-    """``parallelize_module`` inside ``fully_shard``: rows of rows, and rows and columns."""
+    """Uses ``parallelize_module`` in ``fully_shard``: rows of rows, and rows and columns."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     for momentum_dtype in MOMENTUM_DTYPES:
         model = new_model()
@@ -184,7 +184,7 @@ def tensor_parallel(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def tensor_parallel_alone(mesh: DeviceMesh, folder: Path) -> None:
-    """Only some parameters are DTensors, the others whole."""
+    """Shards only some parameters; the others are whole."""
     model = new_model()
     for block in model.blocks:
         parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
@@ -194,7 +194,7 @@ def tensor_parallel_alone(mesh: DeviceMesh, folder: Path) -> None:
 
 
 def one_exchange(mesh: DeviceMesh, folder: Path) -> None:
-    """A step's sums are exchanged in one all-reduce, for all parameters and groups."""
+    """Counts one all-reduce of a step's sums, for all parameters and groups."""
     model = shard(new_model(), mesh)
     first, *others = model.parameters()
     optimizer = StripedAdamW([{"params": [first]}, {"params": others, "lr": 1e-4}])

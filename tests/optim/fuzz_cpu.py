@@ -1,14 +1,15 @@
-"""Fuzzes the CPU backend beside the reference, with a library that has sanitizers.
+"""Fuzzes the CPU backend against the reference, with a library that has sanitizers.
 
-``test_cpu_sanitized.py`` builds the library and runs this program, which any Python can repeat::
+``test_cpu_sanitized.py`` builds the library and runs this program. Any Python can repeat a case::
 
     python tests/optim/fuzz_cpu.py LIBRARY --seed 7 --first 123 --cases 1
 
 A case draws a few tensors in one or two param groups and steps them: shapes, strides, dtypes,
 momentum formats, blocks, settings, gradients and threads are random. Before each step the reference
-gets the numbers of the CPU backend, so that the error of one step is compared. Between steps a
-tensor of the optimizer is made a misfit, which the step has to refuse before it changes anything.
-Other cases call ``statistics`` and ``update``, as parts of sharded matrices do.
+gets the numbers of the CPU backend, so that the comparison is of one step's error. Between steps
+the program replaces a tensor of the optimizer by one that does not fit. The step must refuse it
+before it changes any tensor. Other cases call ``statistics`` and ``update`` on parts of sharded
+matrices.
 """
 
 from __future__ import annotations
@@ -47,15 +48,15 @@ from striped_hf.optim.state import Description, description_of, zero_state
 BUNDLE = 1 << 19  # elements: csrc/plan.h begins another bundle after as many
 EDGES = (1, 2, 3, 7, 31, 64, 65, 127, 128, 129, 255, 256, 257, 385)
 FEW_ELEMENTS, MANY_ELEMENTS = 20_000, 300_000  # many: several slices of a matrix, and threads
-# of gradients; their squares are normal numbers, zero, or infinite: between these lie denormal
-# ones, of which a sum in another order keeps no relative precision
+# The scales of gradients. Their squares are normal numbers, zero, or infinite, and not denormal: a
+# sum of denormal numbers in another order has no relative precision.
 SCALES = (1e-36, 1e-30, 1e-12, 1e-6, 1e-3, 1.0, 1e4, 1e15, 1e25)
 DENORMAL = 1e-43  # denormal numbers have no relative precision
 GUARD = 77.0
 
 
 class Draw(random.Random):
-    """What is random about one case."""
+    """The random choices of one case."""
 
     def chance(self, probability: float) -> bool:
         return self.random() < probability
@@ -110,7 +111,7 @@ class Draw(random.Random):
             values.zero_()
         elif kind < 0.3 and values.numel():
             values *= torch.rand(shape) < self.choice((0.01, 0.5))
-        elif kind < 0.4 and values.dim():  # expanded: the same row, column or number
+        elif kind < 0.4 and values.dim():  # expanded: a repeated row, column or number
             dims = [i for i in range(values.dim()) if self.chance(0.7)]
             values = values[
                 tuple(slice(0, 1) if i in dims else slice(None) for i in range(values.dim()))
@@ -140,7 +141,7 @@ def guarded(values: torch.Tensor, before: int) -> torch.Tensor:
 
 
 def check_guards(tensor: torch.Tensor, what: str) -> None:
-    """Checks that nothing around a tensor was written, where ``guarded`` made it."""
+    """Checks that nothing was written around a tensor, if ``guarded`` made it."""
     if not tensor.is_contiguous() or not tensor.storage_offset():
         return
     memory = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
@@ -155,7 +156,7 @@ def check_guards(tensor: torch.Tensor, what: str) -> None:
 
 
 def assert_close(ours: np.ndarray, theirs: np.ndarray, allowed: np.ndarray, what: str) -> None:
-    # Inf and NaN are equally loud; which of them is in a sum depends on its order
+    # Inf and NaN count as equal, because the order of a sum decides which of them it gives
     both = np.isfinite(ours) & np.isfinite(theirs)
     wrong = np.where(
         both, ~(np.abs(ours - theirs) <= allowed), np.isfinite(ours) | np.isfinite(theirs)
@@ -177,7 +178,7 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(entry: Entry, settings: Settings, roots: Any = None) -> Sizes:
-    """Returns the sizes of the terms of a step that is still to be done."""
+    """Returns the sizes of the terms of the next step."""
     scale = entry.state.get("exp_avg_scale")
     m = momentum.decode(entry.state["exp_avg"], scale, entry.momentum_dtype, columns_of(entry))
     state = {key: value.clone() for key, value in entry.state.items() if key != "exp_avg_scale"}
@@ -203,14 +204,14 @@ def columns_of(entry: Entry) -> int:
 
 
 def compare(ours: Entry, theirs: Entry, sizes: Sizes, what: str) -> None:
-    """Compares a step of the CPU backend with the reference's, which began from equal numbers."""
-    # roundings add up where all squares are equal: SUM_ROWS rows are added at a time in csrc/sums.h
+    """Compares a step of the CPU backend with the reference's step from the same numbers."""
+    # if all squares are equal, roundings add up: csrc/sums.h adds SUM_ROWS rows at a time
     rows = ours.param.shape[-2] // ours.blocks[0] if ours.param.dim() >= 2 else 0
     worst = 2.0**-24 * min(rows, 1024) / 4
     p, q = to_numpy(ours.param), to_numpy(theirs.param)
     allowed = (2 * UPDATES.value + worst) * sizes.update + 2.0**-22 * (sizes.param + sizes.update)
     if ours.param.dtype != torch.float32:
-        # some are on either side of the border between two; a third where other bits round
+        # some values are near the border of two numbers; other random bits would change a third
         differ = np.isfinite(q) & (np.abs(p - q) > allowed)
         assert differ.sum() <= 10 + 0.2 * q.size, f"parameter of {what}: {differ.sum()} differ"
         allowed += spacing(np.maximum(np.abs(p), np.abs(q)), ours.param.dtype)
@@ -237,7 +238,7 @@ def compare_momentum(ours: Entry, theirs: Entry, size: np.ndarray, what: str) ->
     a, b = (each.state["exp_avg"] for each in (ours, theirs))
     if ours.momentum_dtype == "int4":
         a, b = (momentum._unpack(each, size.shape[-1]) for each in (a, b))
-    # where the terms cancel, the whole block is what their roundings left
+    # if the terms cancel, the whole block consists of their roundings
     is_rounding = ~(scales[1] > 2.0**-10 * largest)
     is_rounding = np.repeat(is_rounding, momentum.BLOCK_SIZE, -1)[..., : size.shape[-1]]
     allowed = np.where(is_rounding, np.inf, 1.0)
@@ -250,7 +251,7 @@ def compare_momentum(ours: Entry, theirs: Entry, size: np.ndarray, what: str) ->
 
 
 def fuzz_steps(draw: Draw) -> None:
-    """Steps an optimizer of each backend, the reference from the CPU backend's numbers."""
+    """Steps an optimizer of each backend; the reference starts from the CPU backend's numbers."""
     groups, mirrored = [], []
     for _ in range(draw.choice((1, 1, 2))):
         shapes = [draw.shape() for _ in range(draw.randint(1, 5))]
@@ -293,7 +294,7 @@ def fuzz_steps(draw: Draw) -> None:
 
 
 def entry_of(param: torch.Tensor, state: State, description: Description) -> Entry:
-    """Returns what a backend sees of a parameter, to read it."""
+    """Returns the entry of a parameter, only for reading."""
     shape = description.stepped
     if len(shape) < 2:  # the state of a vector has its parameter's shape
         state = {key: v if key == "step" else v.reshape(shape) for key, v in state.items()}
@@ -340,7 +341,7 @@ def compare_step(ours: StripedAdamW, theirs: StripedAdamW, pairs: list[Any], thr
 
 
 def shrunk(value: torch.Tensor) -> torch.Tensor:
-    """Takes the last element's memory away behind the tensor's back."""
+    """Frees the memory of a tensor's last element, without the tensor's knowledge."""
     value.untyped_storage().resize_(value.untyped_storage().nbytes() - value.element_size())
     return value
 
@@ -350,7 +351,7 @@ def freed(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-# each gets a copy of a tensor of a state, with elements; it returns what does not fit
+# each function gets a copy of a nonempty tensor of a state, and returns a tensor that does not fit
 STATE_MISFITS: dict[str, Callable[[torch.Tensor], Any]] = {
     "longer": lambda x: x.new_zeros((*x.shape[:-1], x.shape[-1] + 1) if x.dim() else (2,)),
     "shorter": lambda x: x[..., :-1].clone() if x.dim() else x.new_zeros(0),
@@ -378,7 +379,7 @@ PARAMETER_MISFITS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def fuzz_misfit(draw: Draw, optimizer: StripedAdamW) -> None:
-    """Makes one tensor a misfit: the step is refused, and changes nothing."""
+    """Replaces one tensor by one that does not fit: the step must refuse it and change nothing."""
     params = [
         p
         for group in optimizer.param_groups
@@ -488,7 +489,7 @@ def fuzz_parts(draw: Draw) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("library", help="what setup.py built with sanitizers")
+    parser.add_argument("library", help="the library that setup.py built with sanitizers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--cases", type=int, default=10**9, help="how many at most")
@@ -500,7 +501,7 @@ def main() -> None:
     for case in range(arguments.first, arguments.first + arguments.cases):
         if time.monotonic() > end:
             break
-        # a crash leaves no more than this line
+        # after a crash only this line is left
         print(f"case --seed {arguments.seed} --first {case} --cases 1", flush=True)
         draw = Draw(f"{arguments.seed} {case}")
         torch.manual_seed(draw.getrandbits(63))

@@ -1,4 +1,4 @@
-"""What several of the optimizer's tests share: documented layouts, bounds, and the follower."""
+"""Code that several of the optimizer's tests share: documented layouts, bounds, the follower."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 # ---------------------------------------------------------------------------------------------
-# how far the CPU backend may be from the reference
+# the allowed differences between the CPU backend and the reference
 # ---------------------------------------------------------------------------------------------
 
 
@@ -29,11 +29,11 @@ class Tolerance(NamedTuple):
     reason: str
 
 
-# of second moments, relative
+# for second moments, relative
 STRIPES = Tolerance(2e-6, "the squares of up to a thousand rows, summed in another order")
-# of float32 parameters, relative to their largest update so far
+# for float32 parameters, relative to their largest update so far
 UPDATES = Tolerance(4e-6, "the stripes' error, and a few roundings of 6e-8 each")
-# of the share of momentum codes that differ in a step, each by one, and of what they move
+# for the share of momentum codes that differ in a step, each by one, and of the moved parameters
 CODES = Tolerance(2e-4, "a value within 1e-6 of the border between two codes falls on either side")
 
 
@@ -43,7 +43,7 @@ CODES = Tolerance(2e-4, "a value within 1e-6 of the border between two codes fal
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """The values in float64 (exact for every floating dtype used here)."""
+    """Returns the values in float64 (exact for every floating dtype used here)."""
     return tensor.detach().to("cpu", torch.float64).numpy().copy()
 
 
@@ -60,7 +60,7 @@ def parameter(
 
 
 def set_grad(param: torch.Tensor, grad: torch.Tensor | None) -> None:
-    """Give ``param`` a gradient of any dtype and layout (assignment insists on the same dtype)."""
+    """Gives ``param`` a gradient of any dtype and layout (assignment needs the same dtype)."""
     param.grad = None
     if grad is None:
         return
@@ -72,7 +72,7 @@ def set_grad(param: torch.Tensor, grad: torch.Tensor | None) -> None:
 
 
 def lay_out(values: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same values under other strides."""
+    """Returns the same values under other strides."""
     if layout == "transposed" and values.ndim >= 2:
         return values.transpose(-1, -2).contiguous().transpose(-1, -2)
     if layout == "permuted" and values.ndim >= 2:
@@ -90,7 +90,7 @@ LAYOUTS = ("contiguous", "transposed", "permuted", "strided")
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The raw bits, so that NaN equals itself and -0.0 differs from 0.0."""
+    """Returns the raw bits, so that NaN equals itself and -0.0 differs from 0.0."""
     tensor = tensor.detach().cpu().contiguous()
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(whole[tensor.element_size()])
@@ -115,7 +115,7 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, what: str = "
 
 
 def spacing(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """The distance between neighbours of ``dtype`` around each value (subnormals included)."""
+    """Returns the distance of neighbours in ``dtype`` around each value (also subnormals)."""
     info = torch.finfo(dtype)
     magnitude = np.maximum(np.abs(np.nan_to_num(values)), info.tiny)
     return 2.0 ** np.floor(np.log2(magnitude)) * info.eps
@@ -131,7 +131,7 @@ def parameters(optimizer: Optimizer) -> list[torch.Tensor]:
 
 
 def snapshot(optimizer: Optimizer) -> list[Any]:
-    """Everything a step may change, copied: parameters, their states, the groups' settings."""
+    """Copies everything that a step may change: parameters, their states, the groups' settings."""
     copied: list[Any] = []
     for p in parameters(optimizer):
         state = optimizer.state.get(p, {})
@@ -172,7 +172,7 @@ def state_bytes(optimizer: Optimizer) -> int:
 
 
 def documented_matrix(shape: Iterable[int], blocks: Any = (1, 1)) -> tuple[int, ...]:
-    """As which vector, matrix or stack of matrices a parameter is stepped (docs/algorithm.md)."""
+    """Returns the shape in which a parameter is stepped (docs/algorithm.md)."""
     shape = tuple(shape)
     size = math.prod(shape)
     if len(shape) < 3 or size == 0 or blocks not in ((1, 1), "kernel", "stack"):
@@ -197,7 +197,7 @@ def documented_matrix(shape: Iterable[int], blocks: Any = (1, 1)) -> tuple[int, 
 def decode_documented(
     codes: np.ndarray, scale: np.ndarray | None, momentum_dtype: str, C: int
 ) -> np.ndarray:
-    """Stored momentum to float64 as documented: absmax * sign(code) * (code / qmax)^2."""
+    """Decodes a stored momentum as documented: absmax * sign(code) * (code / qmax)^2, float64."""
     if scale is None:
         return codes.astype(np.float64)
     qmax = QMAX[momentum_dtype]
@@ -217,7 +217,7 @@ def decode_documented(
 
 
 def code_bound(values: np.ndarray, momentum_dtype: str) -> np.ndarray:
-    """How far a coded value may lie from the original, element by element.
+    """Returns the largest distance of a coded value from the original, element by element.
 
     With s = sqrt(|x| / absmax) and k = round(s qmax), |s - k / qmax| <= 1 / (2 qmax), so
     |k^2 / qmax^2 - s^2| <= (1 / (2 qmax)) (2 s + 1 / (2 qmax)). A hundredth on top is for fp32,
@@ -235,7 +235,7 @@ def code_bound(values: np.ndarray, momentum_dtype: str) -> np.ndarray:
 
 
 def stored_momentum(state: dict[str, Any], C: int) -> tuple[np.ndarray, str]:
-    """The momentum a state holds, in float64, and its format's name."""
+    """Returns the momentum of a state, in float64, and the name of its format."""
     stored = state["exp_avg"]
     name = {torch.int8: "int8", torch.uint8: "int4", torch.bfloat16: "bfloat16"}.get(
         stored.dtype, "float32"
@@ -247,7 +247,7 @@ def stored_momentum(state: dict[str, Any], C: int) -> tuple[np.ndarray, str]:
 
 
 def whole_values(p: torch.Tensor, state: dict[str, Any]) -> np.ndarray:
-    """A parameter in float64, with the low half of its float32 bits where its state has it."""
+    """Returns a parameter in float64, with the low half of its float32 bits if its state has it."""
     low = state.get("param_low_bits")
     if low is None:
         return to_numpy(p)
@@ -264,7 +264,7 @@ def whole_values(p: torch.Tensor, state: dict[str, Any]) -> np.ndarray:
 @dataclass
 class Followed:
     state: oracle.State
-    magnitude: oracle.State  # the same averages over |g|: what the errors are relative to
+    magnitude: oracle.State  # the same averages over |g|: errors are relative to them
     t: int = 0
 
 
@@ -272,13 +272,13 @@ class Follower:
     """Steps the oracle beside an optimizer and compares every number after every step.
 
     The second moments and the step counter are the oracle's own over the whole run. The parameter
-    (rounded to its dtype) and, where it is stored in fewer bits, the momentum are read from the
-    optimizer before each step, so that one step's rounding is what is compared.
+    (rounded to its dtype) and a momentum in fewer bits are read from the optimizer before each
+    step, so that the comparison is of one step's rounding.
 
     Args:
-        optimizer: the StripedAdamW to be followed.
-        rtol: error allowed relative to the terms of each sum (not to the sum, which may cancel).
-        tiny: absolute error allowed in the second moments.
+        optimizer: The StripedAdamW to follow.
+        rtol: The allowed error, relative to the terms of each sum (the sum itself may cancel).
+        tiny: The allowed absolute error of the second moments.
     """
 
     def __init__(self, optimizer: Optimizer, rtol: float, tiny: float = 0.0) -> None:
@@ -398,7 +398,7 @@ class Follower:
 
 
 def expected_format(shape: Iterable[int], momentum_dtype: str) -> str:
-    """The format a parameter's momentum is kept in, where the group asks for ``momentum_dtype``."""
+    """Returns the format of a parameter's momentum if the group asks for ``momentum_dtype``."""
     shape = tuple(shape)
     if len(shape) < 2 or math.prod(shape) == 0:
         return "float32"
@@ -408,7 +408,7 @@ def expected_format(shape: Iterable[int], momentum_dtype: str) -> str:
 
 
 def gpt2_124m_shapes() -> list[tuple[int, ...]]:
-    """The shapes of GPT-2 124M's parameters, in the model's order (tied embedding once)."""
+    """Returns the shapes of GPT-2 124M's parameters, in the model's order (tied embedding once)."""
     width, layers, vocabulary, positions = 768, 12, 50257, 1024
     block: list[tuple[int, ...]] = [
         (width,),

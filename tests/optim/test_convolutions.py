@@ -31,7 +31,7 @@ from striped_hf.trainer.param_groups import mark_matrices, param_groups
 BACKENDS = ("reference", "cpu", "triton")
 KERNEL, STACK, EXACT = "kernel", "stack", "exact"
 
-# what the shape alone makes of a parameter
+# the readings by the shape alone
 READINGS: list[tuple[tuple[int, ...], str]] = [
     ((64, 32, 3), KERNEL),  # Conv1d
     ((512, 512, 10), KERNEL),
@@ -82,7 +82,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize(("shape", "reading"), READINGS, ids=str)
-def test_a_shape_alone(shape: tuple[int, ...], reading: str) -> None:
+def test_the_shape_alone_decides_the_reading(shape: tuple[int, ...], reading: str) -> None:
     assert stepped_shape(torch.Size(shape), (1, 1)) == shape_of(reading, shape)
     assert documented_matrix(shape) == shape_of(reading, shape)
 
@@ -95,7 +95,7 @@ SIDES = st.sampled_from((1, 1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 64, 129, 512))
     blocks=st.sampled_from([(1, 1), "kernel", "stack"]),
     momentum_dtype=st.sampled_from(FORMATS),
 )
-def test_it_never_needs_more_than_adamw(
+def test_the_state_is_never_larger_than_adamws(
     shape: tuple[int, ...], blocks: Any, momentum_dtype: str
 ) -> None:
     state = init_state(torch.empty(shape, device="meta"), momentum_dtype, blocks)
@@ -110,7 +110,7 @@ def test_it_never_needs_more_than_adamw(
         assert state["exp_avg_sq_col"].shape == (*matrix[:-2], 1, matrix[-1])
 
 
-def test_blocks_are_of_the_matrices_of_a_stack() -> None:
+def test_blocks_divide_the_matrices_of_a_stack() -> None:
     assert stepped_shape(torch.Size((64, 32, 4)), (2, 1)) == (64, 32, 4)
 
 
@@ -161,7 +161,7 @@ def weights(found: dict[str, nn.Module]) -> list[nn.Parameter]:
 def test_a_kernel_is_stepped_as_its_matrix(
     channels_last: bool, dtype: torch.dtype, momentum_dtype: str, backend: str
 ) -> None:
-    """To the bit, with the bits of stochastic rounding, whatever the memory format."""
+    """To the bit, with the bits of stochastic rounding, in every memory format."""
     found = modules(channels_last)
     ps = [nn.Parameter(p.detach().to(dtype)) for p in weights(found)]
     if backend == "triton":
@@ -211,7 +211,7 @@ def test_real_convolutions_follow_the_oracle(
 
 
 @pytest.mark.parametrize("of", ["parameter", "gradient"])
-def test_only_one_of_a_parameter_and_its_gradient_is_channels_last(of: str, backend: str) -> None:
+def test_a_parameter_or_its_gradient_alone_may_be_channels_last(of: str, backend: str) -> None:
     p = nn.Parameter(torch.randn(8, 16, 3, 3))
     q = nn.Parameter(p.detach().clone())
     p.grad = torch.randn(8, 16, 3, 3)
@@ -246,7 +246,7 @@ def test_a_change_of_the_memory_format_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("kind", ["meta", "fake"])
-def test_without_values(kind: str) -> None:
+def test_tensors_without_values_are_stepped(kind: str) -> None:
     if kind == "meta":
         p = nn.Parameter(torch.empty(8, 16, 3, 3, device="meta"))
         p.grad = torch.empty_like(p)
@@ -262,12 +262,12 @@ def test_without_values(kind: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# what a model says of its parameters
+# the readings that a model decides
 # ---------------------------------------------------------------------------------------------
 
 
 class Model(nn.Module):
-    """A positional convolution as wav2vec's, whose shape alone would be a stack's; and experts."""
+    """A positional convolution like wav2vec's, which has a stack's shape; and experts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -289,7 +289,7 @@ def step(optimizer: StripedAdamW, seed: int = 0) -> None:
 
 
 @pytest.mark.parametrize("how", ["marks", "param_groups"])
-def test_a_module_tells_kernels(how: str) -> None:
+def test_a_module_marks_its_kernels(how: str) -> None:
     model = Model()
     if how == "marks":
         mark_matrices(model)
@@ -323,7 +323,7 @@ def test_a_mark_outlives_a_copy_and_a_swap_of_the_parameters() -> None:
     assert stripes(optimizer, model.positions.weight) == (1, 64 * 32)
 
 
-def test_a_group_says_how_its_parameters_are_read() -> None:
+def test_a_group_may_decide_how_its_parameters_are_read() -> None:
     shapes = [(32, 64, 32), (32, 4, 3), (6, 5), (7,)]
     ps = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     kernels = StripedAdamW(ps, blocks="kernel")
@@ -349,7 +349,7 @@ SAVED_SHAPES = [(16, 15, 3, 3), (24, 16, 1, 1), (12, 1, 7), (6, 1, 1), (4, 3, 2,
 def saved_as_stacks(
     ps: list[nn.Parameter], momentum_dtype: str
 ) -> tuple[dict[str, Any], list[torch.Tensor]]:
-    """A state dict of the time when every parameter was a stack, and its momenta."""
+    """Returns an old state dict, in which every parameter was a stack, and its momenta."""
     states, momenta = {}, []
     for i, p in enumerate(ps):
         stored = momentum.storage_format(p.shape, momentum_dtype)
@@ -406,7 +406,7 @@ def test_state_dicts_of_kernels_saved_as_stacks_are_loaded(momentum_dtype: str) 
 
 
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
-def test_what_was_saved_as_another_reading_is_read_as_here(momentum_dtype: str) -> None:
+def test_a_state_of_another_reading_is_converted(momentum_dtype: str) -> None:
     p = nn.Parameter(torch.randn(32, 16, 20))
     kernel = StripedAdamW([p], momentum_dtype=momentum_dtype, blocks="kernel")
     stack = StripedAdamW([p], momentum_dtype=momentum_dtype, blocks="stack")
@@ -435,7 +435,7 @@ def test_a_damaged_state_of_another_reading_is_refused() -> None:
 
 
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
-def test_a_kernel_from_adamw_and_back(momentum_dtype: str) -> None:
+def test_a_kernels_state_is_converted_from_adamw_and_back(momentum_dtype: str) -> None:
     found = modules(channels_last=True)
     ps = weights(found)
     adamw = torch.optim.AdamW(ps)

@@ -1,4 +1,4 @@
-"""The CPU backend beside the reference: what only it could get wrong."""
+"""The CPU backend against the reference: the parts where it alone could be wrong."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ except RuntimeError as error:
 SOURCE = Path(striped_hf.__file__).parent / "optim" / "backends" / "csrc" / "cpu.c"
 
 
-# shape and blocks: slices of one matrix, many matrices in one task, ragged last blocks, packed
+# shapes and blocks: slices of one matrix, many matrices in one task, short last blocks, packed
 # projections whose parts end inside a block of 128, one row, one column, vectors
 SHAPES: list[tuple[tuple[int, ...], tuple[int, int]]] = [
     ((800, 768), (1, 1)),
@@ -93,7 +93,7 @@ def run(
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
 def test_it_agrees_with_the_reference(momentum_dtype: str, settings: dict[str, Any]) -> None:
-    """Momentum's scales before the first difference of a code: after one step from nothing."""
+    """The momentum's scales agree after the first step, before any code differs."""
     for steps in (1, 3):
         ours, states = run("cpu", momentum_dtype, steps=steps, **settings)
         theirs, expected = run("reference", momentum_dtype, steps=steps, **settings)
@@ -104,7 +104,7 @@ def test_it_agrees_with_the_reference(momentum_dtype: str, settings: dict[str, A
                     torch.testing.assert_close(
                         state[key], other[key], rtol=STRIPES.value, atol=0, msg=f"{key} of {what}"
                     )
-            differing = 1 + steps * CODES.value * p.numel()  # what a code moves, it moves visibly
+            differing = 1 + steps * CODES.value * p.numel()  # another code visibly moves its weight
             if other["exp_avg"].dtype in (torch.int8, torch.uint8):
                 assert (state["exp_avg"] != other["exp_avg"]).sum() <= differing, what
             tolerance = steps * (2**-23 * q.abs() + 1e-2 * UPDATES.value)
@@ -140,11 +140,11 @@ def test_it_uses_torchs_threads(threads: Iterator[None], monkeypatch: pytest.Mon
     for count in (1, 2):
         torch.set_num_threads(count)
         run("cpu", "int8", steps=1)
-    assert used == [1, 2]  # one parallel region for all entries of each step
+    assert used == [1, 2]  # each step has one parallel region for all entries
 
 
 class Spy:
-    """Notes the threads of each call to the library, and passes it on."""
+    """Records the threads of each call to the library, and makes the call."""
 
     def __init__(self, library: ctypes.CDLL, used: list[int]) -> None:
         self.library, self.used = library, used
@@ -158,16 +158,16 @@ class Spy:
 
 
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
-def test_the_two_functions_are_the_one(
+def test_statistics_and_update_do_what_step_does(
     momentum_dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What sharded parameters need, statistics and update apart."""
+    """Sharded parameters need statistics and update as separate calls."""
     settings = [{}, {"lagged": True}]
     whole = [run("cpu", momentum_dtype, **each)[0] for each in settings]
 
     def step(entries: list[Entry], settings: Settings) -> None:
         roots = reference.stripes(entries, cpu.statistics(entries), settings)
-        for entry in entries:  # those of a sharded matrix are not there
+        for entry in entries:  # a part of a sharded matrix has no stripes
             for key in ("exp_avg_sq_row", "exp_avg_sq_col"):
                 kept[entry.param, key] = entry.state.pop(key, None)
         cpu.update(entries, roots, settings)
@@ -180,7 +180,7 @@ def test_the_two_functions_are_the_one(
     monkeypatch.setattr(cpu, "step", step)
     apart = [run("cpu", momentum_dtype, **each)[0] for each in settings]
     for ps, qs in zip(apart, whole, strict=True):
-        for p, q in zip(ps, qs, strict=True):  # the stripes' sums and roundings differ
+        for p, q in zip(ps, qs, strict=True):  # the sums and roundings of the stripes differ
             assert (~torch.isclose(p, q, rtol=1e-6, atol=1e-6)).float().mean() < CODES.value
 
 
@@ -197,7 +197,7 @@ def test_statistics_have_the_references_shapes() -> None:
 
 
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
-def test_layouts_that_it_does_not_walk_are_the_references(momentum_dtype: str) -> None:
+def test_the_reference_steps_layouts_that_it_does_not_support(momentum_dtype: str) -> None:
     for layout in ("transposed", "strided"):
         ours, _ = run("cpu", momentum_dtype, layout=layout)
         theirs, _ = run("reference", momentum_dtype, layout=layout)
@@ -206,7 +206,7 @@ def test_layouts_that_it_does_not_walk_are_the_references(momentum_dtype: str) -
                 assert_same_bits(p, q)
 
 
-def test_a_loss_of_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lack_of_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     p = parameter(torch.ones(2, 3))
     p.grad = torch.ones(2, 3)
     optimizer = StripedAdamW([p], backend="cpu")
@@ -221,7 +221,7 @@ def test_a_loss_of_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_build_for_any_processor_agrees(
     momentum_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the builds for newer processors, as an old one would run it."""
+    """A build without variants for newer processors is the code that an old processor runs."""
     library = compile_library(SOURCE, tmp_path, "-DSTRIPED_BASELINE")
     newest, _ = run("cpu", momentum_dtype, steps=1)
     monkeypatch.setattr(cpu, "_library", cpu._load(library))
@@ -253,8 +253,8 @@ void draw(const float *values, uint16_t *rounded, int64_t start, int64_t n, int6
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", [0, 77, 2**32 - 200, 5 * 2**32 - 1], ids=str)
-def test_the_bits_that_round_are_the_references(start: int, tmp_path: Path) -> None:
-    """Also where an index passes 2^32, which needs a parameter larger than a test can have."""
+def test_the_rounding_bits_are_the_references(start: int, tmp_path: Path) -> None:
+    """An index above 2^32 would need a parameter that is too large for a test."""
     source = tmp_path / "draw.c"
     source.write_text(DRAW.replace("cpu.c", str(SOURCE)))
     library = ctypes.CDLL(compile_library(source, tmp_path))

@@ -1,4 +1,4 @@
-"""Installs with and without what the CPU backend is built with."""
+"""Installs with and without the tools that build the CPU backend."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ assert (weight < 1).all()
 
 
 def install(folder: Path, compiler: str) -> Path:
-    """What an install builds, into ``folder``: the package with or without its library."""
+    """Builds the package into ``folder`` as an install does, with or without its library."""
     source = folder / "source"
     shutil.copytree(REPOSITORY / "striped_hf", source / "striped_hf", ignore=_LIBRARIES)
     for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
@@ -74,7 +74,7 @@ def test_a_compiler_builds_the_library(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("missing", ["compiler", "OpenMP"])
 def test_the_install_succeeds_without(missing: str, tmp_path: Path) -> None:
-    """The step is then the reference's, with one line that says so."""
+    """The reference then computes the step, and one log line reports it."""
     compiler = tmp_path / "compiler"
     refuse = 'for flag; do [ "$flag" != -fopenmp ] || exit 1; done\nexec cc "$@"\n'
     compiler.write_text("#!/bin/sh\n" + ("exit 127\n" if missing == "compiler" else refuse))

@@ -1,4 +1,4 @@
-"""The C backend beside the reference where numbers end: denormals, Inf, NaN, eps and beta2 of 0."""
+"""The C backend against the reference on denormals, Inf and NaN, and with eps and beta2 of 0."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHAPES = [(4, 130), (6, 256), (3, 5), (9,)]
 
 
 def nan_with_a_payload(g: torch.Tensor, t: int) -> torch.Tensor:
-    """Inf, and a NaN whose lowest bits are not zero."""
+    """Puts Inf, and a NaN whose lowest bits are not zero, into a gradient."""
     if t == 1:
         g.view(torch.int32).view(-1)[:2] = torch.tensor([0x7FC01235, 0x7F800000])
     return g
@@ -48,7 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("gradient", GRADIENTS.values(), ids=GRADIENTS)
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
-def test_numbers_at_the_ends(
+def test_extreme_numbers_give_the_references_results(
     momentum_dtype: str,
     gradient: Callable[[torch.Tensor, int], torch.Tensor],
     settings: dict[str, Any],
@@ -76,8 +76,8 @@ def test_numbers_at_the_ends(
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0), (2, 0, 3)], ids=str)
-def test_an_empty_entry_is_no_work(shape: tuple[int, ...]) -> None:
-    """As a process may hand one over whose place in a mesh has changed."""
+def test_an_empty_entry_changes_nothing(shape: tuple[int, ...]) -> None:
+    """A process may pass an empty entry when its place in a mesh has changed."""
     p = torch.zeros(shape)
     state = init_state(p, "float32", (1, 1))
     entries = [Entry(p, p.clone(), state, "float32", (1, 1), 1)]
@@ -92,7 +92,7 @@ def test_an_empty_entry_is_no_work(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
 def test_without_beta1_the_momentum_is_the_gradient(momentum_dtype: str) -> None:
-    """Also after one that was far larger, in whose rounding it would drown."""
+    """Also after a far larger gradient, whose rounding must not swallow it."""
     ps = [parameter(torch.randn(shape)) for shape in SHAPES]
     optimizer = StripedAdamW(ps, betas=(0, 0.9), momentum_dtype=momentum_dtype, backend="cpu")
     for scale in (1e8, 1.0):
@@ -106,7 +106,7 @@ def test_without_beta1_the_momentum_is_the_gradient(momentum_dtype: str) -> None
 
 
 def test_a_learning_rate_of_zero_moves_nothing() -> None:
-    """Where the momentum by the root would overflow, zero times it would be NaN."""
+    """If momentum / root overflowed, zero times the result would be NaN."""
     p = parameter(torch.ones(9))
     optimizer = StripedAdamW([p], lr=0.0, betas=(0.9, 0), eps=1e-30, backend="cpu")
     for scale in (1e14, 0.0):

@@ -1,4 +1,4 @@
-"""The C code under sanitizers: every read and write, and what C leaves undefined."""
+"""The C code under sanitizers, which check every read and write, and undefined behavior."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("fuzz_cpu.py")
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "60"))
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
-# one build instead of one for each processor: it takes a third of the time
+# one build instead of one for each processor, which takes a third of the time
 FLAGS = f"{SANITIZERS} -fno-omit-frame-pointer -g -DSTRIPED_BASELINE"
 
 
@@ -58,15 +58,15 @@ def build(folder: Path) -> Path:
         timeout=1200,
     )
     libraries = list(folder.glob("build-lib/**/_cpu*.so"))
-    assert libraries, built.stdout + built.stderr  # setup.py takes a failure for no compiler
+    assert libraries, built.stdout + built.stderr  # after an error setup.py builds no library
     return libraries[0]
 
 
 @pytest.mark.slow
 def test_random_steps_under_sanitizers(tmp_path: Path) -> None:
-    """``fuzz_cpu.py`` says what it draws; a failure shows the command that repeats its case."""
-    # Python has no sanitizer, so its own must be there first. It looks up C++'s exceptions, which
-    # torch throws, as it starts.
+    """``fuzz_cpu.py`` describes its cases. A failure shows the command that repeats its case."""
+    # Python has no sanitizer, so the sanitizer's library must be loaded first. When it starts, it
+    # looks up C++'s exceptions, which torch throws.
     preloaded = [find("libasan.so"), find("libstdc++.so.6")]
     library = build(tmp_path)
     environment = {

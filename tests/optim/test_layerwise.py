@@ -1,4 +1,4 @@
-"""LayerwiseStripedAdamW: beside the ordinary optimizer, and what is its own."""
+"""LayerwiseStripedAdamW: against the ordinary optimizer, and its own features."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WIDTH = 256  # a square matrix has 65,536 elements: the smallest whose gradient 
 
 
 class Model(nn.Module):
-    """An embedding that is tied to the head, two matrices, a packed one, and vectors."""
+    """An embedding that is tied to the head, two matrices, a packed matrix, and vectors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def give_gradient(param: Tensor, grad: Tensor) -> None:
 
 
 # -------------------------------------------------------------------------------------------------
-# beside the ordinary optimizer
+# against the ordinary optimizer
 # -------------------------------------------------------------------------------------------------
 
 
@@ -179,7 +179,7 @@ def test_each_step_is_the_oracles(
         give_gradient(param, grad)
         assert param.grad is None
         optimizer.step()
-        # once without the stored momentum, for what it was made from
+        # once without the stored momentum, for the momentum before its encoding
         _, made = oracle.step(before, to_numpy(grad), state, t, blocks=blocks, **hyper)
         stored, name = stored_momentum(optimizer.state[param], shape[-1])
         allowed = 2e-6 * np.abs(made["m"]).max()
@@ -195,7 +195,7 @@ def test_each_step_is_the_oracles(
         for key, of_state in (("row", "exp_avg_sq_row"), ("col", "exp_avg_sq_col")):
             actual = to_numpy(optimizer.state[param][of_state])
             np.testing.assert_allclose(actual, state[key], rtol=4e-6, atol=0)
-        # a dozen float32 roundings of 6e-8 of the update and the parameter, and that of its dtype
+        # a dozen float32 roundings of 6e-8 of the update and the parameter, and one to its dtype
         allowed = 4e-6 * np.abs(expected - before) + 2.0**-22 * np.abs(before)
         if dtype != torch.float32:
             allowed = 1.01 * allowed + 0.5 * spacing(np.abs(expected), dtype)
@@ -218,7 +218,7 @@ def test_a_parameter_without_gradient_is_left_alone() -> None:
     run(model, optimizer, range(2))
     assert_same_bits(model.out.weight, before)
     assert model.out.weight not in optimizer.state
-    # unfrozen later: the first gradient stays until the step, from then on it is freed
+    # unfrozen later: the first gradient stays until the step, and later gradients are freed
     model.out.requires_grad_(True)
     kept = []
     run(model, optimizer, range(2, 5), after_backward=lambda o, m: kept.append(m.out.weight.grad))
@@ -250,7 +250,7 @@ def test_the_kernel_of_a_convolution_keeps_its_gradient() -> None:
 @pytest.mark.parametrize("passes", [4, 16, 32])
 @pytest.mark.parametrize("mean", [0.0, 0.3, 3.0])
 def test_the_denominator_is_that_of_the_summed_gradient(passes: int, mean: float) -> None:
-    # the noise of passes that agree, by `mean`, in nothing, a little, and nearly everything
+    # the noise of passes whose gradients agree, by `mean`, not at all, a little, or nearly fully
     shared = mean * torch.randn(1024, 512)
     summed, folded = (nn.Parameter(torch.zeros(1024, 512)) for _ in range(2))
     ordinary = StripedAdamW([summed], lr=0.0)
@@ -260,7 +260,7 @@ def test_the_denominator_is_that_of_the_summed_gradient(passes: int, mean: float
         give_gradient(summed, grad)
         give_gradient(folded, grad)
         assert folded.grad is None
-    # 4,096 squares scatter by sqrt(2 / 4096) = 2.2%, their root by 1.1%: four times that
+    # a sum of 4,096 squares deviates by sqrt(2 / 4096) = 2.2%, its root by 1.1%: four times this
     within = 0.045
     assert layerwise.grad_norm().item() == pytest.approx(summed.grad.norm().item(), rel=within)
     ordinary.step()
@@ -270,7 +270,7 @@ def test_the_denominator_is_that_of_the_summed_gradient(passes: int, mean: float
     for key in ("exp_avg_sq_row", "exp_avg_sq_col"):
         ratio = (actual[key].mean() / expected[key].mean()).sqrt().item()
         assert ratio == pytest.approx(1, rel=within), key
-        # rows and columns share the error, and each has its own, of a mean of 512 squares or more
+        # rows and columns share this error; each also has its own, of a mean of 512 or more squares
         ratios = (actual[key] / expected[key]).sqrt() / ratio
         assert (ratios - 1).abs().mean() < 0.05
 
@@ -316,7 +316,7 @@ def test_many_passes_do_not_wear_out_a_coded_momentum(momentum_dtype: str) -> No
     def error(values: Any) -> float:
         return ((torch.from_numpy(values) - exact).norm() / exact.norm()).item()
 
-    # sixteen codings to 8 bits cost four times the error of one, and to 4 bits none but the last
+    # sixteen encodings to 8 bits have four times the error of one; only the last is to 4 bits
     at_most = {"float32": 1e-5, "bfloat16": 0.02, "int8": 0.05, "int4": 1.1 * error(expected)}
     assert error(actual) <= at_most[momentum_dtype]
 
@@ -343,7 +343,7 @@ def _clip(max_norm: float) -> Callable[[Any, Model], None]:
     return clip
 
 
-def test_the_norm_is_that_of_all_gradients() -> None:
+def test_grad_norm_is_the_norm_of_all_gradients() -> None:
     norms: list[float] = []
 
     def of_all(_: Any, model: Model) -> None:
@@ -353,7 +353,7 @@ def test_the_norm_is_that_of_all_gradients() -> None:
     def of_folded(optimizer: Any, _: Model) -> None:
         expected = norms.pop(0)
         assert optimizer.grad_norm().item() == pytest.approx(expected, rel=1e-5)
-        assert optimizer.grad_norm().item() == pytest.approx(expected, rel=1e-5)  # asked again
+        assert optimizer.grad_norm().item() == pytest.approx(expected, rel=1e-5)  # a second call
 
     train(StripedAdamW, after_backward=of_all)
     train(LayerwiseStripedAdamW, after_backward=of_folded)
@@ -403,7 +403,7 @@ def test_a_spike_weighs_no_more_than_clipping_lets_it() -> None:
         assert optimizer.grad_norm().item() == pytest.approx(scale, rel=1e-4)
         optimizer.step()
         added = optimizer.state[param]["exp_avg_sq_row"].mean().item() - 0.999 * before
-        # of a gradient of norm 1, or of at least a quarter of it right after the spike
+        # the weight of a gradient of norm 1, or at least a quarter of it right after the spike
         assert 0.001 * 0.2 < added * 256**2 <= 0.001 * 1.01, scale
         assert optimizer.state[param]["exp_avg"].norm() < 0.3
 
@@ -437,7 +437,7 @@ def test_the_norm_to_clip_to_may_change_within_a_step(
         share = optimizer.state[param]["exp_avg"] - 0.9 * before_step
         optimizer.max_grad_norm = norms[1]
         assert optimizer.grad_norm().item() == pytest.approx(3, rel=1e-5)
-        # nothing is known of the first step's norm when it is folded
+        # the norm of the first step is not known when its gradients are folded
         expected = 0.5 if norms[0] and torch.is_tensor(before_step) else 3
         assert share.norm().item() / 0.1 == pytest.approx(expected, rel=1e-4)
         optimizer.step()
@@ -504,7 +504,7 @@ def test_a_deleted_optimizer_leaves_an_ordinary_model() -> None:
 
 
 def test_a_later_optimizer_gets_the_gradients() -> None:
-    """As in a notebook, where the Trainer of an earlier cell lives on."""
+    """In a notebook, the Trainer of an earlier cell is still alive."""
     model = make_model()
     earlier = LayerwiseStripedAdamW(model.parameters(), lr=1.0)
     later = LayerwiseStripedAdamW(make_groups(model), lr=1e-2)
@@ -638,7 +638,7 @@ def test_dropped_gradients_take_no_step() -> None:
     ],
     ids=str,
 )
-def test_options_are_refused_at_once(options: dict[str, Any], message: str) -> None:
+def test_unsupported_options_are_refused_at_once(options: dict[str, Any], message: str) -> None:
     model = make_model()
     with pytest.raises(ValueError, match=message):
         LayerwiseStripedAdamW(model.parameters(), **options)

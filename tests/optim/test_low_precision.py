@@ -1,4 +1,4 @@
-"""bfloat16 and float16 parameters: fp32 arithmetic, and rounding that loses nothing on average.
+"""bfloat16 and float16 parameters: fp32 arithmetic, and rounding without a loss on average.
 
 Matrices, and vectors in float16, are rounded. Vectors in bfloat16 keep the bits that it lacks.
 """
@@ -45,7 +45,7 @@ def move(
 ) -> torch.Tensor:
     """Subtracts ``by`` in each step of the optimizer: equal gradients make unit updates.
 
-    One-dimensional values are a row of a matrix where no other shape is given.
+    One-dimensional values are a row of a matrix unless another shape is given.
     """
     shape = shape or (tuple(values.shape) if values.dim() > 1 else (1, *values.shape))
     p = parameter(values.reshape(shape).clone(), values.dtype)
@@ -65,7 +65,7 @@ def neighbours(exact: np.ndarray, dtype: torch.dtype) -> tuple[np.ndarray, np.nd
 
 
 # ---------------------------------------------------------------------------------------------
-# what is rounded
+# the rounded parameters
 # ---------------------------------------------------------------------------------------------
 
 
@@ -92,7 +92,7 @@ def test_the_arithmetic_is_fp32(
 ) -> None:
     """An fp32 run, rounded to nearest in each step, has the bits of the low precision run.
 
-    One of vectors in bfloat16, which keep the lost bits, is not rounded in between.
+    For vectors in bfloat16, which keep the lost bits, the fp32 run is not rounded between steps.
     """
     p = parameter(torch.randn(shape), dtype)
     q = parameter(p.detach().float())
@@ -138,7 +138,7 @@ def test_fp16_gradients_whose_squares_underflow_fp16() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# how it is rounded
+# the rounding
 # ---------------------------------------------------------------------------------------------
 
 # (dtype, value, subtracted number): from 1/1000 to 999/1000 of a spacing, both directions and
@@ -181,7 +181,7 @@ def test_rounding_is_to_a_neighbour_and_unbiased(
 
 @low
 def test_rounding_bits_look_independent(dtype: torch.dtype) -> None:
-    """They do not depend on the neighbour, the row below, the next steps, and the position."""
+    """They do not depend on the neighbour, the row below, the next steps, or the position."""
     side = 512
     start = torch.ones(side, side, dtype=dtype)
     half = float(spacing(np.asarray(0.99), dtype)) / 2
@@ -271,7 +271,7 @@ def test_overflow_is_infinite_as_in_every_cast(dtype: torch.dtype) -> None:
 
 
 def norms(dtype: torch.dtype, steps: int = 20, **options: Any) -> tuple[torch.Tensor, StripedAdamW]:
-    """Trains weights of about 1, by a rate whose updates bfloat16 would lose."""
+    """Trains weights of about 1 with updates that bfloat16 would lose."""
     torch.manual_seed(0)
     p = parameter(1 + 0.1 * torch.randn(300).bfloat16(), dtype)
     optimizer = StripedAdamW([p], lr=1e-5, **options)
@@ -381,7 +381,7 @@ def test_a_bf16_run_follows_the_oracle_on_average(shape: tuple[int, ...]) -> Non
 def run(
     ps: list[torch.nn.Parameter], steps: range, momentum_dtype: str = "float32"
 ) -> list[torch.Tensor]:
-    """Steps with gradients that depend only on the step, not on the parameters' order."""
+    """Runs steps whose gradients depend only on the step, not on the parameters' order."""
     optimizer = StripedAdamW(ps, lr=1e-3, momentum_dtype=momentum_dtype)
     for t in steps:
         for p in ps:
@@ -466,7 +466,7 @@ def test_random_bits_depend_on_the_index_in_the_whole_parameter(
     by = 0.3 * float(spacing(np.asarray(0.99), dtype))
     expected = move(torch.ones(1200, dtype=dtype), by, steps=3, shape=(60, 20))
     moved = move(torch.ones(1200, dtype=dtype), by, steps=3, shape=shape)
-    # fp32 rounding of the update may differ between shapes and tip one draw in 65,536
+    # the update's fp32 rounding may differ between shapes, and change one draw in 65,536
     assert (bits(moved) != bits(expected)).sum() <= 1
 
 
@@ -475,12 +475,12 @@ def test_random_bits_depend_on_the_index_in_the_whole_parameter(
     "shape", [(9001, 1000), (999, 9001), (5, 1301, 1000), (1, 9_000_001)], ids=str
 )
 def test_chunks_do_not_change_the_bits(shape: tuple[int, ...]) -> None:
-    """Nine million elements begin with the bits of small tensors, with any chunks."""
+    """Nine million elements begin with the bits of small tensors, for any chunks."""
     n = 6000
     large = move(torch.ones(shape, dtype=torch.bfloat16), 2e-3, steps=2).flatten()
     small = move(torch.ones(n, dtype=torch.bfloat16), 2e-3, steps=2)
     assert (bits(large[:n]) != bits(small)).sum() <= 1
-    # and continue with the bits of tensors with other chunks; fp32 rounding of the update depends
+    # they continue with the bits of tensors with other chunks; the update's fp32 rounding depends
     # on the shape and may change a few
     n = 2_000_000
     other = move(torch.ones(2857, 701, dtype=torch.bfloat16), 2e-3, steps=2).flatten()[:n]

@@ -38,7 +38,7 @@ from striped_hf.optim.backends.triton import fold, tile_sizes  # noqa: E402
 DEVICE = launch.DEVICE_TYPES[0]
 ON_GPU = DEVICE == "cuda"
 
-# on a GPU every test here is one of compiled kernels, which `pytest -m gpu` is to run
+# on a GPU every test here runs compiled kernels, so `pytest -m gpu` must select it
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
 F32, BF16, F16 = PARAM_DTYPES
@@ -55,7 +55,7 @@ CLOSE = {"rtol": 2e-6, "atol": 2e-6}
 
 @dataclass(frozen=True)
 class Case:
-    """A matrix, its gradient, and how that is folded."""
+    """A matrix, its gradient, and the options of the fold."""
 
     shape: tuple[int, ...]
     momentum_dtype: str = "float32"
@@ -119,7 +119,7 @@ CASES = [
 
 
 def entry_and_folded(case: Case) -> tuple[Entry, Folded]:
-    """What a step's earlier gradients left, with rows and columns of unequal size."""
+    """Returns the entry and the earlier gradients' sums, with unequal rows and columns."""
     draw = torch.Generator().manual_seed(5)
     *matrices, rows, columns = case.shape
     sizes = torch.logspace(-2, 0, rows).unsqueeze(1) * torch.logspace(0, -1, columns)
@@ -175,7 +175,7 @@ def assert_same_fold(case: Case) -> None:
 def assert_same_momentum(
     actual: dict[str, Tensor], expected: dict[str, Tensor], columns: int
 ) -> None:
-    """Up to the last places, and codes that a value near a half tips to the next one."""
+    """Compares up to the last places, and up to codes of values near the border of two codes."""
     values, wanted = (torch.from_numpy(stored_momentum(s, columns)[0]) for s in (actual, expected))
     near = torch.isclose(values, wanted, **CLOSE)
     assert (~near).sum() <= max(1, 1e-3 * near.numel())
@@ -186,7 +186,7 @@ def assert_same_momentum(
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_fold_is_the_references(case: Case) -> None:
+def test_every_fold_agrees_with_the_reference(case: Case) -> None:
     assert fold.can_fold(*entry_and_folded(case))
     assert_same_fold(case)
 
@@ -202,7 +202,7 @@ def test_large_matrices_have_several_programs(
 
 
 def test_partial_sums_take_little_memory() -> None:
-    """Under a thirty-second of a bfloat16 gradient, where that is large."""
+    """They take less than a thirty-second of the memory of a large bfloat16 gradient."""
     for shape, blocks in (
         ((4096, 11008), (1, 1)),
         ((50257, 1600), (1, 1)),
@@ -222,7 +222,7 @@ def test_folds_repeat_bit_for_bit() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter is NumPy
-def test_what_is_not_finite_stays_so(momentum_dtype: str, bad: float) -> None:
+def test_inf_and_nan_stay_not_finite(momentum_dtype: str, bad: float) -> None:
     case = Case((5, 300), momentum_dtype, sketch=True)
     found = []
     for backend in (launch, reference):
@@ -235,7 +235,7 @@ def test_what_is_not_finite_stays_so(momentum_dtype: str, bad: float) -> None:
 
 
 @pytest.mark.parametrize("layout", ["transposed", "strided"])
-def test_other_strides_are_the_references_with_one_warning(
+def test_the_reference_folds_other_strides_with_one_warning(
     layout: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     launch._warn_once.cache_clear()
@@ -252,8 +252,8 @@ def test_other_strides_are_the_references_with_one_warning(
     assert sum("contiguous" in record.message for record in caplog.records) == 1
 
 
-def test_a_gradient_at_any_address() -> None:
-    """Not at a multiple of 16 bytes."""
+def test_a_gradient_may_be_at_any_address() -> None:
+    """The address is no multiple of 16 bytes."""
     case = Case((6, 128), "int8", sketch=True)
     results = []
     for backend, moved in ((launch, False), (launch, True), (reference, True)):
@@ -277,7 +277,7 @@ STEPPED = [((20, 128), (1, 1)), ((9, 450), (3, 3)), ((6, 90), (2, 9)), ((2, 3, 7
 
 
 def next_step_of(optimizer: StripedAdamW) -> tuple[Settings, list[Entry]]:
-    """Counts a step of the only group, and returns what a backend gets."""
+    """Counts a step of the only group, and returns a backend's arguments."""
     [group] = optimizer.param_groups
     entries = []
     for position, param in enumerate(group["params"]):
@@ -315,7 +315,7 @@ def test_a_step_of_folded_gradients_is_the_ordinary_one(
         for p, q in zip(ps, qs, strict=True):
             p.grad = torch.randn(p.shape).to(DEVICE, dtype)
             q.grad = p.grad
-        if t == 0:  # which makes the states
+        if t == 0:  # the first step, which makes the states
             ordinary.step()
             other.step()
             continue
@@ -351,7 +351,7 @@ def test_a_step_of_folded_gradients_is_the_ordinary_one(
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
 @pytest.mark.parametrize("with_fallback", [False, True])
 def test_the_step_reads_the_stored_momentum(momentum_dtype: str, with_fallback: bool) -> None:
-    """As the reference does, and leaves it as it is; the gradient's strides no longer count."""
+    """The stored momentum does not change, and the gradient's strides no longer count."""
     results = []
     for backend in ("triton", "reference"):
         torch.manual_seed(7)
@@ -377,7 +377,7 @@ def test_the_step_reads_the_stored_momentum(momentum_dtype: str, with_fallback: 
             torch.testing.assert_close(actual, expected, **SUMS)
 
 
-def test_no_entries() -> None:
+def test_a_step_without_entries_does_nothing() -> None:
     launch.step_folded([], [], settings_for(Case((2, 2))))
 
 
@@ -422,7 +422,7 @@ def trained(
 @pytest.mark.parametrize("momentum_dtype", FORMATS)
 @pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
-def test_a_run_is_the_references(
+def test_a_run_agrees_with_the_reference(
     max_grad_norm: float | None, passes: int, momentum_dtype: str
 ) -> None:
     options = {"momentum_dtype": momentum_dtype, "max_grad_norm": max_grad_norm}
@@ -432,7 +432,7 @@ def test_a_run_is_the_references(
             if key in theirs.state[q]:
                 expected = theirs.state[q][key]
                 torch.testing.assert_close(ours.state[p][key], expected, rtol=1e-5, atol=0)
-        # a code that tips moves its weight by a share of lr
+        # a code that differs moves its weight by a fraction of lr
         wrong = ~torch.isclose(p, q, rtol=1e-5, atol=1e-6)
         assert wrong.sum() <= max(1, 2e-3 * wrong.numel())
         torch.testing.assert_close(p, q, rtol=0, atol=0.01)
@@ -440,7 +440,7 @@ def test_a_run_is_the_references(
 
 @pytest.mark.usefixtures("small_matrices")
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-def test_weights_of_low_precision_are_rounded_as_the_references(dtype: torch.dtype) -> None:
+def test_weights_of_low_precision_are_rounded_as_by_the_reference(dtype: torch.dtype) -> None:
     ours, theirs = (trained(b, dtype, 2, momentum_dtype="int8") for b in ("triton", "reference"))
     for p, q in zip(parameters(ours), parameters(theirs), strict=True):
         assert (p != q).sum() <= max(1, 5e-3 * p.numel())

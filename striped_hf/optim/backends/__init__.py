@@ -1,4 +1,4 @@
-"""The choice of a backend: ``interface.Backend`` says what a backend is."""
+"""The choice of a backend. ``interface.Backend`` describes backends."""
 
 import logging
 from collections.abc import Callable
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 
-_FASTEST = {"cpu": "cpu", "cuda": "triton"}  # by device type; the reference for others
+_FASTEST = {"cpu": "cpu", "cuda": "triton"}  # by device type; other types get the reference
 
 
 def _import_cpu() -> Backend:
@@ -26,12 +26,12 @@ def _import_triton() -> Backend:
     return backend
 
 
-# each raises ImportError, with the reason, where its backend cannot run
+# each raises ImportError, with the reason, if its backend cannot run
 _IMPORTS: dict[str, Callable[[], Backend]] = {"cpu": _import_cpu, "triton": _import_triton}
 
 
 def check(backend: str) -> None:
-    """Raises ValueError unless ``backend`` is the name of one."""
+    """Raises ValueError unless ``backend`` is the name of a backend."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown: pass one of {', '.join(BACKENDS)}")
 
@@ -45,7 +45,8 @@ def resolve(backend: str, device_type: str) -> Backend:
         device_type: ``torch.device.type`` of the parameters.
 
     Raises:
-        RuntimeError: A backend was asked for by name and cannot run here; only "auto" falls back.
+        RuntimeError: The backend has a name other than "auto" and cannot run here. Only "auto"
+            falls back.
     """
     name = _FASTEST.get(device_type, "reference") if backend == "auto" else backend
     if name == "reference":

@@ -1,4 +1,4 @@
-"""How the reference bounds its temporary memory: small tensors together, large ones in chunks."""
+"""Bounds the reference's temporary memory: small tensors in batches, large ones in chunks."""
 
 import contextlib
 from collections import defaultdict
@@ -11,9 +11,9 @@ from striped_hf.optim.interface import Entry
 
 Index = tuple[int | slice, ...]
 
-# Elements that are worked on at a time. A step's temporaries are about seven float32 arrays of this
-# size, and at least of one row of a matrix. On a CPU they fit into the cache, elsewhere they keep
-# the device busy.
+# The number of elements in a chunk. A step's temporaries are about seven float32 arrays of this
+# size, or of one row of a matrix if that is larger. On a CPU they fit into the cache. On other
+# devices they keep the device busy.
 CHUNK_SIZE = {"cpu": 1 << 16}
 DEFAULT_CHUNK_SIZE = 1 << 20
 
@@ -22,10 +22,10 @@ _skipped = False
 
 @contextlib.contextmanager
 def skipped() -> Iterator[None]:
-    """Within it no chunk is worked on.
+    """Skips all chunks while its context is open.
 
-    For steps on fake tensors, which have no values: their memory is known much faster without the
-    chunks' temporaries, which are bounded.
+    It is for steps on fake tensors, which have no values. Such a step shows its memory much faster
+    without the chunks' temporaries, which are bounded.
     """
     global _skipped
     before, _skipped = _skipped, True
@@ -36,7 +36,7 @@ def skipped() -> Iterator[None]:
 
 
 def batches(entries: list[Entry]) -> Iterator[list[int]]:
-    """Yields the positions of entries that are alike and together at most one chunk."""
+    """Yields the positions of entries that are alike and together have at most one chunk."""
     alike = defaultdict(list)
     for i, entry in enumerate(entries):
         p = entry.param
@@ -49,12 +49,12 @@ def batches(entries: list[Entry]) -> Iterator[list[int]]:
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns [n, ...]: where n is 1 a view of the tensor, else a copy."""
+    """Stacks n tensors to [n, ...]: a view of the tensor if n is 1, else a copy."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tuple(tensors))
 
 
 def unstack(tensors: Sequence[Tensor], stacked: Tensor) -> None:
-    """Copies what was changed in ``stack(tensors)`` back to the tensors."""
+    """Copies the values of ``stack(tensors)``, after changes, back to the tensors."""
     if len(tensors) > 1:
         torch._foreach_copy_(list(tensors), list(stacked.unbind()))
 
@@ -64,12 +64,13 @@ def chunks(shape: torch.Size, unit: int, device: torch.device) -> Iterator[tuple
 
     Args:
         shape: The dimensions of one array that may be cut.
-        unit: The elements behind each position of ``shape``, which are never cut.
-        device: Decides the size of a chunk, which is at least ``unit``.
+        unit: The number of elements behind each position of ``shape``, which are never cut.
+        device: The device, which decides the size of a chunk. A chunk has at least ``unit``
+            elements.
 
     Yields:
-        The chunk's index in [n, *shape], which keeps n whole, and the row-major position in
-        elements of its start in each array.
+        The chunk's index in [n, *shape], which keeps n whole, and the row-major position of its
+        first element in each array.
     """
     limit = _chunk_size(device)
 

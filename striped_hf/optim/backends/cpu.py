@@ -3,7 +3,7 @@
 It agrees with ``reference.py`` up to the last places of float32 (``csrc/cpu.c`` says where). Its
 threads are torch's (``torch.set_num_threads``), and its bits do not depend on their number.
 
-Importing it raises ImportError where it was not built.
+Its import raises ImportError if the C code was not built.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ from striped_hf.optim.interface import LOW_BITS, Blocks, Entry, Folded, Roots, S
 DEVICE_TYPES = ("cpu",)
 CAPTURABLE = False
 
-# the C code's enum, by the names that dtypes and momentum formats have here
+# the C code's enum, by the Python names of dtypes and momentum formats
 _FORMATS: dict[torch.dtype | str, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FORMATS |= {"float32": 0, "bfloat16": 1, "int8": 3, "int4": 4}
 
@@ -92,7 +92,7 @@ def update(entries: list[Entry], roots: list[Roots | None], settings: Settings) 
 
 
 def step(entries: list[Entry], settings: Settings) -> None:
-    """As ``reference.step``, and reads most gradients from memory only once."""
+    """Performs ``reference.step``, and reads most gradients from memory only once."""
     supported, fallback = _split(entries)
     _call(_library.striped_step, [(entries[i], None, None) for i in supported], settings)
     reference.step([entries[i] for i in fallback], settings)
@@ -103,7 +103,7 @@ def fold(
 ) -> None:
     """Adds a gradient to the momentum, sums and sketch; as ``reference.fold``."""
     grad = entry.gradient.contiguous()
-    entry = entry._replace(param=grad, grad=grad)  # of the parameter only the shape counts
+    entry = entry._replace(param=grad, grad=grad)  # only the parameter's shape counts
     supported, _ = _split([entry])
     if not supported or not (folded.sketch is None or folded.sketch.is_contiguous()):
         reference.fold(entry, folded, settings, is_first, coefficient)
@@ -128,11 +128,11 @@ def step_folded(entries: list[Entry], sums: list[Sums], settings: Settings) -> N
 
 
 def _split(entries: list[Entry]) -> tuple[list[int], list[int]]:
-    """Returns the positions of the entries that the C code steps, and of those that it does not.
+    """Returns the positions of the entries that the C code steps, and of the other entries.
 
-    Those of the second kind, such as transposed parameters and strided views, fall back to the
-    reference, and so do those at addresses that are no multiple of an element's size: a processor
-    may refuse these.
+    The other entries, such as transposed parameters and strided views, fall back to the reference.
+    So do entries at addresses that are no multiple of an element's size, because a processor may
+    refuse such an address.
     """
     supported: list[int] = []
     fallback: list[int] = []
@@ -144,7 +144,7 @@ def _split(entries: list[Entry]) -> tuple[list[int], list[int]]:
 
 
 def _are_aligned(tensors: Iterable[Tensor]) -> bool:
-    # most addresses are multiples of 4, and then nobody need know the sizes
+    # most addresses are multiples of 4, so that most calls need not compute the sizes
     if not any(address & 3 for address in map(Tensor.data_ptr, tensors)):
         return True
     return not any(tensor.data_ptr() % tensor.itemsize for tensor in tensors)
@@ -162,17 +162,17 @@ def _call(
     Args:
         function: The C function.
         entries: Entries, sums and roots.
-        settings: Of the param group.
+        settings: The param group's settings.
         c_fold: The last argument of ``striped_fold``.
-        sketch: Of the only entry.
+        sketch: The sketch of the only entry.
 
     Raises:
-        MemoryError: There is no memory for its partial sums. Parameters and state are unchanged
+        MemoryError: There is no memory for the partial sums. Parameters and state are unchanged
             then, except that the step is counted.
     """
     if not entries:
         return
-    # copies must live through the call
+    # copies must live until the call returns
     grads = [None if e.grad is None else e.grad.contiguous() for e, *_ in entries]
     given = [grad for grad in grads if grad is not None]
     if not _are_aligned(given):

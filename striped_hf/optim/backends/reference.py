@@ -6,7 +6,7 @@ g, at step t from 1, all in float32:
     m     <- b1 m   + (1 - b1) g
     row_i <- b2 row + (1 - b2) mean_j(g_ij^2)
     col_j <- b2 col + (1 - b2) mean_i(g_ij^2)
-    a_i    = sqrt(row_i / mean(row))                  0 where mean(row) is 0
+    a_i    = sqrt(row_i / mean(row))                  0 if mean(row) is 0
     c_j    = sqrt(col_j / (1 - b2^t))
     d_ij   = max(a_i c_j, sqrt(u_t) |m_ij|)
     p     <- p (1 - lr wd) - lr (m_ij / (1 - b1^t)) / (d_ij + eps)
@@ -16,25 +16,24 @@ https://arxiv.org/abs/1804.04235), with Adam's bias correction. The rest is Adam
 Hutter 2019, https://arxiv.org/abs/1711.05101). 0-D and 1-D parameters keep the exact second moment,
 and their step is AdamW's.
 
-a_i c_j alone would bound no update: it may be far below AdamW's root. That root cannot be less than
-sqrt(u_t) |m_ij|, by the inequality of Cauchy and Schwarz (docs/algorithm.md), and neither can d_ij:
+a_i c_j alone would bound no update: it may be far below AdamW's root. By the Cauchy-Schwarz
+inequality AdamW's root is at least sqrt(u_t) |m_ij| (docs/algorithm.md), and so is d_ij:
 
     u_t = (1 - b2) / (1 - b2^t) / ((1 - b1)^2 S_t)    S_t = sum_{k < t} r^k,  r = b1^2 / b2
 
-With ``nesterov`` the update has m~ = b1 m + (1 - b1) g in m's place, in d_ij too. In u_t then
-(1 + b1)^2 + b1^2 (S_t - 1) replaces S_t. m is the momentum of this step before it is coded.
+With ``nesterov`` m~ = b1 m + (1 - b1) g replaces m in the update and in d_ij. In u_t
+(1 + b1)^2 + b1^2 (S_t - 1) then replaces S_t. m is the momentum of this step before it is coded.
 
 With ``blocks=(br, bc)`` a matrix consists of br x bc equal blocks, and each block has its own
 stripes: row is [..., R, bc], and col is [..., br, C]. The code views every matrix as
 [..., br, R / br, bc, C / bc]. A stripe is then an array in which one dimension has size 1, and
 blocks need no arithmetic of their own.
 
-With ``lagged`` the stripes in a_i and c_j are those of the step before, with c_j's correction
-1 - b2^(t - 1). One reading of the gradient then serves both stripes and update, as in ADOPT, which
-has a full second moment (Taniguchi et al. 2024, https://arxiv.org/abs/2411.02853). These stripes
-know nothing of this step's gradient: where a row, a column or a whole matrix (LoRA's A) gets its
-first gradient, d_ij is sqrt(u_t) |m_ij|. The first step has no step before it and uses its own
-stripes.
+With ``lagged`` a_i and c_j use the stripes of the step before, and c_j the correction
+1 - b2^(t - 1). One read of the gradient then serves both stripes and update, as in ADOPT, which has
+a full second moment (Taniguchi et al. 2024, https://arxiv.org/abs/2411.02853). These stripes do not
+include this step's gradient. If a row, a column or a whole matrix (LoRA's A) gets its first
+gradient, d_ij is sqrt(u_t) |m_ij|. The first step has no step before it and uses its own stripes.
 
 A backend has two functions over the parameters of one param group. ``statistics`` turns gradients
 into sums of squares, and ``update`` turns a_i and c_j into new parameters and momentum. Between
@@ -55,7 +54,7 @@ from striped_hf.optim.interface import LOW_BITS, Blocks, Entry, Folded, Roots, S
 DEVICE_TYPES: tuple[str, ...] = ()  # any
 CAPTURABLE = False
 
-# the tensors of a state that an update changes: the stripes are averaged before it
+# the tensors of a state that an update changes; the stripes are averaged before the update
 _UPDATED = ("exp_avg", "exp_avg_scale", "exp_avg_sq", LOW_BITS)
 
 
@@ -63,8 +62,8 @@ def step(entries: list[Entry], settings: Settings) -> None:
     """Performs the step of whole parameters: ``statistics``, ``stripes`` and ``update``.
 
     Args:
-        entries: Of one param group.
-        settings: Of the param group.
+        entries: The entries of one param group.
+        settings: The param group's settings.
     """
     update(entries, stripes(entries, statistics(entries), settings), settings)
 
@@ -112,12 +111,12 @@ def stripes(
 
     Args:
         entries: The argument of ``statistics``; whole parameters.
-        sums: Its result.
-        settings: Of the param group.
+        sums: The result of ``statistics``.
+        settings: The param group's settings.
 
     Returns:
-        For each matrix a [..., R, bc] and c [..., br, C], float32, of the stripes that this step
-        divides by; None for parameters of fewer than two dimensions.
+        For each matrix the roots a [..., R, bc] and c [..., br, C], float32, of the stripes that
+        this step divides by; None for parameters of fewer than two dimensions.
     """
     roots: list[Roots | None] = [None] * len(entries)
     for batch in batches(entries):
@@ -150,8 +149,8 @@ def average(
 
     Args:
         stripes: float32, of any shapes.
-        sums: Of the stripes' shapes.
-        counts: For each stripe, how many squares every sum has.
+        sums: Sums of squares, of the stripes' shapes.
+        counts: For each stripe, the number of squares in each of its sums.
         beta2s: For each stripe, b2.
     """
     torch._foreach_mul_(stripes, beta2s)
@@ -175,16 +174,16 @@ def roots_of(stripes: list[Tensor], divisors: list[Tensor] | list[float]) -> lis
 
 
 def row_divisor(mean: Tensor) -> Tensor:
-    """Returns what rows are divided by for the mean of their stripe."""
-    # 0/0 is an all-zero gradient, which moves nothing; an Inf must be as loud as AdamW's Inf/Inf
+    """Returns the divisor of a row stripe with this mean."""
+    # 0/0 is an all-zero gradient, which moves nothing; an Inf must give NaN, like AdamW's Inf/Inf
     divisor = torch.where(mean == 0, torch.inf, mean)
     return divisor.masked_fill_(mean.isinf(), torch.nan)
 
 
 def sqrt(x: Tensor) -> Tensor:
     """Returns the correctly rounded square root of float32 values."""
-    # On a CPU torch's own may be off by one, depending on an element's place in the array: the bits
-    # would depend on how a parameter is sharded.
+    # On a CPU the last bit of torch's own root depends on the element's place in the array. So the
+    # bits would depend on the sharding of a parameter.
     return x.double().sqrt_().float()
 
 
@@ -194,7 +193,7 @@ def _row_and_column_roots(
     """Returns a and c of stacked stripes, [n, ..., R, bc] and [n, ..., br, C], at a step."""
     row = row.unflatten(-2, (blocks[0], -1))
     (a,) = roots_of([row], [row_divisor(row.mean(-2, keepdim=True))])
-    # the two roots apart: row * col underflows where g is near 1e-12
+    # two separate roots: row * col underflows if g is near 1e-12
     (c,) = roots_of([col], [1 - settings.beta2**step])
     return a.flatten(-3, -2), c
 
@@ -209,8 +208,8 @@ def update(entries: list[Entry], roots: list[Roots | None], settings: Settings) 
 
     Args:
         entries: The argument of ``statistics``.
-        roots: The result of ``stripes``, or what a sharded parameter has in its place.
-        settings: Of the param group.
+        roots: The result of ``stripes``, or the roots of a sharded parameter.
+        settings: The param group's settings.
     """
     for batch in batches(entries):
         first = entries[batch[0]]  # the batch has its shapes, dtypes, blocks and step
@@ -234,7 +233,7 @@ def update(entries: list[Entry], roots: list[Roots | None], settings: Settings) 
 def _update_vectors(
     param: Tensor, grad: Tensor, state: State, entry: Entry, settings: Settings
 ) -> None:
-    """AdamW's step, with the exact second moment. All tensors are [n] or [n, length]."""
+    """Performs AdamW's step, with the exact second moment. Tensors are [n] or [n, length]."""
     beta1, beta2 = settings.beta1, settings.beta2
     bias_correction2_sqrt = (1 - beta2**entry.step) ** 0.5
     for index, start in chunks(param.shape[1:], 1, param.device):
@@ -255,9 +254,9 @@ def _update_matrices(
     entry: Entry,
     settings: Settings,
 ) -> None:
-    """The striped step. The tensors are n stacked ones, and each is as ``entry`` describes it.
+    """Performs the striped step on stacks of n tensors, which ``entry`` describes.
 
-    Without ``grad`` the momentum has this step's gradients already, and stays as it is.
+    Without ``grad`` the momentum has this step's gradients already, and does not change.
     """
     row_blocks, column_blocks = entry.blocks
     columns = param.shape[-1]
@@ -287,7 +286,7 @@ def _update_matrices(
 
 
 def _store_momentum(m: Tensor, stored: Tensor, stored_scale: Tensor | None, entry: Entry) -> None:
-    """Encodes a momentum [..., C] into its place in the state, unless it is that place."""
+    """Encodes a momentum [..., C] into its place in the state, unless it is already there."""
     if m is stored:
         return
     codes, scale = momentum.encode(m, entry.momentum_dtype)
@@ -299,7 +298,7 @@ def _store_momentum(m: Tensor, stored: Tensor, stored_scale: Tensor | None, entr
 def momentum_floor(step: int, settings: Settings) -> float:
     """Returns sqrt(u_t): AdamW's root is at least this times |m_ij|, or Nesterov's |m~_ij|.
 
-    It is finite for all betas and steps, and 0 for b2 = 0 from the second step on if b1 > 0.
+    It is finite for all betas and steps. For b2 = 0 and b1 > 0 it is 0 from the second step on.
     """
     beta1, beta2 = settings.beta1, settings.beta2
     inverse_sum = 1.0  # 1 / S_t
@@ -314,7 +313,7 @@ def momentum_floor(step: int, settings: Settings) -> float:
 
 
 def _numerator(m: Tensor, g: Tensor, settings: Settings) -> Tensor:
-    """The momentum m, or Nesterov's m~."""
+    """Returns the momentum m, or Nesterov's m~."""
     return torch.lerp(m, g, 1 - settings.beta1) if settings.nesterov else m
 
 
@@ -331,11 +330,11 @@ def _update_parameter(
 
     Args:
         param: [n, ...], the same chunk of n parameters; changed in place.
-        numerator: Of the update, without bias correction, float32.
+        numerator: The numerator of the update, without bias correction, float32.
         root: The root of the second moment, without eps; overwritten.
-        start: Row-major index in ``entry``'s parameter of the chunk's first element.
-        entry: What each of the n parameters is.
-        settings: Of the param group.
+        start: The row-major index of the chunk's first element in ``entry``'s parameter.
+        entry: A description of each of the n parameters.
+        settings: The param group's settings.
         low: int16, the low halves of float32 values in ``param``; changed in place.
     """
     denominator = root.add_(settings.eps)
@@ -352,14 +351,14 @@ def _update_parameter(
         low.copy_(new_low)
         return
     if settings.stochastic_rounding:
-        # stacked parameters share their bits: each counts its own elements
+        # stacked parameters use the same bits: each counts its own elements
         bits = _random_bits(start, param.shape[1:], entry)
         value = rounding.stochastic_round(value, param.dtype, bits)
     param.copy_(value)
 
 
 def _random_bits(start: int, shape: torch.Size, entry: Entry) -> Tensor:
-    """Returns the bits of a chunk of ``entry``'s parameter from its element ``start`` on."""
+    """Returns the random bits of a chunk of ``entry``'s parameter, from element ``start`` on."""
     count, device = shape.numel(), entry.param.device
     columns = entry.param.shape[-1] if entry.param.dim() else 1
     if not entry.whole_stride or entry.whole_stride == columns:
@@ -383,8 +382,8 @@ def fold(
 ) -> None:
     """Adds a gradient to the momentum, sums and sketch; as ``interface.Backend.fold``.
 
-    With the coefficient k and random signs s_ij, each 1 or -1, that are the same for all gradients
-    of a step:
+    k is the coefficient. The random signs s_ij, each 1 or -1, are the same for all gradients of a
+    step:
 
         m        <- b1 m + (1 - b1) k g         the first gradient of a step
         m        <- m + (1 - b1) k g            the others
@@ -433,9 +432,9 @@ def step_folded(entries: list[Entry], sums: list[Sums], settings: Settings) -> N
     """Performs the step of whole matrices whose gradients were folded: ``stripes``, ``update``.
 
     Args:
-        entries: Of one param group, without gradients.
-        sums: For each of them the sums of squares of its gradients' sum.
-        settings: Of the param group.
+        entries: The entries of one param group, without gradients.
+        sums: For each entry the sums of squares of the sum of its gradients.
+        settings: The param group's settings.
     """
     update(entries, stripes(entries, sums, settings), settings)
 
@@ -458,22 +457,22 @@ def squares_of_sum(folded: Folded, blocks: Blocks) -> Tensor:
 
 
 def whole_sums(folded: Folded, blocks: Blocks, count: int) -> Sums:
-    """Returns the sums of squares that the sum of the folded gradients has, by row and by column.
+    """Returns the sums of squares of the sum of the folded gradients, by row and by column.
 
-    Of more than one gradient they are an estimate: the sums of the gradients' squares, multiplied
-    in each block of the matrix by what the sketch says about the block as a whole.
+    For more than one gradient they are an estimate: the sums of the gradients' squares, multiplied
+    in each block of the matrix by a ratio that the sketch gives for the whole block.
 
     Args:
-        folded: What the gradients of a step left.
+        folded: The sums of the gradients of a step.
         blocks: (br, bc).
-        count: How many gradients there were.
+        count: The number of gradients.
     """
     row_sums, col_sums = folded.row_sums, folded.col_sums
     if count == 1:
         return row_sums, col_sums
     row_grid = row_sums.unflatten(-2, (blocks[0], -1))
     ratio = squares_of_sum(folded, blocks) / row_grid.sum(-2)
-    # 0/0 is a block of zeros; by Cauchy and Schwarz no ratio is above the number of gradients
+    # 0/0 is a block of zeros; by Cauchy-Schwarz no ratio is above the number of gradients
     ratio = torch.where(ratio > count, count, ratio).nan_to_num(nan=1.0, posinf=torch.inf)
     return (
         (row_grid * ratio.unsqueeze(-2)).flatten(-3, -2),
@@ -482,10 +481,10 @@ def whole_sums(folded: Folded, blocks: Blocks, count: int) -> Sums:
 
 
 def _gradient(grad: Tensor, settings: Settings) -> Tensor:
-    """The gradient of what is minimized, float32; a view of ``grad`` where that is float32."""
+    """Returns the minimized objective's gradient, float32; a view of ``grad`` if it is float32."""
     return -grad.float() if settings.maximize else grad.float()
 
 
 def _grid(x: Tensor, blocks: Blocks) -> Tensor:
-    """A view of [..., R, C] as [..., br, R / br, bc, C / bc]."""
+    """Views [..., R, C] as [..., br, R / br, bc, C / bc]."""
     return x.unflatten(-1, (blocks[1], -1)).unflatten(-3, (blocks[0], -1))

@@ -1,11 +1,11 @@
-"""All processes agree on what they exchange before any of them changes a tensor.
+"""Makes all processes agree on the sums that they exchange before any of them changes a tensor.
 
-A process only knows its own param groups. If those of another process have other sharded matrices,
-or the same in another order, an all-reduce adds up sums of different matrices, or waits forever.
+A process only knows its own param groups. If another process has other sharded matrices, or the
+same ones in another order, an all-reduce adds up sums of different matrices, or waits forever.
 
 Every all-reduce therefore begins with a header: whether the process has failed, and the bits of a
-checksum of the list of parameters. The bits are +1 or -1, so that a sum over n processes is +n or
--n only where all of them agree, and every process can tell.
+checksum of the list of parameters. Each bit is +1 or -1. So a sum over n processes is +n or -n only
+if all of them agree, and every process can see it.
 
 The length of an all-reduce follows from the list that all processes of the group agreed on last.
 At first that is an empty list, and only headers are exchanged. A process whose list has changed
@@ -32,18 +32,18 @@ MeshDimension = tuple[DeviceMesh, int]
 
 _BITS = 32
 _HEADER = 1 + _BITS
-_TEXT_BYTES = 1024  # of a message that processes send each other after a failure
+_TEXT_BYTES = 1024  # the length of a message that processes send each other after a failure
 
 
 class Item(NamedTuple):
-    """A parameter of which processes exchange something, as all of them must see it.
+    """A parameter of which processes exchange a tensor. All of them must have equal items.
 
     Attributes:
-        name: Of the parameter; None where its param group has no names.
-        description: Of the parameter.
-        placements: The parameter's.
-        grad_placements: The gradient's, where they are not the parameter's.
-        has_moved: Whether its state must be brought to where the parameter is now.
+        name: The parameter's name; None if its param group has no names.
+        description: The parameter's description.
+        placements: The parameter's placements.
+        grad_placements: The gradient's placements, if they differ from the parameter's.
+        has_moved: Whether the parameter was sharded anew, so that its state must follow it.
     """
 
     name: str | None
@@ -87,11 +87,11 @@ class Addend:
 
 
 class _Agreed(NamedTuple):
-    """What the processes along a mesh dimension agreed on last.
+    """The last agreement of the processes along a mesh dimension.
 
     Attributes:
         items: The parameters, in their order.
-        bits: Of their checksum.
+        bits: The bits of their checksum.
         length: The number of elements in the next all-reduce.
     """
 
@@ -101,10 +101,10 @@ class _Agreed(NamedTuple):
 
 
 class Agreement:
-    """What an optimizer's processes agreed on, for each mesh dimension along which they exchange.
+    """The agreements of an optimizer's processes, one for each mesh dimension of an exchange.
 
-    ``settle`` and ``add_up`` are called for one mesh dimension after the other, in the order of
-    ``mesh_dims``, and ``check`` at the end: then no process waits for one that waits for it.
+    Call ``settle`` and ``add_up`` for one mesh dimension after the other, in the order of
+    ``mesh_dims``, and ``check`` at the end. Then no two processes wait for each other.
     """
 
     def __init__(self) -> None:
@@ -117,20 +117,20 @@ class Agreement:
         """Returns the mesh dimensions of a plan and of the last one, in the same order everywhere.
 
         Args:
-            plan: For each mesh dimension, the parameters of which something is exchanged.
+            plan: For each mesh dimension, the parameters of which a tensor is exchanged.
         """
         return sorted({**plan, **self._agreed}, key=_order)
 
     def settle(self, mesh_dim: MeshDimension, items: tuple[Item, ...]) -> bool:
-        """Returns whether sums may be exchanged; agrees on ``items`` where they have changed here.
+        """Returns whether sums may be exchanged; agrees on ``items`` if they have changed here.
 
         Args:
-            mesh_dim: Along which to exchange.
-            items: What this process wants to exchange.
+            mesh_dim: The mesh dimension of the exchange.
+            items: The items that this process would exchange.
         """
         agreed = self._agreed.get(mesh_dim)
         if not self._has_failed and agreed is not None and agreed.items == items:
-            return True  # the header of the sums tells whether others have changed
+            return True  # the header of the sums shows whether other processes have changed
         bits = _checksum(items)
         header = _all_reduced_header(mesh_dim, bits, agreed, failed=self._has_failed)
         if not _is_unanimous(header, mesh_dim):
@@ -147,9 +147,9 @@ class Agreement:
         """Adds up tensors over the processes along a mesh dimension, in one all-reduce.
 
         Args:
-            mesh_dim: For which ``settle`` was true.
-            addends: float32, with the same shapes in all processes. Those that are added up along
-                this dimension get the sum as their value.
+            mesh_dim: A mesh dimension for which ``settle`` returned True.
+            addends: float32, with the same shapes in all processes. The addends of this dimension
+                get the sum as their value.
         """
         mesh, _ = mesh_dim
         added = [addend for addend in addends if mesh_dim in addend.dims]
@@ -164,12 +164,12 @@ class Agreement:
             addend.value = summed.view(addend.value.shape)
         self._headers.append((mesh_dim, total_header, items))
         if any(item.is_redistributed for item in items):
-            del self._agreed[mesh_dim]  # nothing may be redistributed before it is agreed on again
+            del self._agreed[mesh_dim]  # no redistribution before the processes agree again
         else:
             self._agreed[mesh_dim] = _Agreed(items, bits, flat.numel())
 
     def check(self) -> None:
-        """Raises RuntimeError, in all processes, unless they agreed on all that was exchanged."""
+        """Raises RuntimeError, in all processes, unless they agreed on the whole exchange."""
         headers, self._headers = self._headers, []
         for mesh_dim, header, items in headers:
             if not _is_unanimous(header, mesh_dim):
@@ -180,11 +180,11 @@ class Agreement:
             raise RuntimeError(problem)
 
     def fail(self, problem: str, plan: Plan) -> None:
-        """Raises RuntimeError, and lets the processes that wait for this one raise it too.
+        """Raises RuntimeError, and makes the processes that wait for this one raise it, too.
 
         Args:
-            problem: Why this process cannot step.
-            plan: What it would have exchanged.
+            problem: The reason why this process cannot step.
+            plan: The plan of this process's exchange.
         """
         self._problem, self._has_failed = problem, True
         for mesh_dim in self.mesh_dims(plan):
@@ -192,7 +192,7 @@ class Agreement:
         self.check()
 
     def _difference(self, mesh_dim: MeshDimension, header: Tensor, items: tuple[Item, ...]) -> str:
-        """Finds out, together with the other processes, in what they differ."""
+        """Describes, together with the other processes, the difference between them."""
         ranks = dist.get_process_group_ranks(_group(mesh_dim))
         if header[0] > 0:
             problems = _gather_texts(mesh_dim, self._problem or "")
@@ -224,13 +224,13 @@ class Agreement:
 
 
 def count_processes(params: Iterable[Tensor], flag: bool) -> list[tuple[int, int]]:
-    """Returns for each mesh of sharded parameters how many processes set a flag, of how many.
+    """Returns, for each mesh of sharded parameters, the counts of set flags and of processes.
 
     Every process of the meshes must call it.
 
     Args:
         params: Sharded or not, on meshes that this process is in or not.
-        flag: Of this process.
+        flag: This process's flag.
     """
     meshes = {
         param.device_mesh for param in params if is_sharded(param) and not is_elsewhere(param)
@@ -279,7 +279,7 @@ def _checksum(items: tuple[Item, ...]) -> list[float]:
 def _all_reduced_header(
     mesh_dim: MeshDimension, bits: list[float], agreed: _Agreed | None, failed: bool
 ) -> Tensor:
-    """All-reduces a header and no sums, in the length that the other processes expect."""
+    """All-reduces a header without sums, in the length that the other processes expect."""
     flat = torch.zeros(agreed.length if agreed is not None else _HEADER, dtype=torch.float32)
     flat[:_HEADER] = torch.tensor([float(failed), *bits])
     return _all_reduce(flat, mesh_dim)[:_HEADER].cpu()
@@ -293,7 +293,7 @@ def _is_unanimous(header: Tensor, mesh_dim: MeshDimension) -> bool:
 
 def _all_reduce(flat: Tensor, mesh_dim: MeshDimension) -> Tensor:
     mesh, _ = mesh_dim
-    added = flat.to(mesh.device_type)  # offloaded parameters are not where the mesh is
+    added = flat.to(mesh.device_type)  # offloaded parameters are not on the mesh's device
     dist.all_reduce(added, group=_group(mesh_dim))
     return added
 
@@ -320,7 +320,7 @@ def _gather_hashes(mesh_dim: MeshDimension, hashes: list[int]) -> list[list[int]
 
 
 def _gather_texts(mesh_dim: MeshDimension, text: str) -> list[str]:
-    """Returns the texts of all processes, cut where they are long."""
+    """Returns the texts of all processes; long ones are cut."""
     encoded = text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
     gathered = _gather(mesh_dim, torch.tensor(list(encoded), dtype=torch.uint8))
     return [bytes(each.tolist()).rstrip(b"\0").decode(errors="ignore") for each in gathered]

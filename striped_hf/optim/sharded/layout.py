@@ -1,4 +1,4 @@
-"""How a process steps its part of a sharded parameter: what depends on shapes and placements."""
+"""The layout by which a process steps its part of a sharded parameter, by shape and placements."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -43,9 +43,9 @@ def part_shape(shape: torch.Size, mesh: DeviceMesh, placements: Placements) -> t
 
 
 def exchanged_placements(param: DTensor) -> Placements | None:
-    """Returns the placements of a gradient that processes exchange to have it as the parameter.
+    """Returns the placements of a gradient that is not placed as its parameter.
 
-    None where there is no gradient, or nothing to exchange.
+    Processes exchange such a gradient. None: there is no gradient, or no exchange.
     """
     grad = param.grad
     if grad is None or not is_sharded(grad):
@@ -61,9 +61,9 @@ class Piece:
     """A part of a shard that a backend steps as one tensor.
 
     Attributes:
-        index: Its place in the local parameter, momentum and row stripe.
-        col_index: Its place in the local column stripe.
-        blocks: Its own (br, bc).
+        index: The piece's place in the local parameter, momentum and row stripe.
+        col_index: The piece's place in the local column stripe.
+        blocks: The piece's own (br, bc).
         whole_start, whole_stride: As in ``interface.Entry``.
     """
 
@@ -76,16 +76,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class Layout:
-    """How this process steps its part of one parameter.
+    """The layout of this process's part of one parameter.
 
     Attributes:
-        placements: Of its momentum. They are the parameter's own, except where columns are sharded
-            in a way that codes or blocks do not allow: such a matrix is stepped by rows, and its
-            gradient and parameter are exchanged for rows, and back, in every step.
-        pieces: What backends step; none where the part is empty.
+        placements: The momentum's placements. They are the parameter's own, except if codes or
+            blocks do not allow the sharding of its columns. Such a matrix is stepped by rows: in
+            every step its gradient and parameter are exchanged for rows, and the parameter back.
+        pieces: The pieces that backends step; none if the part is empty.
         row_dims: The mesh dimensions along which rows are sharded.
         col_dims: The mesh dimensions along which columns are sharded.
-        part: The shape of what this process steps.
+        part: The shape of the part that this process steps.
     """
 
     placements: Placements
@@ -96,7 +96,7 @@ class Layout:
 
     @property
     def needs_exchange(self) -> bool:
-        """Whether the sums of other processes belong to this one's stripes."""
+        """Whether this process's stripes need the sums of other processes."""
         return bool(self.row_dims or self.col_dims)
 
 
@@ -110,9 +110,9 @@ def layout_of(
     """Returns the layout of a parameter.
 
     Args:
-        shape: Of the whole.
-        mesh: The parameter's.
-        placements: The parameter's.
+        shape: The shape of the whole parameter.
+        mesh: The parameter's mesh.
+        placements: The parameter's placements.
         momentum_dtype: The format in which its momentum is stored.
         blocks: (br, bc).
     """
@@ -157,9 +157,9 @@ def _can_shard_columns(
     momentum_dtype: str,
     blocks: Blocks,
 ) -> bool:
-    """Whether a matrix can be stepped as its columns are sharded; the same in all processes.
+    """Whether a matrix can be stepped with its columns sharded; the same in all processes.
 
-    One process must have the whole of a block of codes, and of a block of columns.
+    Each block of codes, and each block of columns, must be whole in one process.
     """
     if blocks[1] > 1:
         return False
@@ -176,7 +176,7 @@ def _can_shard_columns(
 def _pieces_of_rows(
     whole: torch.Size, local: Sequence[int], offset: Sequence[int], blocks: Blocks
 ) -> Iterator[Piece]:
-    """Cuts the matrices of a shard where their rows of blocks end."""
+    """Cuts the matrices of a shard at the ends of their rows of blocks."""
     strides = torch.empty(whole, device="meta").stride()
     start = sum(at * stride for at, stride in zip(offset, strides, strict=True))
     height, first = whole[-2] // blocks[0], offset[-2]
@@ -196,14 +196,14 @@ def _pieces_of_rows(
 
 
 def by_rows(placements: Placements, dims: int) -> Placements:
-    """Returns placements with Shard(0) for every other dimension that is sharded.
+    """Replaces every sharding of another dimension by Shard(0).
 
-    A parameter that backends see in other dimensions than its own, such as a convolution's kernel,
-    is stepped so: a range of its first dimension is a range of the matrix's rows.
+    A parameter that backends see in another shape than its own, such as a convolution's kernel, is
+    stepped with these placements: a range of its first dimension is a range of the matrix's rows.
 
     Args:
-        placements: The parameter's.
-        dims: The parameter's dimensions.
+        placements: The parameter's placements.
+        dims: The number of the parameter's dimensions.
     """
     return tuple(
         Shard(0) if sharded_dim(placement, dims) not in (None, 0) else placement
@@ -212,7 +212,7 @@ def by_rows(placements: Placements, dims: int) -> Placements:
 
 
 def sharded_dim(placement: Placement, dims: int) -> int | None:
-    """Returns the dimension that a placement shards, of a tensor with ``dims`` dimensions."""
+    """Returns the dimension of a tensor with ``dims`` dimensions that a placement shards."""
     return placement.dim % dims if isinstance(placement, (Shard, _StridedShard)) else None
 
 

@@ -1,4 +1,4 @@
-"""The matrices of a step whose rows or columns are sharded: their sums, new stripes and roots."""
+"""Matrices whose rows or columns are sharded, in one step: their sums, new stripes and roots."""
 
 import math
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ from striped_hf.optim.state import Description
 
 
 class FoldedGradients(Protocol):
-    """What gradients left that were folded into the momentum: ``layerwise.OpenMatrix``."""
+    """The sums of gradients that were folded into the momentum: ``layerwise.OpenMatrix``."""
 
     def sums(self) -> Sums:
         """Returns this process's sums of squares, shaped as its stripes."""
 
     def entries(self, entries: list[Entry], /) -> list[Entry]:
-        """Returns entries, one for each piece, with the momentum that has the gradients."""
+        """Returns entries, one for each piece, with the momentum that includes the gradients."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class ShardedParameter:
 
     Attributes:
         param: The parameter.
-        grad: Its gradient; None where this process has none, or has folded it.
+        grad: Its gradient; None if this process has none, or has folded it.
         description: Its description.
-        item: What all processes must see the same way.
-        backend: What steps it.
-        settings: Of its param group.
-        folded: Where this process has folded gradients, what they left.
+        item: Its item, which must be equal in all processes.
+        backend: The backend that steps it.
+        settings: Its param group's settings.
+        folded: The sums of the gradients, if this process has folded any.
     """
 
     param: DTensor
@@ -63,7 +63,7 @@ class ShardedParameter:
 
     @property
     def mesh_dims(self) -> list[MeshDimension]:
-        """Along which something of it is exchanged; empty where each process steps it alone."""
+        """The mesh dimensions of its exchanges; empty if each process steps it alone."""
         mesh = self.param.device_mesh
         if self.item.is_redistributed:
             return [(mesh, dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1]
@@ -83,20 +83,20 @@ class Matrix:
     """A matrix whose rows or columns are sharded, in one step of this process.
 
     Attributes:
-        of: The parameter.
+        of: The sharded parameter.
         step: The number of this step, from 1.
         row: This process's part of the row stripe, [..., R, bc].
         col: This process's part of the column stripe, [..., br, C].
-        local: This process's part of the parameter, a copy where it is stepped by rows.
-        entries: One for each piece of the layout; none where this process has no gradient.
+        local: This process's part of the parameter; a copy if it is stepped by rows.
+        entries: One for each piece of the layout; none if this process has no gradient.
         row_sums: Sums of squares, shaped as ``row``.
         col_sums: Sums of squares, shaped as ``col``.
         block_sums: The sum of the row stripe that this step divides by in each block, [..., br,
-            bc]; not added up where every process has all rows.
-        gradients: How many processes have a gradient, and how many have none though their part is
-            not empty, [2].
-        stripes: The new ones, of this step.
-        state: None where this process has no gradient.
+            bc]; not added up if every process has all rows.
+        gradients: [2]: the number of processes with a gradient, and the number of processes without
+            one whose part is not empty.
+        stripes: The new stripes of this step.
+        state: None if this process has no gradient.
     """
 
     of: ShardedParameter
@@ -124,7 +124,7 @@ class Matrix:
 
     @property
     def block_grid(self) -> torch.Size:
-        """[..., br, bc], the shape of what has one number for each block of each matrix."""
+        """The shape [..., br, bc] of a tensor with one number for each block of each matrix."""
         return torch.Size((*self.row.shape[:-2], *self.of.description.blocks))
 
     @property
@@ -140,7 +140,7 @@ class Matrix:
 
     @property
     def addends(self) -> tuple[Addend, ...]:
-        """What is added up over processes."""
+        """The tensors that are added up over processes."""
         return self.row_sums, self.col_sums, self.block_sums, self.gradients
 
     def row_views(self, row: Tensor) -> list[Tensor]:
@@ -171,7 +171,7 @@ def new_matrix(of: ShardedParameter, step: int, state: State) -> Matrix:
         entries=[],
         row_sums=Addend(row, along_columns),
         col_sums=Addend(col, along_rows),
-        # where every process has all rows it is computed from the stripe
+        # if every process has all rows, the sum is computed from the stripe
         block_sums=Addend(row, everywhere if along_rows else []),
         gradients=Addend(_flags(of.has_gradient, is_missing, device), everywhere),
     )
@@ -212,11 +212,11 @@ def _not_none(sums: Sums | None) -> Sums:
 
 
 def set_block_sums(matrices: list[Matrix]) -> None:
-    """Computes what this process's rows and columns add to the sum of the row stripe by block."""
+    """Computes this process's addend to the sum of the row stripe in each block."""
     parts = []
     for matrix in matrices:
         mesh, col_dims = matrix.of.param.device_mesh, matrix.of.layout.col_dims
-        # all processes that share the rows have the old stripe, and each adds its columns to it
+        # all processes that share the rows have the old stripe; each adds the sums of its columns
         sharing = math.prod(mesh.size(dim) for dim in col_dims)
         parts.append(matrix.row / sharing if sharing > 1 else matrix.row.clone())
     now = [i for i, matrix in enumerate(matrices) if not matrix.is_lagged]
@@ -235,7 +235,7 @@ def _sums_by_block(matrices: list[Matrix], rows: list[Tensor]) -> list[Tensor]:
     """Returns for each matrix the sums of a row stripe [..., R, bc] by block, [..., br, bc]."""
     views = [v for m, row in zip(matrices, rows, strict=True) for v in m.row_views(row)]
     if not views or views[0].device.type == "cpu":
-        # where a norm adds up in one float32, off by 1e-5 for long rows
+        # here a norm adds up in one float32, with an error of 1e-5 for long rows
         found = iter([view.sum() for view in views])
     else:  # second moments are not negative, and an Inf or a NaN stays one
         found = iter(torch._foreach_norm(views, 1))
@@ -256,8 +256,8 @@ def _sums_by_block(matrices: list[Matrix], rows: list[Tensor]) -> list[Tensor]:
 def set_stripes(matrices: list[Matrix]) -> None:
     """Averages sums into new stripes, and computes the roots of every piece.
 
-    As ``reference.stripes``, of parts, and in few operations for all matrices: on a GPU their
-    number determines the time.
+    It does the work of ``reference.stripes`` on parts, in few operations for all matrices: on a GPU
+    the number of operations determines the time.
     """
     if not matrices:
         return
@@ -288,7 +288,7 @@ def set_stripes(matrices: list[Matrix]) -> None:
 
 
 def _row_divisors(matrices: list[Matrix], means: list[Tensor]) -> list[Tensor]:
-    """Returns what each of the matrices' row views is divided by, [].
+    """Returns the divisor of each of the matrices' row views, [].
 
     Args:
         matrices: With their pieces.
@@ -316,7 +316,7 @@ def _roots_of_pieces(matrix: Matrix, a: Iterator[Tensor], c: Tensor) -> list[Roo
 
     Args:
         matrix: The matrix.
-        a: The roots of its row views, and of the matrices' after it.
+        a: The roots of its row views, followed by the roots for the next matrices.
         c: The root of its column stripe.
     """
     roots: list[Roots | None] = []

@@ -1,4 +1,4 @@
-"""The state of sharded parameters: as that of whole ones, in DTensors."""
+"""The state of sharded parameters: the state of whole parameters, in DTensors."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ def init_state(param: DTensor, description: Description) -> State:
     shape, _ = compute_local_shape_and_global_offset(
         description.state_shape, mesh, layout.placements
     )
-    # by ``init``, because the code of zero may be another number
+    # by ``init``, because the code of zero may be another number than 0
     zeros = momentum.init(torch.Size(shape), description.momentum_dtype, device)
     state = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
     for key, like in whole.items():
@@ -36,13 +36,13 @@ def init_state(param: DTensor, description: Description) -> State:
 
 
 def place_state(key: str, value: Tensor, param: DTensor, description: Description) -> DTensor:
-    """Returns one loaded entry of a state as the state of ``param`` has it.
+    """Returns one loaded entry of a state, placed as the state of ``param`` needs it.
 
     Args:
-        key: Of the state; not ``step``.
-        value: A DTensor with any placements, or the whole.
+        key: A key of the state; not ``step``.
+        value: A DTensor with any placements, or the whole tensor.
         param: The parameter.
-        description: Of the parameter.
+        description: The parameter's description.
     """
     mesh = param.device_mesh
     layout, dims = _layout(description), len(description.state_shape)
@@ -57,9 +57,9 @@ def place_state(key: str, value: Tensor, param: DTensor, description: Descriptio
 
 
 def follow(param: Tensor, state: State, description: Description) -> None:
-    """Brings a state to where a parameter is that was sharded in another way after its last step.
+    """Shards a state like its parameter, if that was sharded in another way after its last step.
 
-    Every process of the meshes must call it. Where nothing has changed, it does nothing.
+    Every process of the meshes must call it. If nothing has changed, it does nothing.
     """
     for key in description.keys:
         value = state[key]

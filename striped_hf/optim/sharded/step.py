@@ -21,19 +21,19 @@ from striped_hf.optim.sharded.matrix import (
 )
 from striped_hf.optim.views import as_stepped
 
-# returns the state of a parameter, created where there is none, and the number of this step, from 1
+# returns the state of a parameter, created if there is none, and the number of this step, from 1
 StateOf = Callable[[ShardedParameter], tuple[State, int]]
 
 
 @dataclass
 class Exchanged:
-    """What a step has exchanged, and is to change now that all processes have agreed on it.
+    """The result of a step's exchange, by which the step may now change tensors.
 
     Attributes:
-        states: Of every parameter that is stepped.
-        unused: Parameters that got a state but no process has a gradient of.
-        matrices: Those that are stepped, with their new stripes.
-        batches: Of parameters that were redistributed, but whose sums need no exchange.
+        states: The states of all parameters that are stepped.
+        unused: Parameters that got a state, but have a gradient in no process.
+        matrices: The matrices that are stepped, with their new stripes.
+        batches: Batches of parameters that were redistributed, but whose sums need no exchange.
         copies: As ``localize`` returns them.
     """
 
@@ -47,18 +47,18 @@ class Exchanged:
 def localize(
     sharded: ShardedParameter, state: State, step: int
 ) -> tuple[list[Entry], Tensor, list[tuple[Tensor, Tensor]]]:
-    """Returns what this process steps of one sharded parameter.
+    """Returns the entries by which this process steps its part of a sharded parameter.
 
     Args:
-        sharded: The parameter. Where this process has no gradient and has folded none, the gradient
-            is zero.
+        sharded: The parameter. If this process has no gradient and has folded none, the gradient is
+            zero.
         state: Its state.
         step: The number of this step, from 1.
 
     Returns:
-        Entries for a backend, none where the part is empty; the part, a copy where it is stepped by
-        rows; and, where no kernel can step the local tensor, it and the copy that is stepped in its
-        place.
+        Entries for a backend, none if the part is empty; and the part, a copy if it is stepped by
+        rows. If no kernel can step the local tensor, also the local tensor and the copy that is
+        stepped in its place.
     """
     param, layout, description = sharded.param, sharded.layout, sharded.description
     target = param.to_local()
@@ -74,14 +74,14 @@ def localize(
         local = local.contiguous()
     copies = [] if local is target else [(target, local)]
     if tuple(param.placements) != layout.placements:
-        # without clone it would not be a copy where the rows were the parameter's own already
+        # without clone it would be no copy if the parameter was sharded by rows already
         local = param.redistribute(placements=layout.placements).to_local()
         local = plain_parameter(local).clone(memory_format=torch.contiguous_format)
         copies = []  # ``_return_rows`` copies it back
     local_state = {key: value.to_local() for key, value in state.items() if is_sharded(value)}
     stepped, stepped_grad = local, local_grad
     if dims != param.dim():
-        assert local_grad is not None  # only what is stepped in its own shape is folded
+        assert local_grad is not None  # only parameters stepped in their own shape are folded
         stepped, stepped_grad = as_stepped(local, dims), as_stepped(local_grad.contiguous(), dims)
         if dims == 1:
             local_state = {key: value.view(-1) for key, value in local_state.items()}
@@ -118,7 +118,7 @@ def local_gradient(grad: Tensor, layout: Layout) -> Tensor:
 
 
 def plan_of(parameters: list[ShardedParameter]) -> Plan:
-    """Returns, for each mesh dimension, the parameters of which something is exchanged."""
+    """Returns, for each mesh dimension, the parameters of which a tensor is exchanged."""
     plan: dict[MeshDimension, list[Item]] = {}
     for each in parameters:
         for mesh_dim in each.mesh_dims:
@@ -137,14 +137,14 @@ def exchange(
     No tensor changes.
 
     Args:
-        parameters: With ``mesh_dims``; with or without a gradient in this process.
-        agreement: The optimizer's.
-        states: The optimizer's, by parameter.
+        parameters: Parameters with ``mesh_dims``, with or without a gradient in this process.
+        agreement: The optimizer's agreement.
+        states: The optimizer's states, by parameter.
         state_of: As ``StateOf``.
 
     Raises:
-        RuntimeError: The processes differ in what they exchange, or only some of them have a
-            gradient of a matrix of which all have a part.
+        RuntimeError: The processes differ in their exchanges, or only some of them have a gradient
+            of a matrix of which all have a part.
     """
     plan = plan_of(parameters)
     exchanged = Exchanged()
@@ -161,7 +161,7 @@ def exchange(
         else:
             agreement.add_up(mesh_dim, [a for m in matrices for a in m.addends])
     if later:
-        agreement.check()  # before anything is redistributed
+        agreement.check()  # before any redistribution
         matrices += _matrices(redistributed, states, state_of, exchanged)
         for mesh_dim in later:
             agreement.add_up(mesh_dim, [a for m in matrices for a in m.addends])
@@ -191,7 +191,7 @@ def exchange(
 
 
 def update(exchanged: Exchanged) -> None:
-    """Changes the parameters and the state of matrices, by their new stripes."""
+    """Updates the parameters and the state of matrices by their new stripes."""
     matrices = exchanged.matrices
     if not matrices:
         return
@@ -224,8 +224,8 @@ def _matrices(
 ) -> list[Matrix]:
     """Returns the matrices among the parameters, with this process's sums.
 
-    A matrix without a gradient adds only its row stripe, and gets no state and no entries here. One
-    that is redistributed is treated as if its gradient were zero, because all processes must join
+    A matrix without a gradient adds only its row stripe, and gets no state and no entries here. A
+    redistributed matrix is treated as if its gradient were zero, because all processes must join
     in. Parameters whose sums need no exchange go to ``exchanged``.
     """
     matrices = []
@@ -253,7 +253,7 @@ def _matrices(
 
 
 def _localize(matrix: Matrix, state: State, exchanged: Exchanged) -> None:
-    """Gives a matrix its entries, its state and the stripes in it."""
+    """Gives a matrix its entries, its state and the state's stripes."""
     matrix.state = state
     matrix.entries, matrix.local, copies = localize(matrix.of, state, matrix.step)
     matrix.row, matrix.col = local_of(state["exp_avg_sq_row"]), local_of(state["exp_avg_sq_col"])
@@ -261,7 +261,7 @@ def _localize(matrix: Matrix, state: State, exchanged: Exchanged) -> None:
 
 
 def _return_rows(matrix: Matrix) -> None:
-    """Brings a parameter that was stepped by rows back to its own placements."""
+    """Copies a parameter that was stepped by rows back to its own placements."""
     param, layout = matrix.of.param, matrix.of.layout
     if tuple(param.placements) == layout.placements:
         return

@@ -1,25 +1,26 @@
-/* The CPU backend: the arithmetic of reference.py with as few readings of memory as possible.
+/* The CPU backend: the arithmetic of reference.py with as few reads of memory as possible.
  *
  * The functions of this file get all entries of a param group and run one OpenMP parallel
- * region each. Between striped_statistics and striped_update the sums of other processes are added,
- * and become roots; striped_step does everything for whole parameters. The work is cut into tasks
- * of whole rows by the entries' shapes alone, and every sum is added up in the order of the tasks:
- * the bits depend neither on the number of threads nor on which thread does which task.
+ * region each. Between striped_statistics and striped_update the caller adds the sums of other
+ * processes and computes the roots. striped_step does the whole step of whole parameters. The
+ * entries' shapes alone decide how the work is cut into tasks of whole rows, and every sum is added
+ * up in the order of the tasks. So the bits depend neither on the number of threads nor on the
+ * assignment of tasks to threads.
  *
  * A matrix [..., R, C] with blocks (br, bc) consists of `bands` of `block_rows` = R / br rows, one
  * band for each row of blocks of each matrix. The column stripe is then [bands, C], and the row
  * stripe [bands * block_rows, bc].
  *
- * It differs from the reference in this: sums of squares are added up in another order, the mean of
- * the row stripe is computed in double, codes are multiplied by one factor instead of two divisions
- * and averaged as b1 m + (1 - b1) g, and a compiler may fuse a multiplication with an addition. So
- * the last places of a parameter may differ, and a momentum code by one where its value was at the
- * border between two.
+ * It differs from the reference in four ways. Sums of squares are added up in another order. The
+ * mean of the row stripe is computed in double. Codes are multiplied by one factor instead of two
+ * divisions, and averaged as b1 m + (1 - b1) g. And a compiler may fuse a multiplication with an
+ * addition. So the last places of a parameter may differ. A momentum code may differ by one if its
+ * value was at the border between two codes.
  *
  * There are no intrinsics: compilers can vectorize the loops, and function multiversioning chooses
- * the widest build that the processor can run. Prefetched are only a float32 gradient where it is
- * summed, and the parameter where its row is updated in several parts. Everything else the measured
- * processors prefetch better by themselves.
+ * the widest build that the processor can run. The code prefetches only a float32 gradient while it
+ * sums it, and the parameter while it updates a row in several parts. The measured processors
+ * prefetch everything else better by themselves.
  */
 
 #include <omp.h>
@@ -28,7 +29,7 @@
 #include "plan.h"
 #include "tasks.h"
 
-/* The functions return 0, or 1 where there is no memory for a plan; then nothing has changed. */
+/* The functions return 0, or 1 if there is no memory for a plan. Nothing has changed then. */
 
 /* Sums the squares of the gradients of matrices by row and by column into row_sums and col_sums. */
 int striped_statistics(Entry *entries, int64_t entry_count, const Settings *settings,
@@ -65,7 +66,8 @@ int striped_update(Entry *entries, int64_t entry_count, const Settings *settings
     return 0;
 }
 
-/* Adds the gradient of matrices to momentum and sketch, and sums its squares as striped_statistics.
+/* Adds the gradients of matrices to momentum and sketch, and sums their squares as
+ * striped_statistics does.
  */
 int striped_fold(Entry *entries, int64_t entry_count, const Settings *settings, int64_t threads,
                  const Fold *fold)
@@ -90,9 +92,9 @@ int striped_fold(Entry *entries, int64_t entry_count, const Settings *settings, 
     return 0;
 }
 
-/* Stripes and update of whole matrices whose gradients were folded.
+/* Computes stripes and update of whole matrices whose gradients were folded.
  *
- * row_sums and col_sums are those of the gradients; the roots, in the same memory, replace them.
+ * row_sums and col_sums are the sums of the gradients. The roots replace them in the same memory.
  */
 int striped_step_folded(Entry *entries, int64_t entry_count, const Settings *settings,
                         int64_t threads)
@@ -117,7 +119,7 @@ int striped_step_folded(Entry *entries, int64_t entry_count, const Settings *set
     return 0;
 }
 
-/* Claims a task, unless another thread has; returns whether it is the caller's. */
+/* Claims a task, unless another thread has claimed it; returns whether it is the caller's. */
 static int claim(int *is_claimed)
 {
     int was_claimed;
@@ -129,10 +131,10 @@ static int claim(int *is_claimed)
     return !was_claimed;
 }
 
-/* Statistics, stripes and update in one pass.
+/* Computes statistics, stripes and update in one pass.
  *
- * The thread that sums a task's squares also updates it, unless it falls behind: cores that share
- * no cache would have to fetch the gradient from each other.
+ * The thread that sums a task's squares also updates the task, unless it falls behind. Otherwise
+ * cores that share no cache would fetch the gradient from each other.
  */
 int striped_step(Entry *entries, int64_t entry_count, const Settings *settings, int64_t threads)
 {
@@ -145,7 +147,7 @@ int striped_step(Entry *entries, int64_t entry_count, const Settings *settings, 
         int64_t count = plan.bundles[b].task_count;
         int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
         int64_t share = thread * count / team, share_end = (thread + 1) * count / team;
-        for (int64_t k = 0; k < count; k++) { /* its share first, then what others left */
+        for (int64_t k = 0; k < count; k++) { /* its share first, then tasks of other threads */
             Task *task = tasks + (share + k) % count;
             const Entry *e = entries + task->entry;
             if (!claim(&task->is_first_claimed))

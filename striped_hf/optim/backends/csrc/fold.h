@@ -1,4 +1,4 @@
-/* Adding gradients to the momentum during the backward pass: reference.py's fold. */
+/* Adds gradients to the momentum during the backward pass: reference.py's fold. */
 
 #ifndef STRIPED_FOLD_H
 #define STRIPED_FOLD_H
@@ -13,8 +13,8 @@
 
 /* How a gradient is added. */
 typedef struct {
-    int64_t is_first;   /* of its step: the momentum decays */
-    double coefficient; /* what the gradient is multiplied by */
+    int64_t is_first;   /* it is the first of its step: the momentum decays */
+    double coefficient; /* a factor of the gradient */
 } Fold;
 
 /* Adds n elements of a gradient to a momentum. */
@@ -28,10 +28,10 @@ INLINE void fold_elements(float *restrict m, const float *restrict g, int64_t n,
         for (int64_t i = 0; i < n; i++) m[i] += s.weight1 * g[i];
 }
 
-/* Returns the sum of n elements, each under the sign that is its highest random bit.
+/* Returns the sum of n elements, each with its highest random bit as its sign.
  *
- * index: of the first one in the whole parameter.
- * A compiler may not reorder a sum, so it has parts that vectors can hold.
+ * index: the index of the first element in the whole parameter.
+ * A compiler may not reorder a sum, so the sum has parts that vectors can hold.
  */
 INLINE float signed_sum(const float *restrict g, const Entry *e, int64_t index, int64_t n)
 {

@@ -1,4 +1,4 @@
-/* Storage of the momentum: momentum.py has its formats. */
+/* Loads and stores the momentum: momentum.py describes its formats. */
 
 #ifndef STRIPED_MOMENTUM_H
 #define STRIPED_MOMENTUM_H
@@ -9,7 +9,7 @@
 #include "entry.h"
 #include "numbers.h"
 
-/* Returns where the momentum of a row is stored from a column on, a multiple of CODE_BLOCK. */
+/* Returns the place of a row's momentum from a column on; column: a multiple of CODE_BLOCK. */
 INLINE void *momentum_at(const Entry *e, int64_t row, int64_t column)
 {
     int64_t offset = row * e->columns + column;
@@ -29,7 +29,7 @@ INLINE float *scale_at(const Entry *e, int64_t row, int64_t column)
 
 INLINE float largest_code(const Entry *e) { return e->momentum_dtype == INT8 ? 127.0f : 7.0f; }
 
-/* Returns the factor that turns what `decoded` returns into a momentum. */
+/* Returns the factor that turns the result of `decoded` into a momentum. */
 INLINE float decoding_factor(const Entry *e, float scale)
 {
     return scale / (largest_code(e) * largest_code(e));
@@ -47,8 +47,7 @@ INLINE float encoding_factor(const Entry *e, float scale)
     return is_not_finite(bits_of(scale)) ? 0 : largest_code(e) / sqrtf(scale);
 }
 
-/* Returns n integer codes: a pointer to them where they are bytes, else unpacked in
- * buffer, [n + 1].
+/* Returns n integer codes: a pointer to them if they are bytes, else unpacked in buffer, [n + 1].
  */
 INLINE const int8_t *load_codes(const Entry *e, int64_t row, int64_t column, int64_t n,
                                 int8_t *restrict buffer)
@@ -74,7 +73,7 @@ INLINE void store_pairs(uint8_t *restrict pairs, int8_t *restrict codes, int64_t
         pairs[i] = (uint8_t)(((codes[i] + 8) & 15) | (codes[i + half] + 8) << 4);
 }
 
-/* Returns the momentum that a code stands for, without its decoding_factor. */
+/* Returns the momentum of a code, without its decoding_factor. */
 INLINE float decoded(int8_t code)
 {
     float y = code;
@@ -83,16 +82,17 @@ INLINE float decoded(int8_t code)
 
 /* Returns the code of a momentum.
  *
- * factor: see encoding_factor. Adding 1.5 x 2^23 rounds to an integer, half to even, and puts its
- * lowest bits into those of the mantissa. Zero times Inf is NaN, whose lowest bits are zero.
+ * factor: see encoding_factor. Adding 1.5 x 2^23 rounds to an integer, half to even, and puts the
+ * integer's lowest bits into the mantissa's lowest bits. Zero times Inf is NaN, whose lowest bits
+ * are zero.
  */
 INLINE int8_t encoded(float x, float factor)
 {
     return (int8_t)bits_of(copysignf(sqrtf(fabsf(x)), x) * factor + 12582912.0f);
 }
 
-/* Returns the larger of a magnitude and |x|, as bits: integers are ordered as the floats are, with
- * Inf and then NaN above all.
+/* Returns the larger of a magnitude and |x|, as bits. As integers they have the order of the
+ * floats, with Inf and then NaN above all.
  */
 INLINE uint32_t larger(uint32_t magnitude, float x)
 {

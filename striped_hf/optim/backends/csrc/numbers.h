@@ -1,4 +1,4 @@
-/* Conversions of number formats, and the random bits of stochastic rounding. */
+/* Converts number formats, and computes the random bits of stochastic rounding. */
 
 #ifndef STRIPED_NUMBERS_H
 #define STRIPED_NUMBERS_H

@@ -1,4 +1,4 @@
-/* Loads and stores of parameters and gradients. */
+/* Loads and stores parameters and gradients. */
 
 #ifndef STRIPED_PARAMETERS_H
 #define STRIPED_PARAMETERS_H
@@ -8,7 +8,7 @@
 #include "entry.h"
 #include "numbers.h"
 
-/* Returns n elements from `offset` on as float32: a pointer to them where they are float32, else
+/* Returns n elements from `offset` on as float32: a pointer to them if they are float32, else
  * converted in buffer.
  */
 INLINE const float *load(const void *array, int64_t dtype, int64_t offset, int64_t n, float *buffer)
@@ -47,7 +47,9 @@ INLINE void store_split(const float *restrict values, const Entry *e, int64_t of
     }
 }
 
-/* Prefetches the CODE_BLOCK elements that are PARAMETER_AHEAD of `offset`; they need not exist. */
+/* Prefetches the CODE_BLOCK elements that are PARAMETER_AHEAD elements after `offset`. They need
+ * not exist.
+ */
 INLINE void prefetch_parameter(const Entry *e, int64_t offset)
 {
     int64_t size = e->param_dtype == FLOAT32 ? 4 : 2;
@@ -55,7 +57,10 @@ INLINE void prefetch_parameter(const Entry *e, int64_t offset)
     for (int64_t i = 0; i < size * CODE_BLOCK; i += 64) __builtin_prefetch(chunk + i, 1);
 }
 
-/* Draws the random bits of n <= CODE_BLOCK elements; index: of the first in the whole parameter. */
+/* Draws the random bits of n <= CODE_BLOCK elements.
+ *
+ * index: the index of the first element in the whole parameter.
+ */
 INLINE void random_bits(uint32_t *restrict random, const Entry *e, int64_t index, int64_t n)
 {
     uint32_t start = (uint32_t)index, step_key = mix(SEED ^ (uint32_t)e->step);
@@ -69,7 +74,7 @@ INLINE void random_bits(uint32_t *restrict random, const Entry *e, int64_t index
 
 /* Rounds n values, stochastically or to nearest, and stores them from `offset` on.
  *
- * index: of the first one in the whole parameter.
+ * index: the index of the first value in the whole parameter.
  */
 INLINE void store_parameter(const float *restrict values, const Entry *e, int64_t offset,
                             int64_t index, int64_t n, const Settings *settings)

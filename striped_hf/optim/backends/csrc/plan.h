@@ -9,7 +9,7 @@
 #include "entry.h"
 #include "tasks.h"
 
-/* Consecutive entries, whose gradients fit into a cache together, and their tasks. */
+/* Consecutive entries whose gradients fit into a cache together, and their tasks. */
 typedef struct {
     int64_t first_entry, entry_count, first_task, task_count;
 } Bundle;
@@ -34,11 +34,11 @@ static int64_t stripe_elements(const Entry *e)
     return is_vector(e) ? 0 : e->bands * (e->block_rows * e->column_blocks + e->columns);
 }
 
-/* Points an entry's sums and roots at scratch memory; returns how many elements they have. */
+/* Points an entry's sums and roots at scratch memory; returns the number of their elements. */
 static int64_t assign_scratch(Entry *e, int lagged, float *scratch)
 {
     int64_t rows = e->bands * e->block_rows * e->column_blocks, elements = stripe_elements(e);
-    float *roots = lagged ? scratch + elements : scratch; /* else they replace averaged sums */
+    float *roots = lagged ? scratch + elements : scratch; /* not lagged: they replace the sums */
     e->row_sums = scratch;
     e->col_sums = scratch + rows;
     e->row_roots = roots;
@@ -48,12 +48,12 @@ static int64_t assign_scratch(Entry *e, int lagged, float *scratch)
 
 /* Cuts entries into bundles and tasks.
  *
- * place_sums: whether sums and roots are in scratch memory too; else the entries point to them.
+ * place_sums: whether sums and roots are in scratch memory, too; else the entries point to them.
  *
- * Bundles use two scratch memories in turn: when all threads have met in a bundle, none works on
- * the bundle before any more, but one may still work on it when others have gone on to the next.
+ * Bundles use two scratch memories in turn. When all threads have met in a bundle, no thread works
+ * on the bundle before it. But one may still work on this bundle when others work on the next.
  *
- * Returns 0, or 1 where there is no memory; then there is nothing to free.
+ * Returns 0, or 1 if there is no memory. There is nothing to free then.
  */
 static int make_plan(Plan *plan, Entry *entries, int64_t entry_count, const Settings *settings,
                      int place_sums)

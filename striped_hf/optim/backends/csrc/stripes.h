@@ -1,4 +1,4 @@
-/* The averages of the stripes, and their roots. */
+/* Computes the averages of the stripes, and their roots. */
 
 #ifndef STRIPED_STRIPES_H
 #define STRIPED_STRIPES_H
@@ -24,7 +24,7 @@ static void average_band(const Entry *e, int64_t band, const Settings *settings)
     for (int64_t j = 0; j < e->columns; j++) col[j] = col[j] * beta2 + col_weight * col_sums[j];
 }
 
-/* Computes the roots a and c of one band's stripes, which are those of `step`. */
+/* Computes the roots a and c of one band's stripes, which are the stripes of step `step`. */
 MULTIVERSIONED
 static void compute_roots(const Entry *e, int64_t band, const Settings *settings, int64_t step)
 {
@@ -40,7 +40,7 @@ static void compute_roots(const Entry *e, int64_t band, const Settings *settings
         double sum = 0;
         for (int64_t i = block; i < row_elements; i += e->column_blocks) sum += row[i];
         float mean = (float)(sum / (double)e->block_rows);
-        /* 0/0 is an all-zero gradient, which moves nothing; an Inf is as loud as AdamW's */
+        /* 0/0 is an all-zero gradient, which moves nothing; an Inf gives NaN, as in AdamW */
         float divisor = mean == 0 ? 1.0f : isinf(mean) ? NAN : mean;
         if (e->column_blocks == 1) /* compilers vectorize a loop with a constant stride */
             for (int64_t i = 0; i < row_elements; i++) a[i] = sqrtf(row[i] / divisor);

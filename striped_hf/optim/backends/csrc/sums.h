@@ -1,4 +1,4 @@
-/* Sums of squares by row and by column. */
+/* Computes sums of squares by row and by column. */
 
 #ifndef STRIPED_SUMS_H
 #define STRIPED_SUMS_H
@@ -10,7 +10,7 @@
 
 /* Adds the squares of n elements of each of SUM_ROWS rows to col_sums and to row_sums.
  *
- * A row's sum has PARTIAL_SUMS parts, which vectors can hold: compilers may not reorder a sum.
+ * A row's sum has PARTIAL_SUMS parts, which vectors can hold. Compilers may not reorder a sum.
  */
 INLINE void sum_chunk(const float *const *g, float *restrict col_sums, int64_t n,
                       double *restrict row_sums)
@@ -45,8 +45,8 @@ INLINE void sum_chunk(const float *const *g, float *restrict col_sums, int64_t n
 
 /* Adds the squares of rows to col_sums, [columns], and writes the rows' own sums.
  *
- * first: index of the first row in the entry.
- * SUM_ROWS rows that are far apart are read together: one stream alone does not use the memory's
+ * first: the index of the first row in the entry.
+ * The function reads SUM_ROWS distant rows together: one stream alone does not use the memory's
  * whole bandwidth.
  */
 MULTIVERSIONED

@@ -15,7 +15,7 @@
 /* Some rows of one band, or some whole bands; of a vector, some elements instead of rows. */
 typedef struct {
     int64_t entry, band, bands, row, rows;
-    float *partial; /* column sums of some rows, [columns]; NULL where it has whole bands */
+    float *partial; /* column sums of some rows, [columns]; NULL if the task has whole bands */
     int is_first_claimed, is_second_claimed; /* by a thread, in the two phases of striped_step */
 } Task;
 
@@ -23,10 +23,10 @@ static int is_vector(const Entry *e) { return !e->is_matrix; }
 
 static int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Cuts an entry into tasks, or with tasks == NULL only counts them.
+/* Cuts an entry into tasks, or only counts them if tasks == NULL.
  *
- * partials: where tasks that are slices of a band put their column sums; *partial_elements: their
- * number.
+ * partials: memory for the column sums of tasks that are slices of a band.
+ * *partial_elements: the number of these column sums.
  */
 static int64_t cut(const Entry *e, int64_t entry, Task *tasks, float *partials,
                    int64_t *partial_elements)
@@ -80,7 +80,7 @@ static void sum_task(const Entry *e, const Task *task)
     }
 }
 
-/* Adds up the column sums of a band's slices, in their order; its first slice does it. */
+/* Adds up the column sums of a band's slices, in their order; called for the first slice. */
 static void combine(const Entry *e, const Task *slice)
 {
     if (!slice->partial || slice->row > 0)
@@ -100,10 +100,11 @@ static void combine(const Entry *e, const Task *slice)
 
 static int is_lagged(const Entry *e, const Settings *settings)
 {
-    return settings->lagged && e->step > 1 && !is_vector(e); /* the first step has none before it */
+    return settings->lagged && e->step > 1 && !is_vector(e); /* no step is before the first */
 }
 
-/* Returns the number of bands for which a task does what is done once: their first slice does it.
+/* Returns the number of bands for which a task does the work that is done once per band. The first
+ * slice of a band does it.
  */
 static int64_t whole_bands(const Entry *e, const Task *task)
 {

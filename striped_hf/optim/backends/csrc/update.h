@@ -14,7 +14,7 @@
 
 typedef struct {
     float weight1, step_size, decay, eps; /* weight1 is 1 - beta1 */
-    float floor; /* a root is at least this times |momentum|; not a vector's */
+    float floor; /* a matrix's root is at least this times |momentum| */
     int nesterov;
 } Step;
 
@@ -44,20 +44,21 @@ static Step step_of(const Entry *e, const Settings *settings)
     };
 }
 
-/* Begins at the nearer of the two, as torch's lerp: else a small g would drown in a large m. */
+/* Starts at the nearer of the two, as torch's lerp does: else a large m would round a small g away.
+ */
 INLINE float average(float m, float g, const Step *s)
 {
     float w = s->weight1;
     return w < 0.5f ? m + w * (g - m) : g - (1 - w) * (g - m);
 }
 
-/* Returns what the update has in its numerator for the new momentum m. */
+/* Returns the numerator of the update by the new momentum m. */
 INLINE float numerator_of(float m, float g, int nesterov, const Step *s)
 {
     return nesterov ? average(m, g, s) : m;
 }
 
-/* Updates p; root: of the second moment, without eps. */
+/* Updates p; root: the root of the second moment, without eps. */
 INLINE void update_element(float *restrict p, float numerator, float root, const Step *s)
 {
     *p = *p * s->decay - s->step_size * numerator / (root + s->eps);
@@ -72,7 +73,7 @@ INLINE void update_striped(float *restrict p, float m, float g, float a, float c
     update_element(p, numerator, smallest > root ? smallest : root, s); /* a NaN root stays NaN */
 }
 
-/* Updates n elements whose momentum is m, or `stored` in bfloat16 where m is NULL.
+/* Updates n elements whose momentum is m, or `stored` in bfloat16 if m is NULL.
  *
  * nesterov is a constant where this is inlined.
  */
@@ -95,18 +96,17 @@ INLINE void update_elements(float *restrict p, float *restrict m, uint16_t *rest
     }
 }
 
-/* The new momentum of a whole block of codes that is still to be encoded. The loop over the next
- * block does it: in a loop of their own the square roots would leave the processor nothing else to
- * work on.
+/* The new momentum of a whole block of codes that is not encoded yet. The loop over the next block
+ * encodes it: in a separate loop the processor would have no other work beside the square roots.
  */
 typedef struct {
     float values[2][CODE_BLOCK]; /* of the pending block and of the next one, by turns */
-    int which;                   /* of the two is pending */
+    int which;                   /* the index of the pending one */
     float factor;                /* see encoding_factor */
-    void *place;                 /* see momentum_at; NULL where none is pending */
+    void *place;                 /* see momentum_at; NULL if none is pending */
 } Pending;
 
-/* Updates a whole block of codes, and encodes the pending one; it is then pending itself.
+/* Updates a whole block of codes, and encodes the pending block. The new block is pending then.
  *
  * nesterov is a constant where this is inlined.
  */
@@ -140,7 +140,7 @@ INLINE void update_coded(const Entry *e, int64_t row, int64_t column, float *res
     pending->place = momentum_at(e, row, column);
 }
 
-/* Returns the gradient of what is minimized; see load. */
+/* Returns the gradient of the minimized objective; see load. */
 INLINE const float *load_gradient(const Entry *e, int64_t offset, int64_t n,
                                   const Settings *settings, float *buffer)
 {
@@ -151,7 +151,8 @@ INLINE const float *load_gradient(const Entry *e, int64_t offset, int64_t n,
     return buffer;
 }
 
-/* Updates n elements of a row by its stored momentum, which has the gradient; as update_chunk. */
+/* Updates n elements of a row by its stored momentum, which includes the gradient; as update_chunk.
+ */
 INLINE void update_by_stored(const Entry *e, int64_t row, int64_t column, int64_t n,
                              const float *restrict c, const Settings *settings, const Step *step)
 {

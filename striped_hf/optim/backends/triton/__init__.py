@@ -3,12 +3,13 @@
 - ``launch.py`` has the functions of a backend and launches the kernels.
 - ``kernels.py`` has the kernels, ``codec.py`` their rounding and their momentum codes.
 - ``fold.py`` folds gradients during the backward pass, by the kernels of ``fold_kernels.py``.
-- ``arguments.py`` has what a launch passes to a kernel, and the tile sizes.
-- ``plan.py`` computes what depends on shapes alone: buffers, and what each program works on.
+- ``arguments.py`` has the arguments of the kernels, and ``tile_sizes.py`` the tile sizes.
+- ``plan.py`` computes the facts that depend on shapes alone: the tiles of each program, and with
+  ``workspace.py`` the buffers.
 - ``addresses.py`` keeps the tensors' addresses on the device up to date.
 
-Importing the package raises ImportError where no kernel can run. With TRITON_INTERPRET=1 Triton
-interprets the kernels, on CPU tensors: for tests only.
+The import of the package raises ImportError if no kernel can run. With TRITON_INTERPRET=1 Triton
+interprets the kernels on CPU tensors, for tests only.
 """
 
 import os

@@ -1,10 +1,10 @@
-"""Asynchronous copies from the host to the device, and the tensors' addresses."""
+"""Copies arrays, and the tensors' addresses, to the device asynchronously."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# How many copies of addresses CUDA graphs may capture before the next step outside of a graph.
+# The most copies of addresses that CUDA graphs may capture before the next step outside of a graph.
 _STAGED = 4
 
 
@@ -22,7 +22,7 @@ def copy_to_device(array: np.ndarray, device: torch.device) -> Tensor:
             "StripedAdamW: the first step of these parameters is being captured in a CUDA "
             "graph: take one before capturing, as torch's notes on CUDA graphs do"
         )
-    # torch reuses pinned memory only when the copy is over
+    # torch reuses pinned memory only after the copy
     return host.pin_memory().to(device, non_blocking=True)
 
 
@@ -62,8 +62,8 @@ class Addresses:
         """Copies addresses to the device.
 
         Args:
-            addresses: What ``are_current`` compares the next addresses with.
-            array: The same, [entries, 8] int64.
+            addresses: The addresses; ``are_current`` compares the next addresses with them.
+            array: The same addresses, [entries, 8] int64.
 
         Raises:
             RuntimeError: Too many steps were captured since the last one outside of a graph.

@@ -1,9 +1,9 @@
-"""What a launch passes to a kernel: named tuples, and rows of integer arrays.
+"""The arguments of kernels: named tuples, and rows of integer arrays.
 
 Triton compiles a kernel once for each combination of constants, such as dtypes. A kernel gets its
-constants in a named tuple whose fields are ``tl.constexpr`` (see ``constants``). The tuple as a
-whole is not one: Triton 3.3 reads no attribute of a constexpr. Named tuples as arguments of kernels
-and of functions are compiled and interpreted by Triton 3.3.1, 3.6.0 and 3.9.0.
+constants in a named tuple whose fields are ``tl.constexpr`` (see ``constants``). The tuple itself
+is no constexpr, because Triton 3.3 reads no attribute of a constexpr. Triton 3.3.1, 3.6.0 and 3.9.0
+compile and interpret named tuples as arguments of kernels and of functions.
 """
 
 from typing import Any, NamedTuple, TypeVar
@@ -23,14 +23,14 @@ class Buffers(NamedTuple):
 
     pointers: Any  # [entries, 8] int64, rows of ``EntryPointers``
     shapes: Any  # [entries, 14] int64, rows of ``EntryShape``
-    sums: Any  # float32: row and column sums; for the update, roots in their places
+    sums: Any  # float32: row and column sums; during the update the roots are in their places
     inverse_rms: Any  # [blocks of all matrices] float32: 1 / sqrt(mean(row))
     scalars: Any  # [entries, 4] int32, rows of ``EntryScalars``
     partials: Any  # float32: partial sums, one of every row and column of a program
 
 
 class Hyperparameters(NamedTuple):
-    """A param group's hyperparameters, with what the host computes from them in float64."""
+    """A param group's hyperparameters, and numbers that the host computes from them in float64."""
 
     lr: Any  # a float, or a tensor of one element on the device
     log_beta1: Any
@@ -44,7 +44,7 @@ class Hyperparameters(NamedTuple):
 
 
 class OnDevice(NamedTuple):
-    """Constants: whether only the device knows a number."""
+    """Constants: whether a number is known only on the device."""
 
     lr: Any  # ``Hyperparameters.lr`` is a tensor
     step: Any  # ``EntryPointers.step`` is the address of the step
@@ -89,7 +89,7 @@ class MatrixVariant(NamedTuple):
     narrow: Any  # a block of the matrix has fewer columns than a tile
     large: Any  # the parameter has more than 2^32 elements
     fused_statistics: Any  # the update computes the statistics; no tile has two blocks' columns
-    folded: Any  # the gradient is in the momentum already
+    folded: Any  # the momentum has the gradient already
 
 
 class VectorVariant(NamedTuple):
@@ -120,7 +120,7 @@ Variant = TypeVar("Variant", bound=tuple[Any, ...])
 
 
 def constants(variant: Variant) -> Variant:
-    """Returns the named tuple with every field as a compile-time constant."""
+    """Makes every field of a named tuple a compile-time constant."""
     return type(variant)(*map(tl.constexpr, variant))
 
 
@@ -130,7 +130,7 @@ def constants(variant: Variant) -> Variant:
 
 
 class EntryPointers(NamedTuple):
-    """A row of ``Buffers.pointers``: addresses, 0 where the entry has no such tensor."""
+    """A row of ``Buffers.pointers``: addresses, 0 if the entry has no such tensor."""
 
     param: int
     grad: int

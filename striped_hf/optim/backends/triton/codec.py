@@ -1,8 +1,8 @@
 """Rounding and momentum codes in Triton: device functions that the kernels call.
 
-``striped_hf/optim/rounding.py`` and ``striped_hf/optim/momentum.py`` are the same in PyTorch. The
-random bits and both roundings agree with them to the bit. A code may differ by one, because its
-square roots are the fast ones, which are good to 2 units in the last place.
+``striped_hf/optim/rounding.py`` and ``striped_hf/optim/momentum.py`` have the same functions in
+PyTorch. The random bits and both roundings agree with them to the bit. A code may differ by one,
+because it uses fast square roots, with errors of up to 2 units in the last place.
 """
 
 from typing import Any, NamedTuple
@@ -34,13 +34,13 @@ def _mix(x):  # uint32
 
 @triton.jit
 def step_key(step):  # int32 -> uint32
-    """The key of a step's random bits."""
+    """Returns the key of a step's random bits."""
     return _mix(step.to(tl.uint32) ^ _SEED)
 
 
 @triton.jit
 def random_bits(low, high, key):  # uint32
-    """``rounding.random_bits`` of element 2^32 high + low, with the step's key."""
+    """Returns ``rounding.random_bits`` of element 2^32 high + low, by the step's key."""
     return _mix(_mix(low ^ _mix(key ^ high)))
 
 
@@ -72,7 +72,7 @@ def stochastic_round(values, bits, DTYPE: tl.constexpr):  # float32, uint32 -> D
 
 @triton.jit
 def round_to_nearest(values, DTYPE: tl.constexpr):  # float32 -> DTYPE
-    """Rounds to nearest, half to even, as a GPU's cast does."""
+    """Rounds to nearest, half to even, like a GPU's cast."""
     if _CAST_TRUNCATES and DTYPE == tl.bfloat16:
         bits = values.to(tl.uint32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -108,21 +108,21 @@ def split(values):  # float32 -> bfloat16, int16
 
 @triton.jit
 def decode(codes, scale, QMAX: tl.constexpr):  # [r, c] int32, [r] float32 -> [r, c] float32
-    """``momentum.decode`` of one quantization block a row; ``codes`` are from -QMAX to QMAX."""
+    """Decodes one quantization block per row, as ``momentum.decode``; codes in [-QMAX, QMAX]."""
     values = codes.to(tl.float32)
     return values * tl.abs(values) * (1.0 / (QMAX * QMAX)) * scale[:, None]
 
 
 @triton.jit
 def largest_magnitude(m):  # [r, c] float32 -> [r] int32
-    """The bits of each row's largest magnitude. As an integer, NaN is the largest of all."""
+    """Returns the bits of each row's largest magnitude. As an integer, NaN is the largest."""
     return tl.max(tl.abs(m).to(tl.int32, bitcast=True), axis=1)
 
 
 @triton.jit
 def encode(m, scale, QMAX: tl.constexpr):  # [r, c] float32, [r] float32 -> [r, c] int32
-    """``momentum.encode`` of one quantization block a row, with its scale; from -QMAX to QMAX."""
-    # sqrt(x) / sqrt(scale), not sqrt(x / scale): one division for a row
+    """Encodes one quantization block per row, as ``momentum.encode``; codes in [-QMAX, QMAX]."""
+    # sqrt(x) / sqrt(scale), not sqrt(x / scale): one division per row
     factor = tl.div_rn(QMAX * 1.0, tl.sqrt_rn(scale))
     magnitude = tl.sqrt(tl.abs(m)) * factor[:, None] + _TO_INTEGER
     codes = magnitude.to(tl.int32, bitcast=True) & 0xFF
@@ -137,7 +137,7 @@ def encode(m, scale, QMAX: tl.constexpr):  # [r, c] float32, [r] float32 -> [r, 
 
 
 class StoredMomentum(NamedTuple):
-    """Where a program's tiles of the momentum are: in the columns of one quantization block."""
+    """The place of a program's tiles of the momentum: the columns of one quantization block."""
 
     exp_avg: Any  # pointer
     scales: Any  # pointer to the block's scale of row 0, if there are codes
@@ -153,14 +153,14 @@ def load_momentum(stored, rows, in_rows, inside, high_inside, QMAX: tl.constexpr
     Args:
         stored: ``StoredMomentum``.
         rows: [r] int32: indices.
-        in_rows: [r] bool: whether the row is one of the program's.
-        inside: [c] bool: whether the column is one of the matrix's.
+        in_rows: [r] bool: whether the row belongs to the program.
+        inside: [c] bool: whether the column belongs to the matrix.
         high_inside: [c] bool: the same, for the columns of 4-bit codes in the high half of a byte.
         QMAX: The largest code; 0 where the momentum has no codes.
 
     Returns:
-        [r, c] float32: the momentum, and where two codes share a byte that of the high halves. It
-        is 0 outside of the matrix.
+        [r, c] float32: the momentum. If two codes share a byte, also the momentum of the high
+        halves. It is 0 outside of the matrix.
     """
     mask = in_rows[:, None] & inside[None, :]
     offsets = rows.to(tl.int64)[:, None] * stored.code_columns + stored.code_index[None, :]
@@ -186,7 +186,7 @@ def load_momentum(stored, rows, in_rows, inside, high_inside, QMAX: tl.constexpr
 def store_momentum(
     m, high_m, stored, rows, in_rows, inside, high_inside, QMAX: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """Writes a tile of the momentum in DTYPE; the arguments are those of ``load_momentum``."""
+    """Writes a tile of the momentum in DTYPE; the other arguments are as in ``load_momentum``."""
     mask = in_rows[:, None] & inside[None, :]
     offsets = rows.to(tl.int64)[:, None] * stored.code_columns + stored.code_index[None, :]
     if QMAX == 0:
@@ -198,7 +198,7 @@ def store_momentum(
         scale = largest.to(tl.float32, bitcast=True)
         codes = encode(m, scale, QMAX)
         if QMAX == 7:
-            # the last byte of an odd block has nothing in its high half, stored as 0
+            # the last byte of an odd block has no code in its high half, which is stored as 0
             high_mask = in_rows[:, None] & high_inside[None, :]
             high_codes = tl.where(high_mask, encode(high_m, scale, QMAX) + 8, 0)
             codes = (codes + 8) | (high_codes << 4)

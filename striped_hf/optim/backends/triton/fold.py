@@ -23,7 +23,7 @@ _SUM_WIDTH = tile_sizes.COMBINED_WIDTH
 
 
 class _Geometry(NamedTuple):
-    """What depends on a matrix's shape and blocks alone."""
+    """The numbers that depend on a matrix's shape and blocks alone."""
 
     sizes: dict[str, int]  # arguments of both kernels
     folded_rows: int
@@ -47,7 +47,7 @@ def can_fold(entry: Entry, folded: Folded) -> bool:
 def launch_fold(
     entry: Entry, folded: Folded, settings: Settings, is_first: bool, coefficient: Tensor | None
 ) -> None:
-    """Launches the kernels; the arguments are those of ``interface.Backend.fold``."""
+    """Launches the kernels; the arguments are as in ``interface.Backend.fold``."""
     grad, state = entry.gradient, entry.state
     geometry = _geometry(entry.param.shape, entry.blocks)
     rows, columns = geometry.sizes["rows"], geometry.sizes["columns"]
@@ -107,7 +107,7 @@ _constants = cache(constants)
 
 @cache
 def _geometry(shape: torch.Size, blocks: Blocks) -> _Geometry:
-    """Returns what depends on the shape [..., R, C] and on (br, bc)."""
+    """Returns the geometry of a matrix of shape [..., R, C] with blocks (br, bc)."""
     *_, matrix_rows, columns = shape
     rows = shape.numel() // columns
     block_rows, block_columns = matrix_rows // blocks[0], columns // blocks[1]

@@ -1,7 +1,7 @@
 """The kernels that fold the gradient of one matrix during the backward pass; ``fold.py``.
 
-As in ``kernels.py``, sums have a fixed order and nothing is atomic: runs repeat bit for bit.
-Tensors come as addresses, so that a gradient elsewhere in memory compiles nothing anew.
+As in ``kernels.py``, sums have a fixed order and no operation is atomic: runs repeat bit for bit.
+Tensors come as addresses, so that a gradient elsewhere in memory does not compile a kernel anew.
 """
 
 from typing import Any, NamedTuple
@@ -29,11 +29,11 @@ _BLOCK_SIZE = tl.constexpr(momentum.BLOCK_SIZE)  # columns of a quantization blo
 
 
 class Gradient(NamedTuple):
-    """What all tiles of a program share."""
+    """The facts about the gradient that all tiles of a program share."""
 
     pointer: Any
     columns: Any
-    coefficient: Any  # what the gradient is multiplied by, if anything
+    coefficient: Any  # a factor of the gradient, if there is one
     key: Any  # of the step's random bits
     whole_start: Any
     whole_stride: Any
@@ -42,7 +42,7 @@ class Gradient(NamedTuple):
 
 @triton.jit
 def float32_pointer(address):
-    """The pointer to an address, which is int32 where there is no tensor."""
+    """Returns the pointer to an address, which is int32 if there is no tensor."""
     return tl.cast(address, tl.int64).to(tl.pointer_type(tl.float32))
 
 
@@ -53,15 +53,15 @@ def fold_tile(m, rows, in_rows, index, inside, gradient, variant):
     Args:
         m: [r, c] float32: the momentum, 0 outside of the matrix.
         rows: [r] int32: indices.
-        in_rows: [r] bool: whether the row is one of the program's.
-        index: [c] int32: of the columns.
-        inside: [c] bool: whether the column is one of the matrix's.
+        in_rows: [r] bool: whether the row belongs to the program.
+        index: [c] int32: the indices of the columns.
+        inside: [c] bool: whether the column belongs to the matrix.
         gradient: ``Gradient``.
         variant: ``FoldVariant``.
 
     Returns:
         The new momentum and the squares of the gradient without the coefficient, both [r, c]
-        float32, and the sums of the elements under their random signs, [r] float32.
+        float32, and the sums of the elements times their random signs, [r] float32.
     """
     mask = in_rows[:, None] & inside[None, :]
     offsets = rows.to(tl.int64)[:, None] * gradient.columns + index[None, :]
@@ -83,13 +83,13 @@ def fold_tile(m, rows, in_rows, index, inside, gradient, variant):
         signed = (g.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
         signed_sums = tl.sum(signed, axis=1)
     else:
-        signed_sums = tl.sum(g, axis=1)  # of no use, and not computed
+        signed_sums = tl.sum(g, axis=1)  # unused, so the compiler removes it
     return m, squares, signed_sums
 
 
 @triton.jit
 def sum_block(squares, index, block, block_columns):  # [r, c] -> [r]
-    """The sums of each row in the columns of one block of the matrix."""
+    """Returns the sum of each row over the columns of one block of the matrix."""
     in_block = (index >= block * block_columns) & (index < (block + 1) * block_columns)
     return tl.sum(tl.where(in_block[None, :], squares, 0.0), axis=1)
 
@@ -121,9 +121,9 @@ def fold_kernel(
 ):
     """Folds some rows of a gradient, in the columns of one quantization block.
 
-    The sums of rows are [tiles side by side + blocks side by side - 1, rows]. The sums in the
-    columns that tile number q and block number b share are at q + b: from left to right the two
-    never have the same sum, and the tiles of one block follow each other.
+    The sums of rows are [tiles side by side + blocks side by side - 1, rows]. The sums over the
+    columns that tile q and block b share are at index q + b. From left to right no two such pairs
+    have the same q + b, and the tiles of one block follow each other.
     """
     columns = tl.cast(columns, tl.int64)
     whole_start = tl.cast(whole_start, tl.int64)
@@ -137,7 +137,7 @@ def fold_kernel(
     end_row = tl.minimum(first_row + FOLDED_ROWS, (row_block + 1) * block_rows)
     first_column = tile * _BLOCK_SIZE
 
-    # two 4-bit codes share a byte: the two halves of a quantization block are two tiles
+    # two 4-bit codes share a byte, so the two halves of a quantization block are two tiles
     size = tl.minimum(columns - first_column, _BLOCK_SIZE).to(tl.int32)
     code_columns = columns
     low_size = size

@@ -26,7 +26,7 @@ from striped_hf.optim.backends.triton.codec import (
 
 
 class Region(NamedTuple):
-    """Where a program's tiles are in the parameter. A program's rows are of one block."""
+    """The place of a program's tiles in the parameter. A program's rows are rows of one block."""
 
     first_row: Any  # of all matrices together
     first_column: Any
@@ -39,7 +39,7 @@ class Region(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """What all tiles of a program share."""
+    """The facts about the matrix that all tiles of a program share."""
 
     param: Any  # pointer
     grad: Any  # pointer
@@ -79,13 +79,13 @@ class StepScalars(NamedTuple):
 
 @triton.jit
 def load_pointer(pointers, INDEX: tl.constexpr, DTYPE: tl.constexpr):
-    """The pointer in field INDEX of an ``EntryPointers``."""
+    """Returns the pointer in field INDEX of an ``EntryPointers``."""
     return tl.load(pointers + INDEX).to(tl.pointer_type(DTYPE))
 
 
 @triton.jit
 def load_aligned_pointer(pointers, INDEX: tl.constexpr, DTYPE: tl.constexpr, aligned):
-    """As ``load_pointer``; Triton reads an aligned tensor in vectors of four elements.
+    """Returns a pointer as ``load_pointer``; Triton reads aligned tensors in vectors.
 
     The vectors have four elements in every tensor: if some had more, Triton would convert layouts.
     """
@@ -94,7 +94,7 @@ def load_aligned_pointer(pointers, INDEX: tl.constexpr, DTYPE: tl.constexpr, ali
 
 @triton.jit
 def aligned_pointer(address, DTYPE: tl.constexpr, aligned):
-    """The pointer to an address."""
+    """Returns the pointer to an address."""
     pointer = address.to(tl.pointer_type(DTYPE))
     if aligned:
         # not DTYPE.primitive_bitwidth // 2: Triton 3.3 reads no attribute of a constexpr
@@ -109,7 +109,7 @@ def aligned_pointer(address, DTYPE: tl.constexpr, aligned):
 
 @triton.jit
 def load_step(pointers, step, on_device):  # int32
-    """The entry's step, from 1. ``step`` is that of the first entry."""
+    """Returns the entry's step, from 1. ``step`` is the first entry's step."""
     if on_device:
         current = tl.load(load_pointer(pointers, STEP_POINTER, tl.float32)).to(tl.int32)
     else:
@@ -119,13 +119,13 @@ def load_step(pointers, step, on_device):  # int32
 
 @triton.jit
 def bias_correction(step, log_beta):  # float64
-    """1 - beta^step. The logarithm is float32: its rounding changes the result by 1e-7 of it."""
+    """Returns 1 - beta^step, with a relative error of 1e-7: the logarithm is float32."""
     return 1.0 - tl.exp(step.to(tl.float64) * tl.cast(log_beta, tl.float64))
 
 
 @triton.jit
 def decay_and_step_size(step, hyper, on_device):  # float32, float32
-    """1 - lr * weight_decay and lr / (1 - beta1^t)."""
+    """Returns 1 - lr * weight_decay and lr / (1 - beta1^t)."""
     if on_device.lr:
         lr = tl.load(hyper.lr).to(tl.float64)
     else:
@@ -137,7 +137,7 @@ def decay_and_step_size(step, hyper, on_device):  # float32, float32
 
 @triton.jit
 def momentum_floor(step, hyper, nesterov):  # float32
-    """sqrt(u_t), as ``reference.momentum_floor``, by the logarithm of r = beta1^2 / beta2."""
+    """Returns ``reference.momentum_floor``, by the logarithm of r = beta1^2 / beta2."""
     t = step.to(tl.float64)
     log_r = tl.cast(hyper.log_r, tl.float64)
     x = tl.abs(log_r)
@@ -154,14 +154,14 @@ def momentum_floor(step, hyper, nesterov):  # float32
 
 @triton.jit
 def lerp(start, end, weight):
-    """``torch.lerp``. It starts from the nearer end, so that weights of 0 and 1 are exact."""
+    """Computes ``torch.lerp`` from the nearer end, so that weights of 0 and 1 are exact."""
     difference = end - start
     return tl.where(weight < 0.5, start + weight * difference, end - difference * (1 - weight))
 
 
 @triton.jit
 def numerator_of(m, g, one_minus_beta1, flags):
-    """The momentum, or Nesterov's momentum."""
+    """Returns the momentum, or Nesterov's momentum."""
     if flags.nesterov:
         m = lerp(m, g, one_minus_beta1)
     return m
@@ -169,7 +169,7 @@ def numerator_of(m, g, one_minus_beta1, flags):
 
 @triton.jit
 def indices_in_whole(rows, columns, whole_start, whole_stride, large):  # [r], [c] -> [r, c] uint32
-    """The low and the high half of elements' indices in the whole parameter."""
+    """Returns the low and the high half of elements' indices in the whole parameter."""
     low = rows.to(tl.uint32)[:, None] * whole_stride.to(tl.uint32)
     low += columns.to(tl.uint32)[None, :]
     low += whole_start.to(tl.uint32)
@@ -193,7 +193,7 @@ def round_parameter(value, index_low, index_high, key, flags, DTYPE: tl.constexp
 
 @triton.jit
 def element_offsets(rows, columns, region, transposed):  # [r], [c] -> [r, c] int64
-    """Offsets of elements in a contiguous tensor, or in one whose matrices are transposed."""
+    """Returns elements' offsets in a contiguous tensor, or in one with transposed matrices."""
     if transposed:
         above = region.first_row // region.matrix_rows * region.matrix_rows
         inner = (rows - above).to(tl.int64)[:, None]
@@ -206,7 +206,7 @@ def element_offsets(rows, columns, region, transposed):  # [r], [c] -> [r, c] in
 
 @triton.jit
 def partial_sum_pointers(partials, shape, region, TILE_COLUMNS: tl.constexpr):
-    """Pointers to a program's partial sums of row 0 and of column 0.
+    """Returns pointers to a program's partial sums of row 0 and of column 0.
 
     The entry's partial sums of rows are [tiles side by side, rows]. Its partial sums of columns are
     [programs one below another, columns].
@@ -242,7 +242,7 @@ def add_partials(source, count, stride, lanes, inside, PARTIALS: tl.constexpr, W
 
 @triton.jit
 def add_distant_rows(squares, HEIGHT: tl.constexpr):  # [r, c] -> [HEIGHT, c]
-    """Adds up rows that are HEIGHT apart: one thread has them all, so it keeps only their sum."""
+    """Adds up rows that are HEIGHT apart. One thread has all of them, and keeps only their sum."""
     rows: tl.constexpr = squares.shape[0]
     columns: tl.constexpr = squares.shape[1]
     return tl.sum(tl.reshape(squares, [rows // HEIGHT, HEIGHT, columns]), axis=0)
@@ -255,7 +255,7 @@ def add_distant_rows(squares, HEIGHT: tl.constexpr):  # [r, c] -> [HEIGHT, c]
 
 @triton.jit
 def load_step_scalars(scalars, one_minus_beta1, eps):
-    """The ``StepScalars`` of an entry, from what ``stripes_kernel`` wrote."""
+    """Returns the ``StepScalars`` of an entry, which ``stripes_kernel`` wrote."""
     decay = tl.load(scalars + DECAY).to(tl.float32, bitcast=True)
     step_size = tl.load(scalars + STEP_SIZE).to(tl.float32, bitcast=True)
     key = tl.load(scalars + KEY).to(tl.uint32, bitcast=True)
@@ -272,7 +272,7 @@ def load_step_scalars(scalars, one_minus_beta1, eps):
 
 @triton.jit
 def load_columns(index, inside, column_roots, inverse_rms, block, block_columns, narrow):
-    """The ``Columns`` of a tile; ``block`` is ``Matrix.block``."""
+    """Returns the ``Columns`` of a tile; ``block`` is ``Matrix.block``."""
     roots = tl.load(column_roots + index, mask=inside, other=0.0)
     if narrow:
         inverse = tl.load(inverse_rms + index // block_columns, mask=inside, other=0.0)
@@ -283,7 +283,7 @@ def load_columns(index, inside, column_roots, inverse_rms, block, block_columns,
 
 @triton.jit
 def _load_row_roots(rows, in_rows, columns, mask, matrix, variant):  # [r, 1] or [r, c]
-    """a_i for every element of a tile."""
+    """Returns a_i for every element of a tile."""
     row_roots = matrix.row_roots + rows.to(tl.int64) * matrix.column_blocks
     block_columns = matrix.region.block_columns
     if variant.fused_statistics:  # all columns are of one block
@@ -308,10 +308,10 @@ def update_tile(m, rows, in_rows, columns, matrix, step, variant, flags):
     """Updates a tile of a matrix.
 
     Args:
-        m: [r, c] float32: the momentum before the step, or with the gradient where that was folded;
-            0 outside of the matrix.
+        m: [r, c] float32: the momentum before the step, or with the gradient if it was folded; 0
+            outside of the matrix.
         rows: [r] int32: indices.
-        in_rows: [r] bool: whether the row is one of the program's.
+        in_rows: [r] bool: whether the row belongs to the program.
         columns: ``Columns``.
         matrix: ``Matrix``.
         step: ``StepScalars``.
@@ -319,8 +319,8 @@ def update_tile(m, rows, in_rows, columns, matrix, step, variant, flags):
         flags: ``UpdateFlags``.
 
     Returns:
-        The new momentum and the squares of the gradient, both [r, c] float32; of a folded gradient
-        there are no squares, and the momentum takes their place.
+        The new momentum and the squares of the gradient, both [r, c] float32. For a folded gradient
+        the momentum takes the place of the squares.
     """
     mask = in_rows[:, None] & columns.inside[None, :]
     offsets = element_offsets(rows, columns.index, matrix.region, variant.transposed)

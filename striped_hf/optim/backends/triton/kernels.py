@@ -1,8 +1,8 @@
 """The kernels of the Triton backend; ``launch.py`` launches them.
 
-Arithmetic is float32. The division of a matrix's update and the roots of its codes are the fast
-ones, good to 2 units in the last place. The stripes, their roots, the bias corrections, and the
-step of 0-D and 1-D parameters, which is AdamW's, are correctly rounded.
+The arithmetic is float32. A matrix's update uses a fast division, and its codes use fast square
+roots, with errors of up to 2 units in the last place. The stripes, their roots, the bias
+corrections, and the step of 0-D and 1-D parameters, which is AdamW's, are correctly rounded.
 """
 
 import triton
@@ -103,7 +103,7 @@ def statistics_kernel(
     block_rows = tl.load(shape + BLOCK_ROWS).to(tl.int32)
     block_columns = tl.load(shape + BLOCK_COLUMNS).to(tl.int32)
     summed_rows = tl.load(shape + SUMMED_ROWS).to(tl.int32)
-    # not by a function: Triton before 3.9 loses hints about what a function returns
+    # without a function: Triton before 3.9 loses the hints about a function's result
     grad = tl.load(pointers + GRAD_POINTER).to(tl.pointer_type(variant.grad_dtype))
     if variant.aligned:
         grad = tl.multiple_of(grad, 16)
@@ -174,12 +174,12 @@ def stripes_kernel(
 ):
     """Averages sums into a segment of a stripe, and writes the roots that the update needs.
 
-    A segment of a row stripe is all rows of one block, so that the program can take their mean.
+    A segment of a row stripe has all rows of one block, so that the program can compute their mean.
     Before the update, sqrt(row) and sqrt(col / (1 - beta2^t)) replace the sums, and
     1 / sqrt(mean(row)) goes to ``inverse_rms``.
 
-    Where the update computes the statistics, this kernel runs twice: before the update it writes
-    the roots, in the places where the update's sums go, and after the update it averages the sums.
+    If the update computes the statistics, this kernel runs twice. Before the update it writes the
+    roots into the places of the update's sums. After the update it averages the sums.
     """
     segment = segments + tl.program_id(0).to(tl.int64) * 7
     entry = tl.load(segment)
@@ -201,7 +201,7 @@ def stripes_kernel(
 
     current = load_step(pointers, step, on_device.step)
     is_first_step = current <= 1
-    summed = size  # how many sums are there
+    summed = size  # the number of sums
     if variant.fused_statistics:
         if variant.before_update:
             summed = tl.where(is_first_step, size, 0)
@@ -274,7 +274,7 @@ def matrices_kernel(
     With ``fused_statistics`` it also writes the partial sums that ``statistics_kernel`` would
     write, so that the step reads the gradient once.
 
-    Where the gradient was ``folded`` it reads the momentum and does not write it.
+    If the gradient was ``folded`` it reads the momentum and does not write it.
     """
     tile = tiles + tl.program_id(0).to(tl.int64) * 3
     entry = tl.load(tile).to(tl.int64)
@@ -300,7 +300,7 @@ def matrices_kernel(
     scales = load_pointer(pointers, EXP_AVG_SCALE_POINTER, tl.float32)
     step = load_step_scalars(buffers.scalars + entry * SCALARS, one_minus_beta1, eps)
 
-    # two 4-bit codes share a byte: the two halves of a quantization block are two tiles
+    # two 4-bit codes share a byte, so the two halves of a quantization block are two tiles
     size = tl.minimum(columns - first_column, _BLOCK_SIZE).to(tl.int32)
     code_columns = columns
     if variant.qmax == 7:
@@ -445,7 +445,7 @@ def vectors_kernel(
     flags,  # ``UpdateFlags``
     BLOCK: tl.constexpr,
 ):
-    """AdamW's step for BLOCK elements of a 0-D or 1-D parameter."""
+    """Performs AdamW's step for BLOCK elements of a 0-D or 1-D parameter."""
     tile = tiles + tl.program_id(0).to(tl.int64) * 2
     entry = tl.load(tile).to(tl.int64)
     start = tl.load(tile + 1).to(tl.int64) * BLOCK

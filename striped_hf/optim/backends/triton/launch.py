@@ -1,21 +1,23 @@
 """The step of ``reference.py`` on a GPU: a few launches for all parameters of a param group.
 
-A step over matrices is four launches, whatever their number: partial sums of squares over tiles of
-each gradient, the sums of the partial sums in a fixed order, the stripes, and the update. A lagged
-step is the roots of the stripes, an update that also computes partial sums of squares, their sums,
-and the stripes. There, only first steps, and blocks whose columns are not whole tiles, need the
-statistics before statistics before the update. 0-D and 1-D parameters take one more launch.
+A step over any number of matrices has four launches. They compute partial sums of squares over
+tiles of each gradient, the sums of the partial sums in a fixed order, the stripes, and the update.
+A lagged step computes the roots of the stripes, an update that also computes partial sums of
+squares, their sums, and the stripes. In a lagged step, only first steps, and blocks whose columns
+are not whole tiles, need the statistics before the update. 0-D and 1-D parameters have one more
+launch.
 
-Folding a gradient (``fold.py``) is two launches for each matrix. The step over folded matrices is
-copies of their sums, the stripes, and the update, for all matrices together.
+Folding a gradient (``fold.py``) has two launches for each matrix. The step over folded matrices
+copies their sums, and computes the stripes and the update, for all matrices together.
 
 Every launch has a list of tiles, each with the number of an entry, and finds the entry's tensors
 in an array of addresses. A launch is repeated only for entries that need another variant of the
 kernel, such as another dtype.
 
-What depends on shapes alone is a ``Plan``, which is made once. The addresses go to the device when
-one has changed, by an asynchronous copy from pinned memory. Nothing waits for the device, no kernel
-uses atomics, and every sum has a fixed order: runs repeat bit for bit.
+A ``Plan`` has everything that depends on shapes alone, and is made once. When an address has
+changed, an asynchronous copy from pinned memory brings the addresses to the device. The host never
+waits for the device, no kernel uses atomics, and every sum has a fixed order: runs repeat bit for
+bit.
 """
 
 import logging
@@ -57,7 +59,7 @@ CAPTURABLE = True  # steps and learning rates may be known to the device only
 
 
 def step(entries: list[Entry], settings: Settings) -> None:
-    """As ``reference.step``. A lagged step reads most gradients from memory only once."""
+    """Performs ``reference.step``. A lagged step reads most gradients from memory only once."""
     if not entries:
         return
     plan = _plan(entries, lagged=settings.lagged)
@@ -73,7 +75,7 @@ def statistics(entries: list[Entry]) -> list[Sums | None]:
     """Sums the squares of every gradient by row and by column.
 
     Args:
-        entries: Of parameters on one device, not empty.
+        entries: The entries of parameters on one device; not empty.
 
     Returns:
         As ``reference.statistics``: for each matrix the row sums [..., R, bc] and the column sums
@@ -101,9 +103,9 @@ def update(entries: list[Entry], roots: list[Roots | None], settings: Settings) 
     """Updates momentum and parameter of every entry in place; as ``reference.update``.
 
     Args:
-        entries: The list that ``statistics`` got, or entries whose gradients were folded.
+        entries: The argument of ``statistics``, or entries whose gradients were folded.
         roots: For each matrix a and c, in tensors of the sums' shapes.
-        settings: Of the param group.
+        settings: The param group's settings.
     """
     if not entries:
         return
@@ -148,7 +150,7 @@ def step_folded(entries: list[Entry], sums: list[Sums], settings: Settings) -> N
 
 
 def _copy_to_workspace(plan: Plan, given: Sequence[Sums | Roots | None]) -> None:
-    """Copies sums, or roots in their place, to where the kernels read them."""
+    """Copies sums, or roots in their place, to the buffer that the kernels read."""
     targets: list[Tensor] = []
     sources: list[Tensor] = []
     for i in plan.supported:
@@ -164,15 +166,15 @@ def _copy_to_workspace(plan: Plan, given: Sequence[Sums | Roots | None]) -> None
 # plans
 # ---------------------------------------------------------------------------------------------
 
-# By the first parameter's momentum: its plans are freed with the optimizer. (Its parameter may be
-# a view or a copy, another in each step.) A model has several plans if some of its parameters have
-# gradients in some steps only (experts, frozen layers).
+# The key is the first parameter's momentum, so that the plans are freed with the optimizer. (The
+# parameter itself may be a view or a copy, another one in each step.) A model has several plans if
+# some of its parameters have gradients in some steps only (experts, frozen layers).
 _plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _PLANS_KEPT = 16
 
 
 def _plan(entries: list[Entry], lagged: bool) -> Plan:
-    """Returns the plan for some entries: a kept one, or a new one.
+    """Returns the plan for some entries: a kept plan, or a new plan.
 
     Raises:
         RuntimeError: The optimizer is capturable and an entry has strides that no kernel supports.

@@ -1,4 +1,4 @@
-"""Which tiles of which entries each program of a kernel works on.
+"""The tiles of entries that each program of a kernel works on.
 
 A ``Plan`` is made once for entries of certain shapes, dtypes and strides. An entry's number is its
 position among the entries that the kernels support.
@@ -27,7 +27,7 @@ from striped_hf.optim.backends.triton.arguments import (
 from striped_hf.optim.backends.triton.workspace import Workspace, ceil_div, copy_each, tile_columns
 from striped_hf.optim.interface import LOW_BITS, Entry, Sums
 
-ALIGNMENT = 16  # bytes of a vector; also the columns of int8 that are so many bytes
+ALIGNMENT = 16  # bytes of a vector; also the number of int8 columns in a vector
 TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -49,7 +49,7 @@ _STATE_KEYS = EntryPointers._fields[2:-1]
 
 
 class Strides(Enum):
-    """How the elements of a parameter and its gradient lie in memory."""
+    """The order in memory of the elements of a parameter and its gradient."""
 
     CONTIGUOUS = 0
     TRANSPOSED = 1  # every matrix is the transposed view of a contiguous one
@@ -83,7 +83,7 @@ def is_supported(entry: Entry, strides: Strides) -> bool:
 
 @dataclass(frozen=True)
 class Tiles:
-    """For each variant of a kernel, what its programs work on.
+    """For each variant of a kernel, the tiles that its programs work on.
 
     Attributes:
         statistics: [programs, 3] int32: entry, first row, first column.
@@ -165,14 +165,14 @@ def is_large(rows: int, whole_start: int, whole_stride: int) -> bool:
 
 
 def _combinations(number: int, *axes: np.ndarray) -> np.ndarray:
-    """[combinations, 1 + axes]: all combinations of the axes' values, after ``number``."""
+    """Returns [combinations, 1 + axes]: all combinations of the axes' values, after ``number``."""
     grids = np.meshgrid(*axes, indexing="ij")
     columns = [np.full(grids[0].size, number), *(grid.ravel() for grid in grids)]
     return np.stack(columns, axis=1)
 
 
 def launching_on(device: torch.device) -> AbstractContextManager[Any]:
-    """The context in which kernels are launched on a device."""
+    """Returns the context in which kernels are launched on a device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -182,18 +182,18 @@ def launching_on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 class Plan:
-    """What the steps of some entries need in addition to the entries' tensors.
+    """The data that the steps of some entries need in addition to the entries' tensors.
 
     Attributes:
         lagged: Whether it is for lagged steps: their updates compute the statistics of all entries
             that have no tile across two blocks.
-        device: Of all entries.
+        device: The device of all entries.
         supported: The positions of the entries that the kernels step.
         fallback: The positions of the entries that the reference steps, because the kernels do not
             support their strides.
-        workspace, addresses, tiles: Of the supported entries.
-        sums: What ``statistics`` returns, except that it is None for ``fallback``.
-        pending: The list that ``statistics`` got, until ``update`` gets it too.
+        workspace, addresses, tiles: The data of the supported entries.
+        sums: The result of ``statistics``, but None for ``fallback``.
+        pending: The list that ``statistics`` got, until ``update`` gets it, too.
     """
 
     def __init__(self, entries: list[Entry], strides: list[Strides], lagged: bool) -> None:
@@ -234,7 +234,7 @@ class Plan:
         self.addresses.copy(addresses, array)
 
     def _addresses_of(self, entries: list[Entry]) -> list[int]:
-        """The fields of every supported entry's ``EntryPointers``, one after another."""
+        """Returns the fields of every supported entry's ``EntryPointers``, one after another."""
         addresses: list[int] = []
         first_step = entries[0].step
         for i in self.supported:
@@ -244,13 +244,13 @@ class Plan:
             step = entry.step - first_step if entry.step else state["step"].data_ptr()
             grad = 0 if entry.grad is None else entry.grad.data_ptr()
             addresses += (entry.param.data_ptr(), grad)
-            # the state of a part of a sharded matrix has no stripes, and that of a vector no scales
+            # the state of a part of a sharded matrix has no stripes; a vector's state has no scales
             addresses += [state[key].data_ptr() if key in state else 0 for key in _STATE_KEYS]
             addresses.append(step)
         return addresses
 
     def _alignment(self, addresses: np.ndarray) -> list[bool]:
-        """For each entry, whether its rows can be read in vectors."""
+        """Returns, for each entry, whether its rows can be read in vectors."""
         pointers = EntryPointers(*addresses.T)
         read = np.stack(
             (

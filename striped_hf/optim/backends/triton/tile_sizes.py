@@ -1,23 +1,23 @@
-"""Tile sizes: how many elements one program of each kernel works on."""
+"""Tile sizes: the numbers of elements that one program of each kernel works on."""
 
 import triton.language as tl
 
 # A warp of the update reads a row of 128 columns. A lane reads the same four elements of every
-# tensor, 16 bytes in float32, so that Triton converts no layout. Of every tensor, a thread has 16
-# elements (update) or 32 (statistics) at a time. The code asks for all of them before it uses one,
-# but their loads are not in flight together: the assembler moves each load to its use. What hides
-# the latency of memory is the number of warps; a program has four.
+# tensor, 16 bytes in float32, so that Triton converts no layout. A thread has 16 elements (update)
+# or 32 (statistics) of every tensor at a time. The code asks for all of them before it uses one.
+# But their loads are not in flight together: the assembler moves each load to its use. The number
+# of warps hides the latency of memory; a program has four.
 STATISTICS_TILE_ROWS, STATISTICS_TILE_COLUMNS = 16, 256
 UPDATE_TILE_ROWS = 16
-# Rows that one program of the update works on, tile by tile. What it reads once (its shape, and
-# the roots of its columns) is less than a hundredth of them.
+# Rows that one program of the update works on, tile by tile. The data that it reads once (its
+# shape, and the roots of its columns) are less than a hundredth of these rows.
 UPDATED_ROWS = tl.constexpr(64)
 # Rows whose squares one program adds up. More rows leave fewer partial sums (4 bytes per element,
 # divided by the rows), which is right for large models. Fewer rows make more programs, which small
 # models need.
 SUMMED_ROWS_OF_SMALL_MODELS, SUMMED_ROWS_OF_LARGE_MODELS = 128, 256
 LARGE_MODEL = 1 << 29  # elements of all matrices
-# Partial sums that one program reads at a time: so many of each sum, and so many sums.
+# Partial sums that one program reads at a time: the number for each sum, and the number of sums.
 COMBINED_PARTIALS, COMBINED_WIDTH = 32, 64
 # Elements of a stripe at a time. One program averages all rows of a block of a matrix: 50,257 rows
 # are 13 iterations.
@@ -26,9 +26,9 @@ VECTOR_BLOCK = 1024  # elements of a 0-D or 1-D parameter
 
 
 def folded_rows(elements: int) -> int:
-    """Returns how many rows one program of ``fold_kernel`` folds, of a matrix of so many elements.
+    """Returns the number of rows that one program of ``fold_kernel`` folds, by a matrix's elements.
 
-    Small matrices need many programs, about a thousand where there are enough rows, and large ones
-    few partial sums: of 2^25 elements or more, 3/256 float32 for each element.
+    Small matrices need many programs, about a thousand if there are enough rows. Large matrices
+    need few partial sums: with 2^25 elements or more, 3/256 float32 for each element.
     """
     return 64 if elements < 1 << 24 else 128 if elements < 1 << 25 else 256

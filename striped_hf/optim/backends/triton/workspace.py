@@ -19,16 +19,16 @@ Key = TypeVar("Key")
 
 
 class Workspace:
-    """The buffers of a plan, and what its programs do with them.
+    """The buffers of a plan, and the work of its programs on them.
 
     It depends on the entries' shapes and blocks alone.
 
     Attributes:
-        shapes: Of each entry.
+        shapes: The shape of each entry.
         fused_statistics: For each entry, whether its update computes the statistics.
         device_shapes, sums, inverse_rms, scalars: As in ``arguments.Buffers``.
-        reductions: [programs, 6] int64, what ``combine_kernel`` adds up, by ``fused_statistics``.
-        segments: [programs, 7] int64, what ``stripes_kernel`` averages, by ``fused_statistics``.
+        reductions: [programs, 6] int64, the work of ``combine_kernel``, by ``fused_statistics``.
+        segments: [programs, 7] int64, the work of ``stripes_kernel``, by ``fused_statistics``.
     """
 
     def __init__(self, entries: list[Entry], lagged: bool, device: torch.device) -> None:
@@ -55,7 +55,7 @@ class Workspace:
         return self.sums.new_empty(self._partials_size)
 
     def sums_of(self, number: int, entry: Entry) -> Sums:
-        """Views of a matrix's row sums [..., R, bc] and column sums [..., br, C]."""
+        """Views the row sums [..., R, bc] and the column sums [..., br, C] of a matrix."""
         *matrices, rows, columns = entry.param.shape
         row_blocks, column_blocks = entry.blocks
         shape = self.shapes[number]
@@ -75,7 +75,7 @@ def _can_fuse_statistics(entry: Entry) -> bool:
 
 
 def tile_columns(fused_statistics: bool) -> int:
-    """Returns how many columns' squares one program adds up: a program of the update, if fused."""
+    """Returns the number of columns whose squares one program adds up; fused: of the update."""
     return momentum.BLOCK_SIZE if fused_statistics else tile_sizes.STATISTICS_TILE_COLUMNS
 
 
@@ -85,7 +85,7 @@ def _place(
     """Gives every entry its places in the buffers.
 
     Returns:
-        The shapes, and how many partial sums, sums and blocks there are.
+        The shapes, and the numbers of partial sums, sums and blocks.
     """
     elements = sum(entry.param.numel() for entry in entries if entry.param.dim() >= 2)
     summed_rows = tile_sizes.SUMMED_ROWS_OF_SMALL_MODELS
@@ -130,7 +130,7 @@ def _place(
 
 
 def _reductions(shape: EntryShape, columns_of_tile: int) -> Iterator[np.ndarray]:
-    """What ``combine_kernel`` adds up of one entry."""
+    """Yields the work of ``combine_kernel`` on one entry."""
     tiles = ceil_div(shape.block_columns, columns_of_tile)
     for block in range(shape.column_blocks):  # [tiles, rows] to [rows]
         yield _reduction(
@@ -161,10 +161,10 @@ def _reductions(shape: EntryShape, columns_of_tile: int) -> Iterator[np.ndarray]
 def _reduction(
     size: int, source: int, count: int, stride: int, target: int, target_stride: int
 ) -> np.ndarray:
-    """[programs, 6]: adds up ``count`` vectors of ``size`` partial sums, ``stride`` apart.
+    """Returns [programs, 6]: additions of ``count`` vectors of ``size`` sums, ``stride`` apart.
 
-    The columns are the first partial sum, ``count``, ``stride``, how many sums, the first sum, and
-    the distance of two sums.
+    The columns are the first partial sum, ``count``, ``stride``, the number of sums, the first sum,
+    and the distance of two sums.
     """
     first = np.arange(0, size, tile_sizes.COMBINED_WIDTH)
     reduction = np.empty((len(first), 6), dtype=np.int64)
@@ -178,10 +178,10 @@ def _reduction(
 
 
 def _row_segments(number: int, shape: EntryShape) -> np.ndarray:
-    """[blocks, 7]: the segments of row [..., R, bc], one for each block of the entry.
+    """Returns [blocks, 7]: the segments of row [..., R, bc], one for each block of the entry.
 
     The columns are the entry, whether the stripe is col, the first element, the distance of two
-    elements, how many there are, how many squares each is the mean of, and the block.
+    elements, their number, the number of squares in each mean, and the block.
     """
     row_blocks = shape.rows // shape.block_rows
     row, column = (axis.ravel() for axis in np.indices((row_blocks, shape.column_blocks)))
@@ -196,7 +196,7 @@ def _row_segments(number: int, shape: EntryShape) -> np.ndarray:
 
 
 def _column_segments(number: int, shape: EntryShape) -> np.ndarray:
-    """[programs, 7]: the segments of col [..., br, C], with the columns of ``_row_segments``."""
+    """Returns [programs, 7]: the segments of col [..., br, C], in ``_row_segments``'s columns."""
     size = shape.rows // shape.block_rows * shape.columns
     first = np.arange(0, size, tile_sizes.STRIPE_BLOCK)
     segments = np.zeros((len(first), 7), dtype=np.int64)
@@ -224,5 +224,5 @@ def ceil_div(size: int, step: int) -> int:
 
 
 def _padded(offset: int) -> int:
-    """The next multiple of 32, at which a buffer can be read in vectors."""
+    """Returns the next multiple of 32, at which a buffer can be read in vectors."""
     return ceil_div(offset, 32) * 32
