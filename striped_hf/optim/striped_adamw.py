@@ -396,6 +396,9 @@ class StripedAdamW(Optimizer):
             state.update({key: zeros[key] for key in zeros.keys() - state.keys()})
         if not is_placed:
             sharded_state.follow(param, state, description)
+        if len(description.stepped) == 1 < len(description.shape) and not is_sharded(param):
+            for key in description.keys:  # backends get views [n], which not every layout has
+                state[key] = state[key].contiguous()
         if state["step"].device.type != self._step_device(param).type:
             state["step"] = state["step"].to(self._step_device(param))
         return state
