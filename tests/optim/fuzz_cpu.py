@@ -176,6 +176,7 @@ class Sizes(NamedTuple):
     param: np.ndarray
     update: np.ndarray
     momentum: np.ndarray
+    step_size: float  # the update is this times the momentum, over its root
 
 
 def sizes_of(entry: Entry, settings: Settings, roots: Any = None) -> Sizes:
@@ -198,6 +199,7 @@ def sizes_of(entry: Entry, settings: Settings, roots: Any = None) -> Sizes:
         np.abs(to_numpy(entry.param)) * abs(1 - settings.lr * settings.weight_decay),
         np.abs(to_numpy(p)),
         sum((w + min(weights)) * size for w, size in zip(weights, sizes, strict=True)),
+        settings.lr / (1 - settings.beta1**entry.step),
     )
 
 
@@ -212,6 +214,12 @@ def compare(ours: Entry, theirs: Entry, sizes: Sizes, what: str) -> None:
     worst = 2.0**-24 * min(rows, 1024) / 4
     p, q = whole_values(ours.param, ours.state), whole_values(theirs.param, theirs.state)
     allowed = (2 * UPDATES.value + worst) * sizes.update + 2.0**-22 * (sizes.param + sizes.update)
+    # a momentum may be off by DENORMAL, and so may its denormal product with the step size
+    numerator = sizes.step_size * sizes.momentum
+    off = (1 + sizes.step_size) * DENORMAL
+    allowed += np.divide(
+        off * sizes.update, numerator, out=np.zeros_like(allowed), where=numerator > 0
+    )
     if ours.param.dtype != torch.float32 and "param_low_bits" not in ours.state:
         # some values are near the border of two numbers; other random bits would change a third
         differ = np.isfinite(q) & (np.abs(p - q) > allowed)
