@@ -408,8 +408,12 @@ def fuzz_misfit(draw: Draw, optimizer: StripedAdamW) -> None:
     if which == "state":
         key = draw.choice([key for key in saved if key != "step"])
         name = f"{key} {(misfit := draw.choice(list(STATE_MISFITS)))}"
-        state[key] = STATE_MISFITS[misfit](saved[key].clone(memory_format=torch.contiguous_format))
-        if state[key] is None:
+        value = STATE_MISFITS[misfit](saved[key].clone(memory_format=torch.contiguous_format))
+        if value is not None:
+            state[key] = value
+        elif key == "param_low_bits":  # a state without them is one from float32, and fits
+            return
+        else:
             del state[key]
     elif which == "parameter":
         name = f"parameter {(misfit := draw.choice(list(PARAMETER_MISFITS)))}"
