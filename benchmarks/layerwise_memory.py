@@ -19,19 +19,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, set_seed
+from transformers import AutoModelForCausalLM, set_seed
 
 from benchmarks.measuring import synchronize
-from benchmarks.model_shapes import WEIGHT_DECAY, load_config
+from benchmarks.model_shapes import WEIGHT_DECAY
 from striped_hf import LayerwiseStripedAdamW
 from striped_hf.cli import UserError, one_line, run
+from striped_hf.published_configs import load_config
 from striped_hf.results import environment, markdown_table, write_json
 from striped_hf.trainer import param_groups
 from striped_hf.trainer.memory import peak_memory_mib
+from striped_hf.trainer.optimizer_kwargs import OPTIMIZERS
 
 LR = 3e-5
 MAX_GRAD_NORM = 1.0
-LLAMA_2_7B = "llama-2-7b"
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Run:
     """One model with one optimizer.
 
     Args:
-        model: ``LLAMA_2_7B``, or as for ``load_config``.
+        model: As for ``load_config``.
         optim: By the names that Trainer knows.
         accumulation: Backward passes before each step.
         checkpointing: Whether activations are computed again in the backward pass.
@@ -51,29 +52,13 @@ class Run:
     checkpointing: bool
 
 
-MOMENTUM = {"striped_adamw_8bit_layerwise": "int8", "striped_adamw_4bit_layerwise": "int4"}
 BASELINE = "adamw_torch_fused"
 RUNS = (  # the most valuable first
     Run("gpt2-xl", "striped_adamw_8bit_layerwise", accumulation=32, checkpointing=False),
-    Run(LLAMA_2_7B, "striped_adamw_4bit_layerwise", accumulation=1, checkpointing=True),
-    Run(LLAMA_2_7B, BASELINE, accumulation=1, checkpointing=True),
+    Run("llama-2-7b", "striped_adamw_4bit_layerwise", accumulation=1, checkpointing=True),
+    Run("llama-2-7b", BASELINE, accumulation=1, checkpointing=True),
     Run("gpt2-xl", BASELINE, accumulation=32, checkpointing=False),
 )
-
-
-def config_of(name: str) -> PretrainedConfig:
-    """Returns the configuration of a run's model."""
-    if name != LLAMA_2_7B:
-        return load_config(name)
-    return LlamaConfig(  # as published
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
-    )
 
 
 def make_optimizer(model: nn.Module, planned: Run) -> torch.optim.Optimizer:
@@ -86,7 +71,7 @@ def make_optimizer(model: nn.Module, planned: Run) -> torch.optim.Optimizer:
     return LayerwiseStripedAdamW(
         groups,
         lr=LR,
-        momentum_dtype=MOMENTUM[planned.optim],
+        momentum_dtype=OPTIMIZERS[planned.optim].momentum_dtype,
         max_grad_norm=MAX_GRAD_NORM,
         gradient_accumulation=planned.accumulation > 1,
     )
@@ -106,7 +91,7 @@ def train(planned: Run, name: str, args: argparse.Namespace) -> dict[str, Any]:
     """
     device = torch.device(args.device)
     set_seed(0)
-    config = config_of(name)
+    config = load_config(name)
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
     if planned.checkpointing:

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import gpu_kernels, gpu_losses, gpu_parts, gpu_phases, gpu_tests, layerwise_memory
+from striped_hf.published_configs import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -176,7 +177,8 @@ def test_memory_without_gradients_ends_in_time(tmp_path):
 
 
 def test_the_large_model_is_llama_2_7b():
-    config = layerwise_memory.config_of(layerwise_memory.LLAMA_2_7B)
+    (large,) = {run.model for run in layerwise_memory.RUNS if "llama" in run.model}
+    config = load_config(large)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert model.num_parameters() == 6_738_415_616  # as published
