@@ -31,43 +31,9 @@
 
 /* The functions return 0, or 1 if there is no memory for a plan. Nothing has changed then. */
 
-/* Sums the squares of the gradients of matrices by row and by column into row_sums and col_sums. */
-int striped_statistics(Entry *entries, int64_t entry_count, const Settings *settings,
-                       int64_t threads)
-{
-    Plan plan;
-    if (make_plan(&plan, entries, entry_count, settings, 0))
-        return 1;
-#pragma omp parallel num_threads(threads)
-    for (int64_t b = 0; b < plan.bundle_count; b++) {
-        const Task *tasks = plan.tasks + plan.bundles[b].first_task;
-        int64_t count = plan.bundles[b].task_count;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count; i++) sum_task(entries + tasks[i].entry, tasks + i);
-#pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t i = 0; i < count; i++) combine(entries + tasks[i].entry, tasks + i);
-    }
-    free_plan(&plan);
-    return 0;
-}
-
-/* Updates momentum and parameters by row_roots and col_roots, and vectors' second moments. */
-int striped_update(Entry *entries, int64_t entry_count, const Settings *settings, int64_t threads)
-{
-    Plan plan;
-    if (make_plan(&plan, entries, entry_count, settings, 0))
-        return 1;
-    int64_t count = 0;
-    for (int64_t b = 0; b < plan.bundle_count; b++) count += plan.bundles[b].task_count;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t i = 0; i < count; i++)
-        update_task(entries + plan.tasks[i].entry, plan.tasks + i, settings);
-    free_plan(&plan);
-    return 0;
-}
-
-/* Adds the gradients of matrices to momentum and sketch, and sums their squares as
- * striped_statistics does.
+/* Sums the squares of the gradients of matrices by row and by column into row_sums and col_sums.
+ *
+ * fold: adds the gradients to momentum and sketch, too; NULL: does not.
  */
 int striped_fold(Entry *entries, int64_t entry_count, const Settings *settings, int64_t threads,
                  const Fold *fold)
@@ -83,11 +49,33 @@ int striped_fold(Entry *entries, int64_t entry_count, const Settings *settings, 
         for (int64_t i = 0; i < count; i++) {
             const Entry *e = entries + tasks[i].entry;
             sum_task(e, tasks + i);
-            fold_task(e, tasks + i, settings, fold); /* its gradient is in a cache now */
+            if (fold)
+                fold_task(e, tasks + i, settings, fold); /* its gradient is in a cache now */
         }
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t i = 0; i < count; i++) combine(entries + tasks[i].entry, tasks + i);
     }
+    free_plan(&plan);
+    return 0;
+}
+
+int striped_statistics(Entry *entries, int64_t entry_count, const Settings *settings,
+                       int64_t threads)
+{
+    return striped_fold(entries, entry_count, settings, threads, NULL);
+}
+
+/* Updates momentum and parameters by row_roots and col_roots, and vectors' second moments. */
+int striped_update(Entry *entries, int64_t entry_count, const Settings *settings, int64_t threads)
+{
+    Plan plan;
+    if (make_plan(&plan, entries, entry_count, settings, 0))
+        return 1;
+    int64_t count = 0;
+    for (int64_t b = 0; b < plan.bundle_count; b++) count += plan.bundles[b].task_count;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t i = 0; i < count; i++)
+        update_task(entries + plan.tasks[i].entry, plan.tasks + i, settings);
     free_plan(&plan);
     return 0;
 }
