@@ -21,6 +21,7 @@ from benchmarks import (
     memory_plans,
     optimizer_tables,
     processes,
+    rounding_noise,
     sharding,
     sharding_scale,
     short_tables,
@@ -82,6 +83,7 @@ TABLES = {
     ),
     "eval_baselines_shakespeare_stories": PageTable(eval_baselines.render),
     "zero_shot_stories260k": PageTable(eval_zero_shot.render),
+    "rounding_noise": PageTable(rounding_noise.render),
     # memory and time
     "state_bytes": PageTable(state_bytes.render, draw=short_tables.draw_state_bytes),
     "convolution_models": PageTable(convolutions.render_models, ("state_bytes_convolutions",)),
