@@ -106,6 +106,9 @@ feature("no clipping", max_grad_norm=0.0)(wide_model)
 feature("untied embeddings")(lambda: wide_model("llama"))
 feature("bf16 autocast", bf16=True)(wide_model)
 feature("bf16 weights")(lambda: wide_model("llama").to(torch.bfloat16))
+feature("bf16 weights and master_bits", optim_args="master_bits=24")(
+    lambda: wide_model("llama").to(torch.bfloat16)
+)
 feature("NEFTune", neftune_noise_alpha=5)(wide_model)
 for reentrant in (True, False):
     feature(
