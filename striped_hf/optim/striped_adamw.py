@@ -399,7 +399,8 @@ class StripedAdamW(Optimizer):
                 zeros = sharded_state.init_state(param, description)
             else:
                 zeros = zero_state(description, param.device)
-            state.update({key: zeros[key] for key in zeros.keys() - state.keys()})
+            # in the order of zeros: processes gather the entries of a state one after another
+            state.update({key: value for key, value in zeros.items() if key not in state})
         if not is_placed:
             sharded_state.follow(param, state, description)
         if len(description.stepped) == 1 < len(description.shape) and not is_sharded(param):
