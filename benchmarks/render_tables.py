@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from benchmarks import (
     convolutions,
     gpu_parts,
+    live_bytes,
     memory_budget,
     memory_plans,
     optimizer_tables,
@@ -86,6 +87,7 @@ TABLES = {
     "state_bytes": PageTable(state_bytes.render, draw=short_tables.draw_state_bytes),
     "convolution_models": PageTable(convolutions.render_models, ("state_bytes_convolutions",)),
     "parameter_shapes": PageTable(convolutions.render_shapes, ("state_bytes_convolutions",)),
+    "live_bytes_gpt2": PageTable(live_bytes.render),
     "memory_plans": PageTable(memory_plans.render, computed=True),
     "memory_plans_parts": PageTable(memory_plans.render_parts, ("memory_plans",), computed=True),
     "memory_gpt2_xl_cpu": PageTable(memory_budget.render_devices),

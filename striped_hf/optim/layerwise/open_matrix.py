@@ -1,11 +1,14 @@
 """A matrix between the first gradient of a step and the step."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from striped_hf.optim import momentum
 from striped_hf.optim.backends import reference
 from striped_hf.optim.backends.chunks import chunks
+from striped_hf.optim.checks import problem_of_state
 from striped_hf.optim.interface import Backend, Entry, Folded, Settings, State, Sums
 from striped_hf.optim.plain import has_values, plain_gradient, plain_parameter
 from striped_hf.optim.sharded.layout import Piece, is_sharded
@@ -22,8 +25,8 @@ class OpenMatrix:
 
     Attributes:
         description: The parameter's description.
-        momentum: ``exp_avg`` and perhaps ``exp_avg_scale``: the state's tensors, or an int8 copy
-            while an int4 momentum gets several gradients.
+        momentum: ``exp_avg`` and perhaps ``exp_avg_scale``: the state's tensors, or for an int4
+            momentum that gets several gradients an int8 copy.
         momentum_dtype: The format of ``momentum``.
         folded: The sums of the gradients.
         count: The number of folded gradients.
@@ -51,6 +54,15 @@ class OpenMatrix:
             columns = momentum.scale_columns(self.momentum["exp_avg"].shape[-1])
             sketch = row.new_zeros((*row.shape[:-1], columns))
         self.folded = Folded(torch.zeros_like(row), torch.zeros_like(col), sketch)
+
+    @property
+    def replaces_momentum(self) -> bool:
+        """Whether the state should not have the momentum until ``close``."""
+        return self._has_copy and self.description.layout is None
+
+    @property
+    def _has_copy(self) -> bool:
+        return self.momentum_dtype != self.description.momentum_dtype
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -167,14 +179,32 @@ class OpenMatrix:
         entry = Entry(plain, None, stripes, self.momentum_dtype, self.description.blocks, step)
         return self.entries([entry]), [] if plain is param else [(param, plain)]
 
+    def problem_of_state(self, param: Tensor, state: State) -> str | None:
+        """Explains why the parameter cannot be stepped by its state and its momentum; None: it can.
+
+        Args:
+            param: The parameter.
+            state: Its state.
+        """
+        description = self.description
+        if self.replaces_momentum:
+            state = {**state, **self.momentum}
+            description = replace(description, momentum_dtype=self.momentum_dtype)
+        return problem_of_state(param, state, description)
+
     def close(self, state: State) -> None:
         """Stores the momentum in the state if it was kept in another format."""
-        stored = self.description.momentum_dtype
-        if self.momentum_dtype == stored:
+        if not self._has_copy:
             return
-        columns = self.momentum["exp_avg"].shape[-1]
+        stored, columns = self.description.momentum_dtype, self.momentum["exp_avg"].shape[-1]
         for key, value in recoded(self.momentum, self.momentum_dtype, stored, columns).items():
-            _local(state[key]).copy_(value)
+            if key in state:
+                _local(state[key]).copy_(value)
+            else:
+                state[key] = value
+        # frees the copy before the next matrix needs memory
+        self.momentum_dtype = stored
+        self.momentum = {key: _local(state[key]) for key in _MOMENTUM}
 
     def _momentum_of(self, piece: Piece) -> State:
         return {key: value[piece.index] for key, value in self.momentum.items()}
