@@ -78,20 +78,24 @@ class OpenMatrix:
         backend: Backend,
         settings: Settings,
         coefficient: Tensor | None,
+        rows: slice | None = None,
     ) -> None:
-        """Adds a gradient.
+        """Adds a gradient, or some rows of one. ``count`` is for the caller to change.
 
         Args:
-            grad: The gradient, with the parameter's shape.
+            grad: The gradient, with the parameter's shape, or the gradient of ``rows``.
             step: The number of the next step.
             backend: The backend that computes.
             settings: The param group's settings.
             coefficient: [] float32, a factor of the gradient; None: 1.
+            rows: Rows of a plain matrix without blocks; None: all rows of any matrix.
         """
-        layout = self.description.layout
+        layout, pieces = self.description.layout, self.pieces
         local = plain_gradient(grad) if layout is None else local_gradient(grad, layout)
-        for piece in self.pieces:
-            part = local[piece.index]
+        if rows is not None:
+            pieces = (Piece((rows,), (), (1, 1), rows.start * grad.shape[-1], 0),)
+        for piece in pieces:
+            part = local if rows is not None else local[piece.index]
             entry = Entry(
                 param=part,  # only its shape counts
                 grad=part,
@@ -104,7 +108,6 @@ class OpenMatrix:
             )
             folded = self._folded_of(piece)
             backend.fold(entry, folded, settings, self.count == 0, coefficient)
-        self.count += 1
 
     def square_norm(self) -> Tensor:
         """Returns the square of the norm of the sum of the added gradients: [] float32.
