@@ -176,7 +176,7 @@ def test_planned_memory_in_the_text_matches_the_results_file():
         (model["name"], row["optim"]): f"{sum(row['bytes'].values()) / 2**30:.1f}"
         for model in results("memory_plans")["models"]
         for row in model["rows"]
-        if row["dtype"] == "bfloat16"
+        if row["dtype"] == "bfloat16" and not model["chunked_loss"]
     }
     readme, page = words("README.md"), PAGES["docs/least_memory.md"]
     seven, eight = (
