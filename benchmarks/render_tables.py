@@ -94,6 +94,7 @@ TABLES = {
     ONE_DIE: OPTIMIZERS,
     TWO_DIES: OPTIMIZERS,
     "training_step_cpu_cpu": PageTable(training_step.render),
+    "training_step_layerwise_cpu": PageTable(training_step.render),
     "openwebtext_novels": PageTable(tokenization.render),
     "sharding_cpu": PageTable(sharding.render),
     "sharding_scale": PageTable(sharding_scale.render),
