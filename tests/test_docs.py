@@ -195,6 +195,17 @@ def test_planned_memory_in_the_text_matches_the_results_file():
         assert f"| {title} | {cells} |" in page
 
 
+def test_live_bytes_in_the_text_match_the_results_file():
+    found = results("live_bytes_gpt2")
+    rows = {row["optim"]: row["bytes"] for row in found["rows"] if row["passes"] == 1}
+    eight, four = (rows[f"striped_adamw_{bits}bit_layerwise"] for bits in (8, 4))
+    kept = [f"{row['kept'] / found['parameters']:.2f}" for row in (eight, four)]
+    text = words("docs/least_memory.md")
+    assert f"{kept[0]} bytes per parameter with `striped_adamw_8bit_layerwise`" in text
+    assert f"and {kept[1]} with `striped_adamw_4bit_layerwise`" in text
+    assert f"took {eight['gradients'] / found['parameters']:.2f}, those of the tied" in text
+
+
 def test_times_and_memory_in_the_text_match_the_results_files():
     one_die, two_dies = (
         {row["name"]: row.get("step_ms") for row in results(name)["optimizers"]}
