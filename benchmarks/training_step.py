@@ -2,7 +2,7 @@
 
     python -m benchmarks.training_step                             # the CPU command's sizes
     python -m benchmarks.training_step --preset gpt2               # 124M, 12 x 1,024 tokens; GPU
-    python -m benchmarks.training_step --preset layerwise --rounds 12 --steps 2  # 124M, optimizers
+    python -m benchmarks.training_step --preset layerwise --rounds 8 --steps 2  # 124M, optimizers
     python -m benchmarks.training_step --against ~/nanoGPT         # also nanoGPT's train.py
     python -m benchmarks.training_step --profile out/profile       # where the time goes
 

@@ -178,6 +178,14 @@ def test_planned_memory_in_the_text_matches_the_results_file():
         for row in model["rows"]
         if row["dtype"] == "bfloat16" and not model["chunked_loss"]
     }
+    in_chunks = next(
+        f"{sum(row['bytes'].values()) / 2**30:.1f}"
+        for model in results("memory_plans")["models"]
+        for row in model["rows"]
+        if (model["name"], row["optim"]) == ("llama-8b", "striped_adamw_4bit_layerwise")
+        and model["chunked_loss"]
+    )
+    assert f"Llama-3.1 8B then takes {in_chunks} GiB" in words("docs/least_memory.md")
     readme, page = words("README.md"), PAGES["docs/least_memory.md"]
     seven, eight = (
         planned[name, "striped_adamw_4bit_layerwise"] for name in ("llama-2-7b", "llama-8b")
