@@ -134,7 +134,9 @@ def test_four_bits_accumulate_in_eight():
     config, way = small_config(), NAMES["striped_adamw_4bit_layerwise-bfloat16"]
     once = planned(config, way, Setting(1, 16))
     more = planned(config, way, Setting(1, 16, accumulation=4))
-    assert more.optimizer - once.optimizer == pytest.approx(1.06 * once.weights / 2, rel=0.1)
+    parameters = once.weights / 2
+    assert more.optimizer - once.optimizer == pytest.approx(1.06 * parameters, rel=0.1)
+    assert once.state - more.state == pytest.approx(0.53 * parameters, rel=0.05)
 
 
 def test_attention_needs_no_matrix_of_weights():
