@@ -306,12 +306,15 @@ def describe(training: Training) -> str:
 
 
 def same_but_seed(results: dict[str, Any]) -> list[list[dict[str, Any]]]:
-    """Groups the rows of a results file that differ only in their seeds, in the file's order."""
+    """Groups the rows of a results file that differ only in their seeds, in the file's order.
+
+    Groups that do not have all seeds yet are left out.
+    """
     collected: dict[str, list[dict[str, Any]]] = {}
     for row in results["trainings"]:
         key = repr({**_key(row), "seed": None})
         collected.setdefault(key, []).append(row)
-    return list(collected.values())
+    return [rows for rows in collected.values() if len(rows) == len(SEEDS)]
 
 
 def mean_and_range(rows: Sequence[dict[str, Any]], name: str) -> str:
