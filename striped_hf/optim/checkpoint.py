@@ -18,8 +18,8 @@ from striped_hf.optim.state import Description, blocks_of, description_of, name_
 from striped_hf.optim.views import as_stepped
 
 # the keys of a group that are not taken from a state dict: its blocks are the same, perhaps as one
-# pair for all
-_NOT_LOADED = ("params", "blocks")
+# pair for all, and master_bits may be new here
+_NOT_LOADED = ("params", "blocks", "master_bits")
 
 
 def prepare_state_dict(state_dict: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
@@ -75,6 +75,7 @@ def prepare_state_dict(state_dict: dict[str, Any], groups: list[Group]) -> dict[
             if is_here and saved_ids[position] in state_dict["state"]:
                 description = description_of(group, i)
                 loaded = state_dict["state"][saved_ids[position]]
+                _check_low_bits(loaded, group, i, name)
                 loaded = _as_read_here(loaded, description, name)
                 zeros = zero_state(description, torch.device("meta"))
                 states[position] = _checked_state(loaded, zeros, name)
@@ -121,6 +122,18 @@ def _check_same_storage(saved: Group, group: Group, position: int, name: str) ->
                 f"{name}: the state dict was saved with {key}={there!r}, this optimizer has "
                 f"{key}={here!r}: construct it with {key}={there!r} to go on, or start afresh"
             )
+
+
+def _check_low_bits(loaded: dict[str, Any], group: Group, position: int, name: str) -> None:
+    """Raises ValueError if a bfloat16 matrix would lose the bits that its state was saved with."""
+    value, description = loaded.get(LOW_BITS), description_of(group, position)
+    is_low = group["params"][position].dtype == torch.bfloat16
+    if is_low and description.low_bits is None and value is not None and value.dtype == torch.int8:
+        raise ValueError(
+            f"{name}: the state dict was saved with master_bits=24, this optimizer has "
+            f"master_bits=None: construct it with master_bits=24 to go on, or delete "
+            f"{LOW_BITS!r} from the states, which rounds the weights to bfloat16"
+        )
 
 
 def _pair_of(group: Group, position: int) -> Blocks:
@@ -186,7 +199,7 @@ def _checked_state(loaded: dict[str, Any], zeros: State, name: str) -> State:
     """Checks the entries of ``loaded`` that belong to a state against its zeros; returns them."""
     state = {}
     for key, like in zeros.items():
-        if key == LOW_BITS and key not in loaded:  # saved in float32, or by another optimizer
+        if key == LOW_BITS and key not in loaded:  # saved without them
             state[key] = torch.zeros(like.shape, dtype=like.dtype)
             continue
         if key not in loaded:

@@ -50,7 +50,11 @@ def check_group(group: Group, group_index: int) -> None:
         if _is_flattened(param):
             raise ValueError(f"{name_of(group, i, group_index)} {_FLATTENED}")
         if param.requires_grad and not is_lazy(param):
-            problem = _problem_of_dtype(param) or _problem_of_placements(param)
+            problem = (
+                _problem_of_dtype(param)
+                or _problem_of_placements(param)
+                or _problem_of_master_bits(param, group["master_bits"] is not None)
+            )
             if problem is not None:
                 raise ValueError(f"{name_of(group, i, group_index)} {problem}")
 
@@ -70,6 +74,15 @@ def _problem_of_dtype(param: Tensor) -> str | None:
     return (
         f"is {param.dtype}: convert the model to float32, bfloat16 or float16, or leave the "
         "parameter out of the optimizer"
+    )
+
+
+def _problem_of_master_bits(param: Tensor, has_master_bits: bool) -> str | None:
+    if not has_master_bits or param.dtype != torch.float16:
+        return None
+    return (
+        "is float16, but master_bits=24 keeps the next 8 bits of bfloat16 weights: convert the "
+        "model to bfloat16, or leave master_bits out"
     )
 
 
@@ -120,6 +133,7 @@ def is_ordinary(param: Tensor, grad: Tensor, state: State, description: Descript
         or grad.is_neg()
         or hasattr(param, "_fsdp_flattened")
         or len(state) != 1 + len(description.tensors)
+        or (description.low_bits is not None and param.dtype is not torch.bfloat16)
     ):
         return False
     step = state.get("step")
@@ -239,6 +253,8 @@ def problem_of_state(param: Tensor, state: State, description: Description) -> s
         state: Its state; empty if there is none yet.
         description: The parameter's description, which decides the state.
     """
+    if problem := _problem_of_master_bits(param, description.low_bits is not None):
+        return problem
     if not state:
         return _problem_of_blocks(description.shape, description.blocks)
     step = state.get("step")
@@ -248,7 +264,7 @@ def problem_of_state(param: Tensor, state: State, description: Description) -> s
     for key, shape, dtype in description.tensors:
         value = state.get(key)
         if value is None and key == LOW_BITS:
-            continue  # it was in float32 before
+            continue  # it was in float32 before, or master_bits was None
         if (
             not isinstance(value, Tensor)
             or not (is_plain(value) or is_sharded(value) or not is_plain(param))

@@ -77,6 +77,14 @@ def _check_one_of(*allowed: bool | None) -> Callable[[str, Any], None]:
     return check
 
 
+def _check_master_bits(name: str, value: Any) -> None:
+    if value is not None and not (isinstance(value, int) and value == 24):
+        raise ValueError(
+            f"{name}={value!r} is unknown: pass 24, or None, which keeps no bits of a matrix "
+            "beside its bfloat16 weights"
+        )
+
+
 def _is_pair(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and len(value) == 2
 
@@ -106,6 +114,7 @@ OPTIONS: dict[str, Option] = {
     "stochastic_rounding": Option(
         _check_one_of(True, False, None), lambda on: {"stochastic_rounding": on is not False}
     ),
+    "master_bits": Option(_check_master_bits),
     "nesterov": Option(_check_bool, lambda on: {"nesterov": on}),
     "lagged": Option(_check_bool, lambda on: {"lagged": on}),
 }

@@ -1,4 +1,4 @@
-"""Stores float32 values in fewer bits: rounded stochastically, or split into two halves.
+"""Stores float32 values in fewer bits: rounded stochastically, or split into two parts.
 
 Rounding to nearest loses every update below half a unit in the last place. For bfloat16 this is
 every update below about 1/512 of the weight. Rounding up with the probability of the remainder
@@ -94,31 +94,51 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor
     return torch.where(values.isfinite(), rounded, values).to(dtype)
 
 
+def round_to_24_bits(values: Tensor, bits: Tensor | None) -> Tensor:
+    """Rounds away the last 8 of 32 bits, at random or to nearest. Inf and NaN do not change.
+
+    Args:
+        values: Any shape, float32.
+        bits: As for ``stochastic_round``; None: to nearest, a half to the larger magnitude.
+
+    Returns:
+        float32 values that ``split`` stores in bfloat16 and int8 without a loss.
+    """
+    added = values.new_full((), 0x80, dtype=torch.int32) if bits is None else bits
+    rounded = _truncate_after_adding(values, added, dropped=8)
+    return torch.where(values.isnan(), values, rounded)
+
+
 def join(high: Tensor, low: Tensor) -> Tensor:
-    """Joins two halves to float32 values; the inverse of ``split``.
+    """Joins two parts to float32 values; the inverse of ``split``.
 
     Args:
         high: Any shape, bfloat16.
-        low: The same shape, int16: the distance of the value from ``high``. Its unit is 2^-16 of
-            the distance of two neighbors in bfloat16.
+        low: The same shape, int16 or int8: the distance of the value from ``high``. Its unit is
+            2^-16 or 2^-8 of the distance of two neighbors in bfloat16.
     """
-    return ((high.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
+    # the low part of a zero is negative only if other code has set the high part to zero; their sum
+    # would be a NaN
+    added = torch.where(high == 0, low.clamp(min=0), low).to(torch.int32)
+    added <<= 8 if low.dtype == torch.int8 else 0
+    return ((high.view(torch.int16).to(torch.int32) << 16) + added).view(torch.float32)
 
 
-def split(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Splits float32 values into the nearest bfloat16, and the 16 bits that it lacks.
+def split(values: Tensor, dtype: torch.dtype = torch.int16) -> tuple[Tensor, Tensor]:
+    """Splits float32 values into the nearest bfloat16, and the next 16 or 8 bits.
 
     A value halfway between two neighbors goes to the larger magnitude.
 
     Args:
-        values: Any shape, float32.
+        values: Any shape, float32; for int8 a result of ``round_to_24_bits``.
+        dtype: ``torch.int16`` or ``torch.int8``.
 
     Returns:
-        The bfloat16 and int16 arguments of ``join``. NaN has a low half of 0.
+        The arguments of ``join``: bfloat16, and ``dtype``. NaN has a low part of 0.
     """
     bits = values.view(torch.int32)
     high = (bits + 0x8000 >> 16).to(torch.int16).view(torch.bfloat16)
-    low = (bits << 16 >> 16).to(torch.int16)
+    low = (bits << 16 >> (24 if dtype == torch.int8 else 16)).to(dtype)
     is_nan = values.isnan()
     return torch.where(is_nan, torch.nan, high), low.masked_fill_(is_nan, 0)
 

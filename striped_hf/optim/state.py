@@ -26,8 +26,9 @@ class Description:
         momentum_dtype: The format in which its momentum is stored.
         blocks: (br, bc).
         layout: The layout of this process's part of a DTensor; None for a plain tensor.
-        has_low_bits: Whether its state has the 16 bits of float32 that bfloat16 lacks, so that its
-            updates have the precision of float32.
+        low_bits: The dtype of the bits of float32 that bfloat16 lacks and the state has: int16 for
+            all 16 of them, int8 for the first 8, or None. A float16 parameter with int8 is refused
+            (``checks.problem_of_state``).
     """
 
     shape: torch.Size
@@ -35,7 +36,7 @@ class Description:
     momentum_dtype: str
     blocks: Blocks
     layout: Layout | None
-    has_low_bits: bool = False
+    low_bits: torch.dtype | None = None
 
     @property
     def state_shape(self) -> torch.Size:
@@ -56,21 +57,12 @@ class Description:
 
 def description_of(group: Group, position: int) -> Description:
     """Describes one parameter of a param group."""
-    return describe(group["params"][position], group["momentum_dtype"], blocks_of(group, position))
-
-
-def describe(param: Tensor, momentum_dtype: str, blocks: BlocksOption) -> Description:
-    """Describes a parameter.
-
-    Args:
-        param: Only its shape and dtype count, and for a DTensor its mesh and placements.
-        momentum_dtype: The format that its param group asks for.
-        blocks: (br, bc), "kernel" or "stack".
-    """
+    param, blocks = group["params"][position], blocks_of(group, position)
+    options = group["momentum_dtype"], blocks, group["master_bits"]
     if is_sharded(param):
         mesh, placements = param.device_mesh, tuple(param.placements)
-        return _describe(param.shape, param.dtype, momentum_dtype, blocks, mesh, placements)
-    return _describe(param.shape, param.dtype, momentum_dtype, blocks)
+        return _describe(param.shape, param.dtype, *options, mesh, placements)
+    return _describe(param.shape, param.dtype, *options)
 
 
 @cache  # no parameter's description changes from step to step
@@ -79,15 +71,20 @@ def _describe(
     dtype: torch.dtype,
     momentum_dtype: str,
     blocks: BlocksOption,
+    master_bits: int | None = None,
     mesh: DeviceMesh | None = None,
     placements: tuple[Placement, ...] = (),
 ) -> Description:
     stepped = stepped_shape(shape, blocks)
     stored = momentum.storage_format(stepped, momentum_dtype)
     pair = blocks if isinstance(blocks, tuple) else (1, 1)
-    # weights of about 1, as in norms, lose most updates to bfloat16's rounding; they are few
-    has_low_bits = dtype == torch.bfloat16 and len(stepped) < 2
-    description = Description(shape, stepped, stored, pair, None, has_low_bits)
+    low_bits = None
+    if dtype == torch.bfloat16 and len(stepped) < 2:
+        # weights of about 1, as in norms, lose most updates to bfloat16's rounding; they are few
+        low_bits = torch.int16
+    elif dtype != torch.float32 and master_bits == 24:
+        low_bits = torch.int8
+    description = Description(shape, stepped, stored, pair, None, low_bits)
     if mesh is None:
         return description
     if len(stepped) != len(shape):
@@ -139,17 +136,18 @@ def zero_state(description: Description, device: torch.device) -> State:
         ``momentum.init`` returns them. A matrix has ``exp_avg_sq_row`` [..., R, bc] and
         ``exp_avg_sq_col`` [..., br, C], float32; [..., R, C] is the matrix as which the parameter
         is stepped. An exact parameter has ``exp_avg_sq`` of its own shape, float32. If it is
-        bfloat16 it also has ``param_low_bits`` of its shape, int16: see ``rounding.join``.
+        bfloat16 it also has ``param_low_bits`` of its shape, int16: see ``rounding.join``. A
+        bfloat16 matrix has ``param_low_bits`` [..., R, C], int8, if ``master_bits`` is 24.
     """
     shape = description.state_shape
     # explicit dtypes: torch.set_default_dtype must not change the state's dtypes
     step_device = "meta" if device.type == "meta" else "cpu"
     state = {"step": torch.zeros((), dtype=torch.float32, device=step_device)}
     state |= momentum.init(shape, description.momentum_dtype, device)
+    if description.low_bits is not None:
+        state[LOW_BITS] = torch.zeros(shape, dtype=description.low_bits, device=device)
     if len(description.stepped) < 2:
         state["exp_avg_sq"] = torch.zeros(shape, dtype=torch.float32, device=device)
-        if description.has_low_bits:
-            state[LOW_BITS] = torch.zeros(shape, dtype=torch.int16, device=device)
         return state
     *matrices, rows, columns = shape
     row_blocks, column_blocks = description.blocks

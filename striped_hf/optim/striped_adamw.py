@@ -122,6 +122,10 @@ class StripedAdamW(Optimizer):
             name.
         stochastic_rounding: Round updates of bfloat16 and float16 parameters stochastically instead
             of to nearest. None means True. Float32 parameters ignore it.
+        master_bits: 24: train bfloat16 matrices in 24 bits. Their state then has the next 8 bits of
+            each element, and only the bits after these are rounded. It is for learning rates of
+            1e-5 and less. Float32 parameters ignore it, and float16 parameters are refused. None:
+            16 bits.
         nesterov: Use b1 m + (1 - b1) g instead of m in the update.
         lagged: Divide by the means of the step before, so that each gradient is read only once.
         capturable: Keep ``step`` on the parameters' device, and read ``lr`` from there if it is a
@@ -129,8 +133,9 @@ class StripedAdamW(Optimizer):
             one step before the capture.
 
     Raises:
-        ValueError: A hyperparameter is out of its range, ``blocks`` does not divide a matrix, or a
-            parameter has another dtype or was flattened by FSDP1.
+        ValueError: A hyperparameter is out of its range, ``blocks`` does not divide a matrix, a
+            parameter has another dtype or was flattened by FSDP1, or ``master_bits`` is set for a
+            float16 parameter.
     """
 
     def __init__(
@@ -146,6 +151,7 @@ class StripedAdamW(Optimizer):
         blocks: BlocksOption = (1, 1),
         backend: str = "auto",
         stochastic_rounding: bool | None = None,
+        master_bits: int | None = None,
         nesterov: bool = False,
         lagged: bool = False,
         capturable: bool = False,
@@ -388,7 +394,7 @@ class StripedAdamW(Optimizer):
         state = self.state[param]
         if not state:
             new.append(param)
-        if not state or (description.has_low_bits and LOW_BITS not in state):
+        if not state or (description.low_bits and LOW_BITS not in state):
             if is_sharded(param):
                 zeros = sharded_state.init_state(param, description)
             else:
@@ -456,13 +462,15 @@ class StripedAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of a StripedAdamW, or of a ``torch.optim.AdamW``.
 
-        As in torch, the saved hyperparameters replace the constructed ones. Every state tensor
-        keeps the dtype that it was saved with, and none shares memory with ``state_dict``.
+        As in torch, the saved hyperparameters replace the constructed ones, except ``master_bits``:
+        a state without the bits gets zeros. Every state tensor keeps the dtype that it was saved
+        with, and none shares memory with ``state_dict``.
 
         Raises:
             ValueError: The state dict's groups, momentum format or stripes differ from this
-                optimizer's, or a tensor is missing or has a wrong shape; the optimizer has not
-                changed then.
+                optimizer's, a tensor is missing or has a wrong shape, or the state has bits of
+                ``master_bits`` that this optimizer does not keep; the optimizer has not changed
+                then.
         """
         prepared: dict[str, Any] = {}
         self._refresh_groups()

@@ -40,6 +40,7 @@ _OPTIM_ARGS: dict[str, dict[str, Any]] = {
     "nesterov": _BOOLEANS,
     "lagged": _BOOLEANS,
     "stochastic_rounding": {**_BOOLEANS, "none": None},
+    "master_bits": {"none": None, "24": 24},
 }
 # the keys that only layerwise optimizers have
 _LAYERWISE_OPTIM_ARGS: dict[str, dict[str, Any]] = {"gradient_accumulation": _BOOLEANS}
@@ -75,8 +76,8 @@ def optimizer_cls_and_kwargs(
             this package's names, it sets the class and the momentum format; otherwise they are
             ``StripedAdamW`` and float32. ``optim_args`` overrides the format. It has
             comma-separated ``key=value`` with the keys ``momentum_dtype``, ``backend``,
-            ``maximize``, ``nesterov``, ``lagged`` and ``stochastic_rounding``. For layerwise
-            optimizers the function also reads ``max_grad_norm`` and
+            ``maximize``, ``nesterov``, ``lagged``, ``stochastic_rounding`` and ``master_bits``. For
+            layerwise optimizers the function also reads ``max_grad_norm`` and
             ``gradient_accumulation_steps``, and ``optim_args`` has one more key,
             ``gradient_accumulation``, for a Trainer with several backward passes per step.
         model: The model to train. The function marks its packed projections, and Trainer marks them

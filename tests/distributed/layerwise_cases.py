@@ -59,7 +59,8 @@ def new_optimizer(
 
 def backward(model: Model, step: int, part: int = 0, parts: int = 1) -> None:
     generator = torch.Generator().manual_seed(10 * step + part)
-    (model(torch.randn(16, 256, generator=generator)) / parts).backward()
+    x = torch.randn(16, 256, generator=generator).to(model.layers[0].weight.dtype)
+    (model(x) / parts).backward()
 
 
 def train(model: Model, optimizer: Any, steps: range, parts: int = 1) -> list[float]:
@@ -109,6 +110,20 @@ def every_format(mesh: DeviceMesh, folder: Path) -> None:
             assert layerwise.keys() == ordinary.keys()
             for key, value in ordinary.items():
                 assert torch.equal(gathered(layerwise[key]), gathered(value)), key
+
+
+def master_bits(mesh: DeviceMesh, folder: Path) -> None:
+    """Keeps 8 more bits of bfloat16 parameters; the steps equal the ordinary optimizer's."""
+    snapshots = []
+    for cls in (StripedAdamW, LayerwiseStripedAdamW):
+        model = new_model(mesh).bfloat16()
+        optimizer = new_optimizer(model, cls, master_bits=24)
+        train(model, optimizer, range(3))
+        tensors = [(p, optimizer.state[p]["param_low_bits"]) for p in model.parameters()]
+        snapshots.append([gathered(x) for pair in tensors for x in pair])
+    assert torch.int8 in {x.dtype for x in snapshots[0]}
+    for ordinary, layerwise in zip(*snapshots, strict=True):
+        assert torch.equal(layerwise, ordinary)
 
 
 def accumulation(mesh: DeviceMesh, folder: Path) -> None:

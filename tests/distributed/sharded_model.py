@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from striped_hf.optim import StripedAdamW
+from striped_hf.optim.rounding import join
 
 # Relative to a parameter's largest element. Sums are added up in another order, which gives a few
 # roundings of 6e-8 in each of the few compared steps.
@@ -123,7 +124,8 @@ class Follower:
         self.whole = [nn.Parameter(gathered(p)) for p in self.names.values()]
         [group] = optimizer.param_groups
         whole_group = {"params": self.whole, "blocks": group["blocks"]}
-        arguments = {"momentum_dtype": group["momentum_dtype"], **arguments}
+        options = {key: group[key] for key in ("momentum_dtype", "master_bits")}
+        arguments = {**options, **arguments}
         self.follower = StripedAdamW([whole_group], lr=group["lr"], **arguments)
 
     def step(self) -> None:
@@ -142,11 +144,25 @@ class Follower:
                 other = self.optimizer.state[p][key]
                 assert (other.shape, other.dtype) == (value.shape, value.dtype), f"{name}: {key}"
                 actual, expected = local_parts(other, value)
+                if key == "param_low_bits" and other.dtype == torch.int8:
+                    continue  # with the parameter
                 if other.dtype in (torch.int8, torch.uint8):
                     assert torch.equal(actual, expected), f"{name}: {key}"
                 else:
                     torch.testing.assert_close(actual, expected, rtol=3e-6, atol=1e-30)
+            self._compare_low_bits(p, whole, name)
             whole.data.copy_(stepped)  # compare only this step's rounding
+
+    def _compare_low_bits(self, p: Tensor, whole: Tensor, name: str) -> None:
+        low = self.follower.state[whole].get("param_low_bits")
+        if low is None or low.dtype != torch.int8:
+            return
+        stepped_low = gathered(self.optimizer.state[p]["param_low_bits"])
+        actual, expected = join(gathered(p), stepped_low), join(whole.detach(), low)
+        assert_near(actual, expected, 2**-15, f"{name} with its low bits")
+        # other random bits would change a third of them
+        assert (actual != expected).float().mean() < 0.05, name
+        low.copy_(stepped_low)
 
 
 def train(

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
     [
         *((cases.float32_momentum, n) for n in (2, 3)),
         (cases.every_format, 3),
+        (cases.master_bits, 3),
         (cases.accumulation, 2),
         (cases.clipping, 3),
         (cases.resuming, 2),

@@ -26,6 +26,7 @@ STRIPES = 2e-6  # 8e-7 measured: the same for averages, relative to themselves
         *((cases.accumulation, n) for n in (2,)),
         (cases.mixed_precision, 2),
         (cases.low_precision, 3),
+        *((cases.master_bits, n) for n in (2, 3)),
         (cases.cpu_offload, 2),
         (cases.by_columns, 2),
         *((cases.export_to_adamw, n) for n in (2, 3)),

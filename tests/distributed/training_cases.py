@@ -101,6 +101,20 @@ def low_precision(mesh: DeviceMesh, folder: Path) -> None:
     train(model, Follower(model, new_optimizer(model, "int8")).step, range(4), mesh.get_rank())
 
 
+def master_bits(mesh: DeviceMesh, folder: Path) -> None:
+    """Keeps 8 more bits of bfloat16 parameters, which are sharded by rows or by columns."""
+
+    def place(parameter: nn.Parameter) -> Shard | None:
+        return even_columns(parameter, mesh)
+
+    for momentum_dtype, placement in product(("float32", "int8"), (None, place)):
+        model = shard(new_model().bfloat16(), mesh, shard_placement_fn=placement)
+        optimizer = new_optimizer(model, momentum_dtype, master_bits=24)
+        train(model, Follower(model, optimizer).step, range(3), mesh.get_rank())
+        kept = [state.get("param_low_bits") for state in optimizer.state.values()]
+        assert torch.int8 in {low.dtype for low in kept if low is not None}
+
+
 def cpu_offload(mesh: DeviceMesh, folder: Path) -> None:
     """Keeps the parameters on the CPU, which therefore computes the step."""
     model = shard(new_model(), mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))

@@ -156,7 +156,7 @@ def check_matrices(
     nesterov: bool = False,
     **layout: bool,
 ) -> None:
-    switches = ("transposed", "narrow", "large", "fused_statistics", "folded")
+    switches = ("transposed", "narrow", "large", "fused_statistics", "folded", "low_bits")
     layout = {**dict.fromkeys(switches, False), "aligned": True, **layout}
     variant = MatrixVariant(param, param, stored, qmax, **layout)
     flags = UpdateFlags(maximize, nesterov, stochastic_rounding=param != tl.float32)
@@ -261,12 +261,17 @@ def main() -> None:
         check_matrices(capability, f32, tl.uint8, 7, ("v4.b32",), fused_statistics=True)
         for stored, qmax in ((f32, 0), (bf16, 0), (tl.int8, 127), (tl.uint8, 7)):
             check_matrices(capability, bf16, stored, qmax, ("v2.b32",), folded=True)
+            check_matrices(capability, bf16, stored, qmax, ("v2.b32", "b32"), low_bits=True)
+        check_matrices(capability, bf16, tl.int8, 127, ("v2.b32",), folded=True, low_bits=True)
+        fused = {"fused_statistics": True, "low_bits": True}
+        check_matrices(capability, bf16, tl.int8, 127, ("v2.b32",), **fused)
         check_folds(capability)
     check_matrices(90, tl.float16, tl.uint8, 7, ("v2.b32",))
     check_matrices(90, f32, f32, 0, ("v4.b32",), folded=True)
     check_matrices(90, f32, tl.int8, 127, (), transposed=True, aligned=False)
     check_matrices(90, bf16, tl.uint8, 7, (), narrow=True, large=True, aligned=False)
     check_matrices(90, bf16, tl.uint8, 7, (), narrow=True, aligned=False)
+    check_matrices(90, bf16, f32, 0, (), transposed=True, aligned=False, low_bits=True)
     check_matrices(90, f32, tl.int8, 127, (), transposed=True, aligned=False, fused_statistics=True)
 
 

@@ -247,12 +247,13 @@ def stored_momentum(state: dict[str, Any], C: int) -> tuple[np.ndarray, str]:
 
 
 def whole_values(p: torch.Tensor, state: dict[str, Any]) -> np.ndarray:
-    """Returns a parameter in float64, with the low half of its float32 bits if its state has it."""
+    """Returns a parameter in float64, with the 16 or 8 bits after its own if its state has them."""
     low = state.get("param_low_bits")
     if low is None:
         return to_numpy(p)
     high = p.detach().cpu().contiguous().view(torch.int16).numpy().astype(np.uint16)
-    added = low.cpu().numpy().astype(np.int64)
+    unit = 2**8 if low.dtype == torch.int8 else 1
+    added = low.cpu().numpy().astype(np.int64).reshape(high.shape) * unit
     return (high.astype(np.int64) * 2**16 + added).astype(np.uint32).view(np.float32).astype(float)
 
 
@@ -345,12 +346,16 @@ class Follower:
         self._compare_state(p, mine, group, what)
         actual = whole_values(p, self.optimizer.state[p]).reshape(shape)
         allowed = self.rtol * np.abs(size) + 2.0**-22 * (np.abs(before) + np.abs(size))
-        if "param_low_bits" in self.optimizer.state[p]:
+        low = self.optimizer.state[p].get("param_low_bits")
+        is_kept = len(shape) < 2 or group["master_bits"] == 24
+        assert (low is not None) == (p.dtype == torch.bfloat16 and is_kept), what
+        if low is not None:
+            assert low.dtype == (torch.int16 if len(shape) < 2 else torch.int8), what
             half = 0.5 * spacing(actual, p.dtype)
             self._close(to_numpy(p).reshape(shape), actual, half, f"{what}: not the nearest")
-        elif p.dtype != torch.float32:
+        if p.dtype != torch.float32 and (low is None or low.dtype == torch.int8):
             stochastic = group["stochastic_rounding"] in (None, True)
-            ulps = 1.0 if stochastic else 0.5
+            ulps = (1.0 if stochastic else 0.5) * (1.0 if low is None else 2.0**-8)
             allowed = 1.01 * allowed + ulps * spacing(
                 np.maximum(np.abs(expected), np.abs(actual)), p.dtype
             )

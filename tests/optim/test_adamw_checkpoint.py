@@ -36,6 +36,7 @@ GROUP_KEYS = {
     "momentum_dtype",
     "blocks",
     "stochastic_rounding",
+    "master_bits",
     "nesterov",
     "lagged",
 }

@@ -116,13 +116,15 @@ def groups(draw: st.DrawFn, steps: int, scale: float) -> dict[str, Any]:
         blocks = tuple(draw(st.sampled_from(divisors(n))) for n in shape[-2:])
     # with blocks every matrix of the group must divide alike: one shape, else any
     count = 1 if blocks != (1, 1) else draw(st.integers(1, 3))
+    master_bits = draw(st.sampled_from([None, 24]))
+    dtypes = PARAM_DTYPES if master_bits is None else PARAM_DTYPES[:2]  # not float16
     problems = []
     for i in range(count):
         problems.append(
             Problem(
                 shape if i == 0 else draw(shapes()),
                 draw(st.sampled_from([1, 1, 3])),
-                draw(st.sampled_from(PARAM_DTYPES)),
+                draw(st.sampled_from(dtypes)),
                 # fp16 ends at 6e-8 below and 65504 above
                 draw(st.sampled_from(PARAM_DTYPES if 1e-4 <= scale <= 1e2 else PARAM_DTYPES[:2])),
                 draw(st.sampled_from(LAYOUTS)),
@@ -145,6 +147,7 @@ def groups(draw: st.DrawFn, steps: int, scale: float) -> dict[str, Any]:
         "lagged": draw(st.booleans()),
         "momentum_dtype": draw(st.sampled_from(FORMATS)),
         "stochastic_rounding": draw(st.sampled_from([None, True, False])),
+        "master_bits": master_bits,
         "blocks": blocks,
     }
 

@@ -70,6 +70,9 @@ BAD_SETTINGS = [
     BadSetting({"blocks": 3}, ("blocks", "3")),
     BadSetting({"blocks": (1.0, 2.0)}, ("blocks", "1.0")),
     BadSetting({"blocks": "12"}, ("blocks", "12")),
+    BadSetting({"master_bits": 32}, ("master_bits", "32", "24")),
+    BadSetting({"master_bits": True}, ("master_bits", "True", "24")),
+    BadSetting({"master_bits": "24"}, ("master_bits", "'24'", "24")),
 ]
 
 

@@ -41,6 +41,7 @@ def test_defaults() -> None:
         "momentum_dtype": "float32",
         "blocks": (1, 1),
         "stochastic_rounding": None,
+        "master_bits": None,
         "nesterov": False,
         "lagged": False,
     }

@@ -105,10 +105,16 @@ def give_gradient(param: Tensor, grad: Tensor) -> None:
 # -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_float32_momentum_gives_the_ordinary_step_to_the_bit(dtype: torch.dtype) -> None:
-    _, ordinary = train(StripedAdamW, dtype=dtype)
-    _, layerwise = train(LayerwiseStripedAdamW, dtype=dtype)
+@pytest.mark.parametrize(
+    ("dtype", "master_bits"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 24), (torch.float16, None)],
+    ids=str,
+)
+def test_float32_momentum_gives_the_ordinary_step_to_the_bit(
+    dtype: torch.dtype, master_bits: int | None
+) -> None:
+    _, ordinary = train(StripedAdamW, dtype=dtype, master_bits=master_bits)
+    _, layerwise = train(LayerwiseStripedAdamW, dtype=dtype, master_bits=master_bits)
     for a, b in zip(snapshot(ordinary), snapshot(layerwise), strict=True):
         for x, y in zip(_tensors(a), _tensors(b), strict=True):
             assert_same_bits(y, x)

@@ -59,6 +59,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "nesterov, maximize": {"nesterov": True, "maximize": True, "betas": (0.5, 0.95)},
     "lagged, to nearest": {"lagged": True, "stochastic_rounding": False, "weight_decay": 0.1},
+    "master bits": {"master_bits": 24},
+    "master bits, to nearest": {"master_bits": 24, "stochastic_rounding": False},
 }
 
 # shape, blocks, and whether rows or columns are contiguous in memory
@@ -127,6 +129,8 @@ def bits_of_backend(backend: str) -> dict[str, str]:
     for dtype, momentum_dtype, options in product(DTYPES, FORMATS, OPTIONS):
         if dtype == "float16" and options != "plain":
             continue  # only the rounding of float16 differs
+        if dtype != "bfloat16" and "master bits" in options:
+            continue
         case = f"{dtype}, momentum {momentum_dtype}, {options}"
         found[case] = three_steps(backend, DTYPES[dtype], momentum_dtype, options, shapes)
     for momentum_dtype in FORMATS:

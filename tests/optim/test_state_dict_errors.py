@@ -52,6 +52,12 @@ BAD_STATES: dict[str, BadState] = {
         {"blocks": (1, 3)}, {"blocks": (2, 1)}, lambda s: None, ("blocks", "(1, 3)", "(2, 1)")
     ),
     "blocks into none": BadState({"blocks": (2, 2)}, {}, lambda s: None, ("blocks", "(2, 2)")),
+    "master_bits into none": BadState(
+        {"master_bits": 24},
+        {},
+        lambda s: None,
+        ("third.weight", "master_bits=24", "param_low_bits"),
+    ),
     "momentum of another format than its group says": BadState(
         {"momentum_dtype": "int8"},
         {"momentum_dtype": "int8"},

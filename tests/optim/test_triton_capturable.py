@@ -44,13 +44,15 @@ def capturable_pair(momentum_dtype: str, lr: Any, **more: Any) -> tuple[StripedA
     return pair[0], pair[1]
 
 
-@pytest.mark.parametrize("lagged", [False, True])
+@pytest.mark.parametrize("options", [{}, {"lagged": True}, {"master_bits": 24}], ids=str)
 @pytest.mark.parametrize("momentum_dtype", ["float32", "int8"])
 @pytest.mark.parametrize("lr", [0.05, torch.tensor(0.05), torch.tensor([0.05])], ids=repr)
-def test_capturable_steps_equal_ordinary_steps(lr: Any, momentum_dtype: str, lagged: bool) -> None:
+def test_capturable_steps_equal_ordinary_steps(
+    lr: Any, momentum_dtype: str, options: dict[str, Any]
+) -> None:
     if isinstance(lr, torch.Tensor):
         lr = lr.to(DEVICE)
-    plain, capturable = capturable_pair(momentum_dtype, lr, lagged=lagged)
+    plain, capturable = capturable_pair(momentum_dtype, lr, **options)
     for t in range(3):
         for p, q in zip(parameters(plain), parameters(capturable), strict=True):
             p.grad = torch.randn(p.shape).to(DEVICE, BF16) if (p.ndim, t) != (1, 2) else None

@@ -19,6 +19,7 @@ from optim_checks import (
     parameters,
     spacing,
     to_numpy,
+    whole_values,
 )
 
 from striped_hf import StripedAdamW
@@ -68,6 +69,7 @@ FLAGS: list[dict[str, Any]] = [
     {"stochastic_rounding": False},
 ]
 LAGGED = {"lagged": True}
+MASTER = {"master_bits": 24}
 
 SPECS = [
     # a whole block of codes, one column more, rows that are not whole tiles
@@ -122,6 +124,15 @@ SPECS = [
     *(Spec((6, 132), f, (1, 2), BF16, layout="transposed", flags=LAGGED) for f in ("int8", "int4")),
     Spec((2, 5, 7), layout="transposed", flags=LAGGED),
     *(Spec(shape, flags=LAGGED) for shape in ((1, 6), (6, 1), (9,))),
+    # the 8 bits after those of bfloat16
+    *(Spec((7, 300), f, dtype=BF16, flags=MASTER) for f in FORMATS),
+    *(Spec((6, 450), f, (1, 3), BF16, flags=MASTER) for f in ("float32", "int4")),
+    *(Spec((6, 384), f, (2, 3), BF16, flags=LAGGED | MASTER) for f in ("bfloat16", "int4")),
+    *(Spec((6, 132), f, (1, 2), BF16, layout="transposed", flags=MASTER) for f in ("int8", "int4")),
+    Spec((2, 5, 7), dtype=BF16, layout="transposed", flags=MASTER),
+    Spec((5, 130), "int8", dtype=BF16, flags=MASTER | {"stochastic_rounding": False}),
+    Spec((9,), dtype=BF16, flags=MASTER),
+    Spec((20, 128), "int8", flags=MASTER),
 ]
 
 # Relative to the values. Sums of n squares in another order have n^(1/2) roundings of 6e-8. A
@@ -179,9 +190,16 @@ def assert_agrees(ours: StripedAdamW, theirs: StripedAdamW) -> None:
                 wrong = (apart.to(torch.int8) != 0).float()
                 assert apart.to(torch.int8).abs().max() <= 1, key
                 assert wrong.sum() <= max(1, TIPPED * wrong.numel()), key
-            else:
+            elif value.dtype != torch.int8:  # with the parameter
                 assert_same_bits(actual, value, key)
-        if p.dtype == F32:
+        low = state.get("param_low_bits")
+        if low is not None and low.dtype == torch.int8:
+            a, b = whole_values(p, state), whole_values(q, expected)
+            unit = 2.0**-8 * spacing(np.maximum(np.abs(a), np.abs(b)), BF16)
+            assert (np.abs(a - b) <= 1.01 * unit).all()
+            # an error of a float32's last place is 1/256 of the unit
+            assert (a != b).sum() <= max(2, 0.02 * a.size)
+        elif p.dtype == F32:
             lr = float(ours.param_groups[0]["lr"])
             torch.testing.assert_close(p, q, rtol=2.0**-22, atol=UPDATE * lr * 20)
         else:

@@ -29,7 +29,7 @@ def test_the_arguments_arrive_in_the_optimizer(tmp_path: Path) -> None:
         tmp_path,
         optim="striped_adamw_8bit",
         optim_args="momentum_dtype=bfloat16, backend=reference,nesterov=True,maximize=FALSE,"
-        "stochastic_rounding=none,lagged=true",
+        "stochastic_rounding=none,lagged=true,master_bits=24",
         learning_rate=2e-3,
         adam_beta1=0.8,
         adam_beta2=0.95,
@@ -44,6 +44,7 @@ def test_the_arguments_arrive_in_the_optimizer(tmp_path: Path) -> None:
         assert group["momentum_dtype"] == "bfloat16"
         assert (group["nesterov"], group["maximize"]) == (True, False)
         assert (group["stochastic_rounding"], group["lagged"]) == (None, True)
+        assert group["master_bits"] == 24
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.2, 0.0}
 
 
@@ -63,6 +64,7 @@ BAD_OPTIM_ARGS = {
     "maximize=yes": ("maximize='yes'", "true, false"),
     "maximize=": ("maximize=''", "true, false"),
     "stochastic_rounding=maybe": ("stochastic_rounding='maybe'", "true, false, none"),
+    "master_bits=32": ("master_bits='32'", "none, 24"),
     "momentum=int8": ("'momentum'", "momentum_dtype, backend, maximize, nesterov"),
     "nesterov": ("'nesterov'", "key=value"),
     "nesterov=true,": ("''", "key=value"),

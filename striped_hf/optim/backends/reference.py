@@ -261,6 +261,7 @@ def _update_matrices(
     row_blocks, column_blocks = entry.blocks
     columns = param.shape[-1]
     param = _grid(param, entry.blocks)
+    low = _grid(state[LOW_BITS], entry.blocks) if LOW_BITS in state else None
     grad = None if grad is None else _grid(grad, entry.blocks)
     # [n, ..., br, R / br, bc, 1] and [n, ..., br, 1, bc, C / bc]
     a = roots[0].unflatten(-2, (row_blocks, -1)).unsqueeze(-1)
@@ -280,7 +281,8 @@ def _update_matrices(
             numerator = _numerator(numerator.lerp_(g, 1 - settings.beta1), g, settings)
         root = a[index] * c[index[: c.dim() - 3]]
         torch.maximum(root, numerator.abs().mul_(floor), out=root)  # NaN stays NaN
-        _update_parameter(param[index], numerator, root, start, entry, settings)
+        part = low[index] if low is not None else None
+        _update_parameter(param[index], numerator, root, start, entry, settings, part)
         if grad is not None:
             _store_momentum(m, stored, stored_scale, entry)
 
@@ -335,7 +337,8 @@ def _update_parameter(
         start: The row-major index of the chunk's first element in ``entry``'s parameter.
         entry: A description of each of the n parameters.
         settings: The param group's settings.
-        low: int16, the low halves of float32 values in ``param``; changed in place.
+        low: int16 or int8, the bits of the values that ``param`` in bfloat16 lacks; changed in
+            place. int8: those after them are rounded away. None: rounded to ``param``'s dtype.
     """
     denominator = root.add_(settings.eps)
     value = param.float() if low is None else rounding.join(param, low)
@@ -345,14 +348,17 @@ def _update_parameter(
     value.addcdiv_(numerator, denominator, value=-step_size)
     if value is param:
         return
-    if low is not None:
-        high, new_low = rounding.split(value)
-        param.copy_(high)
-        low.copy_(new_low)
-        return
-    if settings.stochastic_rounding:
+    is_rounded = low is None or low.dtype == torch.int8
+    bits = None
+    if is_rounded and settings.stochastic_rounding:
         # stacked parameters use the same bits: each counts its own elements
         bits = _random_bits(start, param.shape[1:], entry)
+    if low is not None:
+        if is_rounded:
+            value = rounding.round_to_24_bits(value, bits)
+        value, new_low = rounding.split(value, low.dtype)
+        low.copy_(new_low)
+    elif bits is not None:
         value = rounding.stochastic_round(value, param.dtype, bits)
     param.copy_(value)
 

@@ -163,8 +163,8 @@ class OpenMatrix:
             stepped in its place.
         """
         plain = plain_parameter(param)
-        stripes = {key: state[key] for key in ("exp_avg_sq_row", "exp_avg_sq_col")}
-        entry = Entry(plain, None, stripes, self.momentum_dtype, self.description.blocks, step)
+        rest = {key: state[key] for key in self.description.keys if key not in _MOMENTUM}
+        entry = Entry(plain, None, rest, self.momentum_dtype, self.description.blocks, step)
         return self.entries([entry]), [] if plain is param else [(param, plain)]
 
     def close(self, state: State) -> None:

@@ -23,27 +23,50 @@ INLINE const float *load(const void *array, int64_t dtype, int64_t offset, int64
     return buffer;
 }
 
-/* Returns n <= CODE_BLOCK elements of a vector as float32; as load. */
-INLINE float *load_vector(const Entry *e, int64_t offset, int64_t n, float *buffer)
+/* Returns n <= CODE_BLOCK elements of the parameter with its low bits as float32; as load. */
+INLINE float *load_parameter(const Entry *e, int64_t offset, int64_t n, float *buffer)
 {
     if (!e->param_low_bits)
         return (float *)load(e->param, e->param_dtype, offset, n, buffer);
     const uint16_t *high = (const uint16_t *)e->param + offset;
-    const int16_t *low = e->param_low_bits + offset;
-    for (int64_t i = 0; i < n; i++) buffer[i] = join(high[i], low[i]);
+    if (e->is_matrix) {
+        const int8_t *low = (const int8_t *)e->param_low_bits + offset;
+        for (int64_t i = 0; i < n; i++) buffer[i] = join(high[i], (int16_t)(low[i] * 256));
+    } else {
+        const int16_t *low = (const int16_t *)e->param_low_bits + offset;
+        for (int64_t i = 0; i < n; i++) buffer[i] = join(high[i], low[i]);
+    }
     return buffer;
 }
 
 /* Stores n values of a vector in bfloat16 and the bits that it lacks: rounding.py's split. */
-INLINE void store_split(const float *restrict values, const Entry *e, int64_t offset, int64_t n)
+INLINE void store_vector_split(const float *restrict values, const Entry *e, int64_t offset,
+                               int64_t n)
 {
     uint16_t *restrict high = (uint16_t *)e->param + offset;
-    int16_t *restrict low = e->param_low_bits + offset;
+    int16_t *restrict low = (int16_t *)e->param_low_bits + offset;
     for (int64_t i = 0; i < n; i++) {
         uint32_t u = bits_of(values[i]);
-        int is_nan = (u & 0x7FFFFFFF) > 0x7F800000;
-        high[i] = (uint16_t)(is_nan ? 0x7FC0 : (u + 0x8000) >> 16);
-        low[i] = (int16_t)(is_nan ? 0 : u & 0xFFFF);
+        high[i] = split_high(u);
+        low[i] = (int16_t)(is_nan(u) ? 0 : u & 0xFFFF);
+    }
+}
+
+/* Stores n values of a matrix in bfloat16 and the next 8 bits, as rounding.py's round_to_24_bits
+ * and split.
+ *
+ * random: random bits; NULL: rounds to nearest.
+ */
+INLINE void store_matrix_split(const float *restrict values, const uint32_t *restrict random,
+                               const Entry *e, int64_t offset, int64_t n)
+{
+    uint16_t *restrict high = (uint16_t *)e->param + offset;
+    int8_t *restrict low = (int8_t *)e->param_low_bits + offset;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t u = bits_of(values[i]), added = random ? random[i] & 0xFF : 0x80;
+        u = is_nan(u) ? u : (u + added) & ~0xFFu;
+        high[i] = split_high(u);
+        low[i] = (int8_t)(is_nan(u) ? 0 : u >> 8 & 0xFF);
     }
 }
 
@@ -72,7 +95,8 @@ INLINE void random_bits(uint32_t *restrict random, const Entry *e, int64_t index
     }
 }
 
-/* Rounds n values, stochastically or to nearest, and stores them from `offset` on.
+/* Rounds n <= CODE_BLOCK values, stochastically or to nearest, and stores them from `offset` on; and
+ * their low bits, if the state has any.
  *
  * index: the index of the first value in the whole parameter.
  */
@@ -80,10 +104,16 @@ INLINE void store_parameter(const float *restrict values, const Entry *e, int64_
                             int64_t index, int64_t n, const Settings *settings)
 {
     uint16_t *restrict target = (uint16_t *)e->param + offset;
-    if (settings->stochastic_rounding) {
+    if (e->param_low_bits && !e->is_matrix) {
+        store_vector_split(values, e, offset, n);
+    } else if (e->param_low_bits && !settings->stochastic_rounding) {
+        store_matrix_split(values, NULL, e, offset, n);
+    } else if (settings->stochastic_rounding) {
         uint32_t random[CODE_BLOCK];
         random_bits(random, e, index, n);
-        if (e->param_dtype == BFLOAT16)
+        if (e->param_low_bits)
+            store_matrix_split(values, random, e, offset, n);
+        else if (e->param_dtype == BFLOAT16)
             for (int64_t i = 0; i < n; i++)
                 target[i] = to_bfloat16(stochastic_bfloat16(values[i], random[i]));
         else

@@ -158,7 +158,7 @@ INLINE void update_by_stored(const Entry *e, int64_t row, int64_t column, int64_
 {
     int64_t block_columns = e->columns / e->column_blocks, offset = row * e->columns + column;
     float p_buffer[CODE_BLOCK], m_buffer[CODE_BLOCK];
-    float *p = (float *)load(e->param, e->param_dtype, offset, n, p_buffer);
+    float *p = load_parameter(e, offset, n, p_buffer);
     const float *m = m_buffer;
     if (is_coded(e))
         decode(e, row, column, n, m_buffer);
@@ -184,7 +184,7 @@ INLINE void update_chunk(const Entry *e, int64_t row, int64_t column, int64_t n,
     int64_t block_columns = e->columns / e->column_blocks, offset = row * e->columns + column;
     float g_buffer[CODE_BLOCK], p_buffer[CODE_BLOCK], m_buffer[CODE_BLOCK];
     const float *g = load_gradient(e, offset, n, settings, g_buffer);
-    float *p = (float *)load(e->param, e->param_dtype, offset, n, p_buffer);
+    float *p = load_parameter(e, offset, n, p_buffer);
     int64_t block = e->column_blocks == 1 ? 0 : column / block_columns;
     int single_block = column + n <= (block + 1) * block_columns;
     if (is_coded(e) && n == CODE_BLOCK && single_block && !is_tiny(*scale_at(e, row, column))) {
@@ -274,7 +274,7 @@ static void update_vector(const Entry *e, int64_t first, int64_t count, const Se
     for (int64_t j = first; j < first + count; j += CODE_BLOCK) {
         int64_t n = first + count - j < CODE_BLOCK ? first + count - j : CODE_BLOCK;
         const float *restrict g = load_gradient(e, j, n, settings, g_buffer);
-        float *restrict p = load_vector(e, j, n, p_buffer);
+        float *restrict p = load_parameter(e, j, n, p_buffer);
         float *restrict m = (float *)e->exp_avg + j, *restrict v = e->exp_avg_sq_row + j;
         for (int64_t i = 0; i < n; i++) {
             v[i] = v[i] * beta2 + weight2 * g[i] * g[i];
@@ -282,9 +282,7 @@ static void update_vector(const Entry *e, int64_t first, int64_t count, const Se
             float numerator = numerator_of(m[i], g[i], s.nesterov, &s);
             update_element(p + i, numerator, sqrtf(v[i]) / correction, &s);
         }
-        if (e->param_low_bits)
-            store_split(p, e, j, n);
-        else if (p == p_buffer)
+        if (p == p_buffer)
             store_parameter(p, e, j, e->whole_start + j, n, settings);
     }
 }

@@ -90,6 +90,7 @@ class MatrixVariant(NamedTuple):
     large: Any  # the parameter has more than 2^32 elements
     fused_statistics: Any  # the update computes the statistics; no tile has two blocks' columns
     folded: Any  # the momentum has the gradient already
+    low_bits: Any  # the state has the 8 bits after the parameter's
 
 
 class VectorVariant(NamedTuple):

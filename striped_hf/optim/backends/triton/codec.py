@@ -81,24 +81,35 @@ def round_to_nearest(values, DTYPE: tl.constexpr):  # float32 -> DTYPE
 
 
 @triton.jit
-def join(high, low):  # bfloat16, int16 -> float32
+def round_to_24_bits(values, bits):  # float32, uint32 -> float32
+    """``rounding.round_to_24_bits``; to nearest if ``bits`` are 0x80."""
+    return tl.where(values == values, _truncate_after_adding(values, bits, 0xFF), values)
+
+
+@triton.jit
+def join(high, low):  # bfloat16, int16 or int8 -> float32
     """``rounding.join``."""
-    high_bits = high.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-    bits = high_bits.to(tl.int32, bitcast=True) + low.to(tl.int32)
+    high_bits = high.to(tl.uint16, bitcast=True).to(tl.uint32)
+    added = low.to(tl.int32)
+    added = tl.where(((high_bits & 0x7FFF) == 0) & (added < 0), 0, added)
+    if low.dtype == tl.int8:
+        added = added << 8
+    bits = (high_bits << 16).to(tl.int32, bitcast=True) + added
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def split(values):  # float32 -> bfloat16, int16
+def split(values, DTYPE: tl.constexpr):  # float32 -> bfloat16, DTYPE: int16 or int8
     """``rounding.split``."""
     bits = values.to(tl.uint32, bitcast=True)
     is_nan = values != values
     high = tl.where(is_nan, 0x7FC0, (bits + 0x8000) >> 16)
     low = tl.where(is_nan, 0, bits & 0xFFFF)
-    return (
-        high.to(tl.uint16).to(tl.bfloat16, bitcast=True),
-        low.to(tl.uint16).to(tl.int16, bitcast=True),
-    )
+    if DTYPE == tl.int8:
+        low = (low >> 8).to(tl.uint8)
+    else:
+        low = low.to(tl.uint16)
+    return high.to(tl.uint16).to(tl.bfloat16, bitcast=True), low.to(DTYPE, bitcast=True)
 
 
 # ---------------------------------------------------------------------------------------------

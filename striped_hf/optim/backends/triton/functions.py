@@ -15,8 +15,11 @@ from striped_hf.optim.backends.triton.arguments import (
     STEP_SIZE,
 )
 from striped_hf.optim.backends.triton.codec import (
+    join,
     random_bits,
+    round_to_24_bits,
     round_to_nearest,
+    split,
     stochastic_round,
 )
 
@@ -42,6 +45,7 @@ class Matrix(NamedTuple):
     """The facts about the matrix that all tiles of a program share."""
 
     param: Any  # pointer
+    low_bits: Any  # pointer, if the variant has low bits
     grad: Any  # pointer
     region: Region
     row_roots: Any  # pointer to sqrt(row), [rows, column_blocks]
@@ -324,7 +328,12 @@ def update_tile(m, rows, in_rows, columns, matrix, step, variant, flags):
     """
     mask = in_rows[:, None] & columns.inside[None, :]
     offsets = element_offsets(rows, columns.index, matrix.region, variant.transposed)
-    value = tl.load(matrix.param + offsets, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(matrix.param + offsets, mask=mask, other=0.0)
+    if variant.low_bits:
+        low_offsets = rows.to(tl.int64)[:, None] * matrix.region.columns + columns.index[None, :]
+        value = join(value, tl.load(matrix.low_bits + low_offsets, mask=mask, other=0))
+    else:
+        value = value.to(tl.float32)
     if variant.folded:
         numerator = m
         squares = m
@@ -345,6 +354,13 @@ def update_tile(m, rows, in_rows, columns, matrix, step, variant, flags):
         rows, columns.index, matrix.whole_start, matrix.whole_stride, variant.large
     )
     value = value * step.decay - step.step_size * numerator / (root + step.eps)
-    value = round_parameter(value, index_low, index_high, step.key, flags, variant.param_dtype)
+    if variant.low_bits:
+        bits = tl.full([1, 1], 0x80, tl.uint32)
+        if flags.stochastic_rounding:
+            bits = random_bits(index_low, index_high, step.key)
+        value, low = split(round_to_24_bits(value, bits), tl.int8)
+        tl.store(matrix.low_bits + low_offsets, low, mask=mask)
+    else:
+        value = round_parameter(value, index_low, index_high, step.key, flags, variant.param_dtype)
     tl.store(matrix.param + offsets, value, mask=mask)
     return m, squares

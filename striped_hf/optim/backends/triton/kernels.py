@@ -298,6 +298,7 @@ def matrices_kernel(
         pointers, EXP_AVG_POINTER, variant.momentum_dtype, variant.aligned
     )
     scales = load_pointer(pointers, EXP_AVG_SCALE_POINTER, tl.float32)
+    low_bits = load_aligned_pointer(pointers, LOW_BITS_POINTER, tl.int8, variant.aligned)
     step = load_step_scalars(buffers.scalars + entry * SCALARS, one_minus_beta1, eps)
 
     # two 4-bit codes share a byte, so the two halves of a quantization block are two tiles
@@ -369,6 +370,7 @@ def matrices_kernel(
         high_columns = low_columns
     matrix = Matrix(
         param=param,
+        low_bits=low_bits,
         grad=grad,
         region=region,
         row_roots=row_roots,
@@ -483,7 +485,7 @@ def vectors_kernel(
     numerator = numerator_of(m, g, hyper.one_minus_beta1, flags)
     value = value * decay - tl.div_rn(step_size * numerator, denominator)
     if variant.low_bits:
-        rounded, low = split(value)
+        rounded, low = split(value, tl.int16)
         tl.store(low_bits + offsets, low, mask=mask)
     else:
         index = whole_start + offsets

@@ -139,6 +139,7 @@ def _list_tiles(
             narrow=shape.column_blocks > 1 and shape.block_columns < momentum.BLOCK_SIZE,
             large=is_large(shape.rows, shape.whole_start, shape.whole_stride),
             folded=entry.grad is None,
+            low_bits=LOW_BITS in entry.state,
             **layout,
         )
         # with more rows per program there are fewer partial sums
