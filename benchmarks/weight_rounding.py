@@ -37,6 +37,7 @@ ROWS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("striped_adamw_8bit", "bfloat16", {"stochastic_rounding": False}, "to nearest"),
     ("striped_adamw_8bit", "bfloat16", {}, "stochastic"),
     ("striped_adamw_8bit_layerwise", "bfloat16", {}, "stochastic"),
+    ("striped_adamw_8bit", "bfloat16", {"master_bits": 24}, "stochastic, from 24 bits"),
 )
 
 

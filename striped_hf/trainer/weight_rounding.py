@@ -26,10 +26,13 @@ def rounds_to_nearest(optimizer: torch.optim.Optimizer) -> bool:
     """Tells whether an optimizer rounds new 16-bit weights to the nearest number.
 
     True for the classes of torch, transformers and bitsandbytes, and for StripedAdamW with
-    ``stochastic_rounding=False``. False if it is not known.
+    ``stochastic_rounding=False`` and without ``master_bits``. False if it is not known.
     """
     if isinstance(optimizer, StripedAdamW):
-        return any(group["stochastic_rounding"] is False for group in optimizer.param_groups)
+        return any(
+            group["stochastic_rounding"] is False and group["master_bits"] is None
+            for group in optimizer.param_groups
+        )
     return type(optimizer).__module__.partition(".")[0] in _ROUND_TO_NEAREST
 
 

@@ -51,9 +51,18 @@ def test_rounding_to_nearest_is_warned_of_once(tmp_path, caplog, optim, optim_ar
     assert "--dtype float32" in warning
 
 
-@pytest.mark.parametrize("optim", ["striped_adamw_8bit", "striped_adamw_4bit_layerwise"])
-def test_stochastic_rounding_is_not_warned_of(tmp_path, caplog, optim):
-    assert not warnings(tmp_path, caplog, torch.bfloat16, optim=optim)
+@pytest.mark.parametrize(
+    ("optim", "optim_args"),
+    [
+        ("striped_adamw_8bit", None),
+        ("striped_adamw_4bit_layerwise", None),
+        # the state has the bits that the weights lose
+        ("striped_adamw_8bit", "stochastic_rounding=false,master_bits=24"),
+    ],
+)
+def test_other_rounding_is_not_warned_of(tmp_path, caplog, optim, optim_args):
+    changes = {"optim": optim, "optim_args": optim_args}
+    assert not warnings(tmp_path, caplog, torch.bfloat16, **changes)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
