@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 
 from benchmarks import (
     convolutions,
+    finetuning_dtypes,
     gpu_parts,
+    layerwise_losses,
     live_bytes,
     memory_budget,
     memory_plans,
@@ -29,6 +31,7 @@ from benchmarks import (
     state_bytes,
     tokenization,
     training_step,
+    weight_rounding,
 )
 from recipes import eval_baselines, eval_zero_shot
 from recipes.compare_optimizers import render_plot, render_table
@@ -78,6 +81,14 @@ TABLES = {
     "shakespeare_char_cpu_quality": COMPARISON,
     "finetune_stories260k": PageTable(render_table),
     "pretrain_novels": PageTable(processes.render),
+    "weight_rounding": PageTable(weight_rounding.render),
+    "finetune_smollm2": PageTable(
+        finetuning_dtypes.render, ("finetune_smollm2_float32", "finetune_smollm2_bfloat16")
+    ),
+    "layerwise_accumulation": PageTable(
+        layerwise_losses.render_accumulation, ("layerwise_losses",)
+    ),
+    "layerwise_spikes": PageTable(layerwise_losses.render_spikes, ("layerwise_losses",)),
     "eval_baselines_openwebtext": PageTable(
         eval_baselines.render,
         unmeasured=eval_baselines.render({"data": "openwebtext", "losses": []}),

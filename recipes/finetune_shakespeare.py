@@ -13,16 +13,21 @@ the model's own tokens:
         --data_dir data/shakespeare_model --block_size 512
 
 `accelerate launch` works instead of `python`, and every setting of TrainingArguments is a flag.
-The folder --output_dir gets the best checkpoint by validation loss. The weights are float32,
-whatever the dtype of the saved model. --bf16 computes in bfloat16. --dtype bfloat16 also keeps the
-weights in bfloat16, which rounds small updates away.
+The folder --output_dir gets the best checkpoint by validation loss.
+
+The weights are trained and saved in float32, whatever the dtype of the saved model, and --bf16
+computes in bfloat16. --dtype bfloat16 trains and saves them in bfloat16, with half of the memory
+for weights and gradients, and --dtype auto in the dtype of the saved model. StripedAdamW rounds
+bfloat16 weights stochastically, which keeps the loss. AdamW and most other optimizers round them to
+nearest, which drops most updates at this learning rate. So float32, which is right with every
+--optim, is the default.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from striped_hf.cli import UserError, run
 from striped_hf.data import ContiguousBlocks, RandomWindows, collate, open_split
@@ -32,7 +37,7 @@ from striped_hf.trainer.arguments import RecipeArguments, parse_arguments
 from striped_hf.trainer.callbacks import RunMeasurements
 from striped_hf.trainer.causal_lm import CausalLMTrainer
 from striped_hf.trainer.resuming import windows_per_step
-from striped_hf.trainer.run_folder import finish_run, run_folder, train
+from striped_hf.trainer.run_folder import dtype_name, finish_run, run_folder, train
 
 DEFAULTS = {
     "output_dir": "out/finetune_shakespeare",
@@ -56,6 +61,7 @@ DEFAULTS = {
 }
 
 DTYPES = ("float32", "bfloat16")
+AUTO = "auto"
 
 
 @dataclass
@@ -70,15 +76,28 @@ class Options:
     block_size: int = field(default=1024, metadata={"help": "context, in tokens"})
     dtype: str = field(
         default="float32",
-        metadata={"help": f"dtype of the weights in training: {' or '.join(DTYPES)}"},
+        metadata={
+            "help": f"dtype in which weights are trained and saved: {', '.join(DTYPES)}, or {AUTO} "
+            "for the saved model's"
+        },
     )
+
+
+def load(name: str, dtype: str) -> PreTrainedModel:
+    model = load_model(name, AUTO if dtype == AUTO else getattr(torch, dtype))
+    if dtype == AUTO and (saved := dtype_name(model.dtype)) not in DTYPES:
+        raise UserError(
+            f"--dtype {AUTO}: {name} was saved in {saved}, in which gradients would underflow: "
+            "pass --dtype bfloat16, or float32"
+        )
+    return model
 
 
 def train_model(options: Options, args: RecipeArguments) -> None:
     name = options.model_name_or_path
     set_seed(args.seed)
     with args.main_process_first(desc="load the model"):  # only one process downloads it
-        model = load_model(name, getattr(torch, options.dtype))
+        model = load(name, options.dtype)
         tokenizer = load_tokenizer(name)
         check_tokens(options.data_dir, name, tokenizer)
     check_length("--block_size", options.block_size, name, model.config)
@@ -100,7 +119,7 @@ def train_model(options: Options, args: RecipeArguments) -> None:
         callbacks=[measurements],
     )
     base = Path(name).resolve().name if Path(name).exists() else name
-    train(trainer, args, base_model=base, dtype=options.dtype)
+    train(trainer, args, base_model=base, dtype=dtype_name(model.dtype))
     log = trainer.state.log_history
     before = next((entry["eval_loss"] for entry in log if "eval_loss" in entry), None)
     result = finish_run(trainer, measurements, train_split, base_model=name)
@@ -113,8 +132,8 @@ def train_model(options: Options, args: RecipeArguments) -> None:
 
 def main() -> None:
     options, args = parse_arguments(Options, DEFAULTS)
-    if options.dtype not in DTYPES:
-        raise UserError(f"--dtype {options.dtype}: choose one of {', '.join(DTYPES)}")
+    if options.dtype not in (*DTYPES, AUTO):
+        raise UserError(f"--dtype {options.dtype}: choose one of {', '.join((*DTYPES, AUTO))}")
     with run_folder(args):
         train_model(options, args)
 

@@ -22,13 +22,13 @@ from striped_hf.fingerprint import file_fingerprint
 _NAMED_CHARACTERS = 10
 
 
-def load_model(name_or_path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_model(name_or_path: str, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
     """Loads a causal language model.
 
     Args:
         name_or_path: A local folder, or a name on the hub.
-        dtype: The dtype of the loaded weights. (transformers' default is the checkpoint's dtype. In
-            bfloat16 an optimizer's small updates are rounded away.)
+        dtype: The dtype of the loaded weights; "auto" is the checkpoint's, as is transformers'
+            default. Most optimizers drop small updates of bfloat16 weights.
 
     Raises:
         UserError: The model cannot be loaded.

@@ -23,6 +23,7 @@ from striped_hf.losses import (
 )
 from striped_hf.trainer.checkpoints import WholeCheckpoints
 from striped_hf.trainer.watching import watch
+from striped_hf.trainer.weight_rounding import WarnOfRounding
 
 # In every forward pass, transformers' "sdpa" checks for packed sequences, which waits for the GPU.
 # A compiled model cannot check and makes a mask instead, and a mask rules out flash attention. An
@@ -38,12 +39,12 @@ class CausalLMTrainer(WholeCheckpoints):
     numbers of targets. This class needs batches with ``shift_labels``, as the data sets of
     ``striped_hf.data`` make them.
 
-    It logs the figures of ``striped_hf.trainer.watching``. If a step has many logits, as with
-    GPT-2's vocabulary, training computes the loss in chunks (``striped_hf.losses``) and never holds
-    all logits; ``chunked_loss = False`` turns this off. Attention is causal over each whole
-    sequence, without a padding mask: padding may only follow the last target. Between two logs no
-    step waits for a GPU, given ``logging_nan_inf_filter=False`` and a model without
-    ``pad_token_id``.
+    It logs the figures of ``striped_hf.trainer.watching``, and warns if the optimizer rounds 16-bit
+    weights to nearest. If a step has many logits, as with GPT-2's vocabulary, training computes the
+    loss in chunks (``striped_hf.losses``) and never holds all logits; ``chunked_loss = False``
+    turns this off. Attention is causal over each whole sequence, without a padding mask: padding
+    may only follow the last target. Between two logs no step waits for a GPU, given
+    ``logging_nan_inf_filter=False`` and a model without ``pad_token_id``.
     """
 
     chunked_loss = True
@@ -53,6 +54,7 @@ class CausalLMTrainer(WholeCheckpoints):
         if getattr(getattr(self.model, "config", None), "_attn_implementation", None) == "sdpa":
             self.model.set_attn_implementation(_CAUSAL_SDPA)  # type: ignore[union-attr,operator]
         watch(self, peak_tflops=getattr(self.args, "peak_tflops", None))
+        self.add_callback(WarnOfRounding())
         self._head: nn.Linear | None = None
         self._flops_per_token: int | None = None
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch.utils.data import Subset
 from transformers import PreTrainedModel, TrainingArguments
@@ -195,10 +196,15 @@ def finish_run(
     return run
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns a dtype's name, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _dtype(model: PreTrainedModel, args: TrainingArguments) -> str:
     """Names the dtype of the weights, and autocast's dtype if it is on."""
     autocast = "bfloat16" if args.bf16 else "float16" if args.fp16 else ""
-    weights = str(model.dtype).removeprefix("torch.")
+    weights = dtype_name(model.dtype)
     return f"{weights}, {autocast} autocast" if autocast else weights
 
 

@@ -56,10 +56,11 @@ def test_stories260k_learns_shakespeare_in_its_tokens(test_data, run_script, tmp
         ((), "float32"),
         (("--bf16",), "float32, bfloat16 autocast"),
         (("--dtype", "bfloat16"), "bfloat16"),
+        (("--dtype", "auto"), "bfloat16"),
     ],
 )
 def test_dtype_is_the_given_one(tiny_run, docs_data, run_here, tmp_path, asked, trained):
-    """The dtype of the checkpoint does not matter."""
+    """The dtype of the checkpoint matters for ``auto`` only."""
     model = AutoModelForCausalLM.from_pretrained(tiny_run, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(tiny_run).save_pretrained(tmp_path / "model")
@@ -70,6 +71,15 @@ def test_dtype_is_the_given_one(tiny_run, docs_data, run_here, tmp_path, asked, 
     assert f"| dtype of the weights | {trained} |" in card
     weights = load_file(tmp_path / "run" / "model.safetensors").values()
     assert {str(weight.dtype) for weight in weights} == {f"torch.{trained.split(',')[0]}"}
+
+
+def test_auto_does_not_train_float16_weights(tiny_run, docs_data, run_here, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_run, dtype=torch.float16)
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny_run).save_pretrained(tmp_path / "model")
+    flags = ("--model_name_or_path", "model", "--data_dir", docs_data, "--block_size", 32)
+    message = "--dtype auto: model was saved in float16, in which gradients would underflow: pass"
+    run_here(RECIPE, *flags, "--dtype", "auto", fails=f"{message} --dtype bfloat16")
 
 
 def test_data_in_other_tokens_is_an_error(tiny_run, test_data, run_here, tmp_path):
@@ -90,7 +100,7 @@ def test_data_in_other_tokens_is_an_error(tiny_run, test_data, run_here, tmp_pat
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--dtype", "float16"), "--dtype float16: choose one of float32, bfloat16"),
+        (("--dtype", "float16"), "--dtype float16: choose one of float32, bfloat16, auto"),
         (("--block_size", 33), "pass --block_size 32 or less"),
         (("--block_size", 32, "--data_dir", "no"), "prepare the data first"),
     ],
