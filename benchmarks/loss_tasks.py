@@ -3,9 +3,10 @@
 Every optimizer starts a seed of a task from the same weights and sees the same batches.
 """
 
+import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,13 +14,20 @@ from torch import nn
 from transformers import GPT2Config, PreTrainedModel, get_scheduler, set_seed
 
 from benchmarks.loss_peers import Peer, peer_state_bytes, set_learning_rate
+from recipes import train_shakespeare_char
 from striped_hf.cli import UserError
 from striped_hf.data import ContiguousBlocks, RandomWindows, TokenSplit, open_split
 from striped_hf.pretrained import check_tokens, load_model, new_model
 from striped_hf.published_configs import load_config
 
-WEIGHT_DECAY = 0.1
-MAX_GRAD_NORM = 1.0
+_RECIPE = train_shakespeare_char.DEFAULTS
+_CPU_COMMAND = train_shakespeare_char.PRESETS["cpu"]
+WEIGHT_DECAY = _RECIPE["weight_decay"]
+MAX_GRAD_NORM = _RECIPE["max_grad_norm"]
+_SCHEDULE = {
+    "schedule": _RECIPE["lr_scheduler_type"],
+    "schedule_kwargs": json.loads(_RECIPE["lr_scheduler_kwargs"]),
+}
 
 
 @dataclass(frozen=True)
@@ -55,9 +63,13 @@ class Task:
     rates: tuple[float, ...]
     schedule: str = "constant"
     warmup: int = 0
-    schedule_kwargs: tuple[tuple[str, float], ...] = ()
+    schedule_kwargs: dict[str, float] = field(default_factory=dict)
     evaluated: int | None = None
     autocast: bool = False
+
+    def first_rates(self, peer: Peer) -> list[float]:
+        """Returns the learning rates with which a peer's grid begins."""
+        return [rate * peer.rate_scale for rate in self.rates]
 
     def settings(self) -> dict[str, Any]:
         """Returns the settings that decide a run's losses, for the results file."""
@@ -75,15 +87,12 @@ class Task:
 
 def character_model(vocab_size: int, name_or_path: str) -> PreTrainedModel:
     """Makes the model of ``train_shakespeare_char.py --preset cpu``."""
+    dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), _CPU_COMMAND["dropout"])
     config = GPT2Config(
         vocab_size=vocab_size,
-        n_positions=64,
-        n_layer=4,
-        n_head=4,
-        n_embd=128,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        resid_pdrop=0.0,
+        n_positions=_CPU_COMMAND["block_size"],
+        **{key: _CPU_COMMAND[key] for key in ("n_layer", "n_head", "n_embd")},
+        **dropout,
         activation_function="gelu",
         bos_token_id=None,
         eos_token_id=None,
@@ -108,15 +117,14 @@ TASKS = {
             "char",
             "nanoGPT's CPU-sized model on tiny Shakespeare, from scratch",
             character_model,
-            steps=2000,
-            batch_size=12,
-            block_size=64,
-            betas=(0.9, 0.99),
+            steps=_CPU_COMMAND["max_steps"],
+            batch_size=_CPU_COMMAND["per_device_train_batch_size"],
+            block_size=_CPU_COMMAND["block_size"],
+            betas=(0.9, _RECIPE["adam_beta2"]),
             seeds=(1, 2, 3),
             rates=(2e-3, 4e-3, 8e-3),
-            schedule="cosine_warmup_with_min_lr",
-            warmup=100,
-            schedule_kwargs=(("min_lr_rate", 0.1),),
+            warmup=_RECIPE["warmup_steps"],
+            **_SCHEDULE,
         ),
         Task(
             "finetune",
@@ -140,10 +148,9 @@ TASKS = {
             betas=(0.9, 0.95),
             seeds=(1,),
             rates=(3e-4, 6e-4, 1.2e-3),
-            schedule="cosine_warmup_with_min_lr",
             warmup=50,
-            schedule_kwargs=(("min_lr_rate", 0.1),),
             evaluated=64,
+            **_SCHEDULE,
             autocast=True,
         ),
     )
@@ -187,7 +194,7 @@ def rate_factors(task: Task, steps: int) -> list[float]:
         torch.optim.SGD([parameter], lr=1.0),
         num_warmup_steps=task.warmup,
         num_training_steps=steps,
-        scheduler_specific_kwargs=dict(task.schedule_kwargs),
+        scheduler_specific_kwargs=task.schedule_kwargs,
     )
     factors = []
     for _ in range(steps):

@@ -8,8 +8,8 @@ The tasks are nanoGPT's CPU-sized model (``char``), finetuning of a pretrained m
 
 Every optimizer has a grid of learning rates, a factor of 2 apart. The first seed runs at each rate.
 While the best rate is at an edge of the grid, the grid grows beyond that edge. The other seeds run
-at the rates whose first seed is within ``MARGIN`` of the best. The best rate is the rate with the
-lowest mean validation loss.
+at the rates whose first seed is within 0.03 nats of the best. The best rate is the rate with the
+lowest mean validation loss over the seeds.
 
 The results file is written after each run. A command with the same task continues an earlier,
 stopped one: finished runs are not run again. The packages of the optimizers are in the extra
@@ -20,10 +20,7 @@ Two runs are side by side, of one thread each: only losses are compared, no time
 
 import argparse
 import concurrent.futures
-import itertools
-import math
 import multiprocessing
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,61 +28,14 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from benchmarks.loss_grid import RateAndSeed, wanted
 from benchmarks.loss_peers import PEERS, Peer
 from benchmarks.loss_tables import render
 from benchmarks.loss_tasks import TASKS, Run, Task, check_device, train
 from striped_hf.cli import UserError, run
 from striped_hf.results import begin_results, loss_text, write_json
 
-MARGIN = 0.03  # nats; the losses of single seeds scatter by 0.01 to 0.02
-MOST_RATES = 8  # of one optimizer
-
 Results = dict[str, Any]
-RateAndSeed = tuple[float, int]
-
-
-def wanted(
-    runs: Sequence[dict[str, Any]], rates: Sequence[float], seeds: Sequence[int]
-) -> list[RateAndSeed]:
-    """Returns the runs that an optimizer's row still needs, as far as its finished runs tell.
-
-    Args:
-        runs: The optimizer's finished runs.
-        rates: The rates with which its grid begins.
-        seeds: All seeds.
-
-    Returns:
-        Learning rates and seeds, in the order in which they should run; nothing if the row is
-        complete.
-    """
-    losses = {
-        (each["learning_rate"], each["seed"]): math.inf
-        if each["val_loss"] is None
-        else each["val_loss"]
-        for each in runs
-    }
-    first, middle = seeds[0], rates[len(rates) // 2]
-    grid = sorted({*rates, *(rate for rate, _ in losses)})
-    begin = [(middle, seed) for seed in seeds] + [(rate, first) for rate in grid]
-    if missing := [pair for pair in dict.fromkeys(begin) if pair not in losses]:
-        return missing
-    lowest = min(losses[rate, first] for rate in grid)
-    # if all diverged, the smallest rate counts as the best
-    near = [rate for rate in grid if losses[rate, first] <= lowest + MARGIN]
-    best = min(near, key=lambda rate: losses[rate, first])
-    if not (missing := beyond(grid, best, first)) and math.isfinite(lowest):
-        every = itertools.product(near, seeds)
-        if not (missing := [pair for pair in every if pair not in losses]):
-            best = min(near, key=lambda rate: statistics.mean(losses[rate, s] for s in seeds))
-            missing = beyond(grid, best, first)
-    return missing
-
-
-def beyond(grid: Sequence[float], best: float, seed: int) -> list[RateAndSeed]:
-    """Returns the next run of a grid that must grow because its best rate is at an edge."""
-    if len(grid) < MOST_RATES and best in (grid[0], grid[-1]):
-        return [(best / 2 if best == grid[0] else best * 2, seed)]
-    return []
 
 
 def waiting(results: Results, task: Task, peers: Sequence[Peer]) -> list[tuple[Peer, RateAndSeed]]:
@@ -94,15 +44,10 @@ def waiting(results: Results, task: Task, peers: Sequence[Peer]) -> list[tuple[P
     for peer in peers:
         if peer.name not in results["reasons"]:
             runs = [each for each in results["runs"] if each["optimizer"] == peer.name]
-            needed = wanted(runs, first_rates(task, peer), task.seeds)
+            needed = wanted(runs, task.first_rates(peer), task.seeds)
             rows += [(peer.group, turn, peer, each) for turn, each in enumerate(needed)]
     rows.sort(key=lambda row: row[:2])
     return [(peer, each) for _, _, peer, each in rows]
-
-
-def first_rates(task: Task, peer: Peer) -> list[float]:
-    """Returns the rates with which a peer's grid begins."""
-    return [rate * peer.rate_scale for rate in task.rates]
 
 
 def start_worker() -> None:
