@@ -82,6 +82,7 @@ class Task:
             "weight_decay": WEIGHT_DECAY,
             "schedule": self.schedule,
             "warmup": self.warmup,
+            "evaluated": self.evaluated,
         }
 
 
@@ -162,42 +163,40 @@ class Run:
     """One training run.
 
     Args:
-        task: A name of ``TASKS``.
+        task: The task.
         peer: The optimizer.
         learning_rate: Its learning rate, before the schedule.
         seed: Of the weights and the batches.
         data_dir: The data set.
         model: The model's name or folder.
         device: "cpu" or "cuda".
-        steps: Fewer steps than the task's, for a trial.
     """
 
-    task: str
+    task: Task
     peer: Peer
     learning_rate: float
     seed: int
     data_dir: str
     model: str
     device: str
-    steps: int
 
     @property
     def key(self) -> tuple[str, float, int]:
         return self.peer.name, self.learning_rate, self.seed
 
 
-def rate_factors(task: Task, steps: int) -> list[float]:
+def rate_factors(task: Task) -> list[float]:
     """Returns the factor of the learning rate for each step, by transformers' own schedule."""
     parameter = torch.nn.Parameter(torch.zeros(1))
     scheduler = get_scheduler(
         task.schedule,
         torch.optim.SGD([parameter], lr=1.0),
         num_warmup_steps=task.warmup,
-        num_training_steps=steps,
+        num_training_steps=task.steps,
         scheduler_specific_kwargs=task.schedule_kwargs,
     )
     factors = []
-    for _ in range(steps):
+    for _ in range(task.steps):
         factors.append(float(scheduler.get_last_lr()[0]))
         scheduler.optimizer.step()
         scheduler.step()
@@ -209,7 +208,7 @@ def token_loss(
 ) -> torch.Tensor:
     """Returns the loss of a batch's targets, in nats; masked targets do not count."""
     inputs, targets = (batch[key].to(run.device) for key in ("input_ids", "shift_labels"))
-    autocast = TASKS[run.task].autocast and run.device == "cuda"
+    autocast = run.task.autocast and run.device == "cuda"
     with torch.autocast(run.device, torch.bfloat16, enabled=autocast):
         logits = model(input_ids=inputs, use_cache=False).logits
     return nn.functional.cross_entropy(
@@ -220,7 +219,7 @@ def token_loss(
 @torch.no_grad()
 def evaluate(model: nn.Module, split: TokenSplit, blocks: int, chosen: int, run: Run) -> float:
     """Returns the mean loss per token over ``chosen`` of the first ``blocks`` blocks of a split."""
-    task = TASKS[run.task]
+    task = run.task
     data = ContiguousBlocks(split, task.block_size)
     indices = [i * min(blocks, len(data)) // chosen for i in range(chosen)]
     size = max(1, 4096 // task.block_size)
@@ -242,7 +241,7 @@ def train(run: Run) -> dict[str, Any]:
         nats per token, both None if the run diverged. If the optimizer cannot be built, or its
         first step fails: ``reason`` instead of the losses.
     """
-    task, peer = TASKS[run.task], run.peer
+    task, peer = run.task, run.peer
     result: dict[str, Any] = {
         "optimizer": peer.name,
         "learning_rate": run.learning_rate,
@@ -268,7 +267,7 @@ def train(run: Run) -> dict[str, Any]:
         return {**result, "reason": reason(error)}
 
     model.train()
-    for step, factor in enumerate(rate_factors(task, run.steps)):
+    for step, factor in enumerate(rate_factors(task)):
         set_learning_rate(optimizer, run.learning_rate * factor)
         first = step * task.batch_size
         batch = windows.__getitems__(range(first, first + task.batch_size))

@@ -13,7 +13,8 @@ lowest mean validation loss over the seeds.
 
 The results file is written after each run. A command with the same task continues an earlier,
 stopped one: finished runs are not run again. The packages of the optimizers are in the extra
-``bench``. An optimizer that cannot run here is in the table with the reason.
+``bench``. An optimizer that cannot run here is in the table with the reason; ``--trial`` shows that
+within minutes.
 
 Two runs are side by side, of one thread each: only losses are compared, no times.
 """
@@ -22,6 +23,7 @@ import argparse
 import concurrent.futures
 import multiprocessing
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,9 +62,10 @@ def start_worker() -> None:
 def compare(args: argparse.Namespace) -> Results:
     """Trains until no run is needed; writes the results after each run."""
     task = TASKS[args.task]
+    if args.trial:
+        task = replace(task, steps=3, evaluated=4)
     peers = [PEERS[name] for name in args.optimizers]
     settings = {**task.settings(), "model": args.model, "runs": []}
-    settings["steps"] = args.steps or task.steps
     results = begin_results(args.results, settings, resume=True, device_type=args.device)
     results.setdefault("reasons", {})
     bar = tqdm(desc=task.name, unit="run", initial=len(results["runs"]))
@@ -73,16 +76,7 @@ def compare(args: argparse.Namespace) -> Results:
         try:
             while True:
                 known = [
-                    Run(
-                        args.task,
-                        peer,
-                        rate,
-                        seed,
-                        args.data_dir,
-                        args.model,
-                        args.device,
-                        settings["steps"],
-                    )
+                    Run(task, peer, rate, seed, args.data_dir, args.model, args.device)
                     for peer, (rate, seed) in waiting(results, task, peers)
                 ]
                 bar.total = len(results["runs"]) + len(known)
@@ -134,7 +128,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--processes", type=int, default=2, help="runs side by side")
-    parser.add_argument("--steps", type=int, help="other than the task's, for a trial")
+    parser.add_argument(
+        "--trial", action="store_true", help="3 steps a run, to see which optimizers run here"
+    )
     parser.add_argument("--results", help="default: out/losses_TASK.json")
     args = parser.parse_args()
     args.results = args.results or f"out/losses_{args.task}.json"

@@ -103,7 +103,7 @@ def test_a_peer_trains_every_parameter(name: str, model):
     optimizer.step()
     changes = [(p - b).abs().max() for p, b in zip(model.parameters(), before, strict=True)]
     # the rate that was set, not the rate of the constructor
-    assert all(0 < change < 0.1 for change in changes)
+    assert all(0 < change < 0.5 for change in changes)
     assert loss_peers.peer_state_bytes(optimizer) > 0
 
 
@@ -131,17 +131,16 @@ def ran(tmp_path_factory, run_script) -> Path:
     text = "".join(f"line {i}: the quick brown fox\n" for i in range(200))
     (folder / "input.txt").write_text(text, encoding="utf-8")
     run_script("data_scripts/shakespeare_char.py", "--input", "input.txt", cwd=folder)
-    command(run_script, folder)
+    command(run_script, folder, "--trial")
     return folder / "results.json"
 
 
-def command(run_script, folder: Path, status: int = 0, **flags: object):
-    flags = {"steps": 3, **flags}
+def command(run_script, folder: Path, *flags: str, status: int = 0):
     return run_script(
         SCRIPT,
         *("--data_dir", "data/shakespeare_char", "--results", "results.json"),
         *("--optimizers", *NAMES),
-        *(word for flag, value in flags.items() for word in (f"--{flag}", value)),
+        *flags,
         cwd=folder,
         status=status,
     )
@@ -171,7 +170,7 @@ def test_a_stopped_command_continues_with_the_same_losses(ran: Path, run_script)
     kept = {**whole, "runs": whole["runs"][:-2]}
     kept["runs"][0] = {**kept["runs"][0], "train_loss": -1.0}  # shows that it did not run again
     ran.write_text(json.dumps(kept), encoding="utf-8")
-    command(run_script, ran.parent)
+    command(run_script, ran.parent, "--trial")
     again = json.loads(ran.read_text(encoding="utf-8"))
     ran.write_text(json.dumps(whole), encoding="utf-8")
     assert again["runs"][0]["train_loss"] == -1.0
@@ -181,7 +180,7 @@ def test_a_stopped_command_continues_with_the_same_losses(ran: Path, run_script)
 
 def test_other_settings_do_not_continue_a_results_file(ran: Path, run_script):
     before = ran.read_bytes()
-    done = command(run_script, ran.parent, status=1, steps=4)
+    done = command(run_script, ran.parent, status=1)
     assert "steps" in done.stderr
     assert "--results" in done.stderr
     assert ran.read_bytes() == before
