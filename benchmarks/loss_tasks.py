@@ -256,6 +256,11 @@ def train(run: Run) -> dict[str, Any]:
     if task.model is pretrained_model:
         check_tokens(run.data_dir, run.model)
     model: Any = task.model(max(train_split.vocab_size, val_split.vocab_size), run.model)
+    if (longest := model.config.max_position_embeddings) < task.block_size:
+        raise UserError(
+            f"--model {run.model}: its context of {longest} tokens is shorter than the windows of "
+            f"--task {task.name}, {task.block_size}: pass another model"
+        )
     model.to(device=run.device, dtype=getattr(torch, peer.dtype))
     parameters = model.num_parameters(only_trainable=True)
     windows = RandomWindows(

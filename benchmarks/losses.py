@@ -21,6 +21,7 @@ Two runs are side by side, of one thread each: only losses are compared, no time
 
 import argparse
 import concurrent.futures
+import concurrent.futures.process
 import multiprocessing
 from collections.abc import Sequence
 from dataclasses import replace
@@ -67,35 +68,39 @@ def compare(args: argparse.Namespace) -> Results:
     peers = [PEERS[name] for name in args.optimizers]
     settings = {**task.settings(), "model": args.model, "runs": []}
     results = begin_results(args.results, settings, resume=True, device_type=args.device)
-    results.setdefault("reasons", {})
+    results["reasons"] = {}  # a missing package may be installed now
     bar = tqdm(desc=task.name, unit="run", initial=len(results["runs"]))
     running: dict[concurrent.futures.Future[dict[str, Any]], Run] = {}
     with concurrent.futures.ProcessPoolExecutor(
         args.processes, multiprocessing.get_context("spawn"), initializer=start_worker
     ) as pool:
-        try:
-            while True:
-                known = [
-                    Run(task, peer, rate, seed, args.data_dir, args.model, args.device)
-                    for peer, (rate, seed) in waiting(results, task, peers)
-                ]
-                bar.total = len(results["runs"]) + len(known)
-                bar.refresh()
-                keys = {each.key for each in running.values()}
-                fresh = [each for each in known if each.key not in keys]
-                for each in fresh[: args.processes - len(running)]:
-                    running[pool.submit(train, each)] = each
-                if not running:
-                    break
-                finished, _ = concurrent.futures.wait(
-                    running, return_when=concurrent.futures.FIRST_COMPLETED
-                )
-                for future in finished:
-                    note(results, running.pop(future), future.result(), bar)
-                write_json(args.results, results)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        while True:
+            known = [
+                Run(task, peer, rate, seed, args.data_dir, args.model, args.device)
+                for peer, (rate, seed) in waiting(results, task, peers)
+            ]
+            bar.total = len(results["runs"]) + len(known)
+            bar.refresh()
+            keys = {each.key for each in running.values()}
+            fresh = [each for each in known if each.key not in keys]
+            for each in fresh[: args.processes - len(running)]:
+                running[pool.submit(train, each)] = each
+            if not running:
+                break
+            finished, _ = concurrent.futures.wait(
+                running, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for future in finished:
+                each = running.pop(future)
+                try:
+                    note(results, each, future.result(), bar)
+                except concurrent.futures.process.BrokenProcessPool as error:
+                    raise UserError(
+                        f"a process was killed while {each.peer.name} or another optimizer "
+                        "trained: if memory was short, pass --processes 1 and start again; the "
+                        "finished runs are kept"
+                    ) from error
+            write_json(args.results, results)
     bar.close()
     return results
 

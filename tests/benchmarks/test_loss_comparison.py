@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from benchmarks import loss_peers, loss_tables, loss_tasks
 from benchmarks.loss_grid import MOST_RATES, wanted
 from benchmarks.loss_peers import PEERS
+from striped_hf.cli import UserError
 
 SCRIPT = "benchmarks.losses"
 RATES, SEEDS = (2.0, 4.0, 8.0), (1, 2, 3)
@@ -176,6 +178,29 @@ def test_a_stopped_command_continues_with_the_same_losses(ran: Path, run_script)
     assert again["runs"][0]["train_loss"] == -1.0
     again["runs"][0] = whole["runs"][0]
     assert by_key(again) == by_key(whole)
+
+
+def test_finetuning_begins_with_the_pretrained_weights(tiny_run: Path, docs_data: Path):
+    task = replace(loss_tasks.TASKS["finetune"], steps=1, block_size=16, evaluated=8)
+    losses = [
+        loss_tasks.train(
+            loss_tasks.Run(task, PEERS["AdamW"], rate, seed, str(docs_data), str(tiny_run), "cpu")
+        )["val_loss"]
+        for rate, seed in ((1e-12, 1), (1e-12, 2), (1e-2, 1))
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)  # no seed in the weights
+    assert abs(losses[2] - losses[0]) > 1e-3
+    run = json.loads((tiny_run / "run.json").read_text(encoding="utf-8"))
+    assert losses[0] == pytest.approx(run["eval_loss"], abs=0.3)  # over few blocks
+
+
+def test_a_model_with_a_short_context_is_refused(tiny_run: Path, docs_data: Path):
+    run = loss_tasks.Run(
+        *(loss_tasks.TASKS["finetune"], PEERS["AdamW"], 1e-4, 1, str(docs_data), str(tiny_run)),
+        device="cpu",
+    )
+    with pytest.raises(UserError, match=r"--model .* its context of 32 tokens"):
+        loss_tasks.train(run)
 
 
 def test_other_settings_do_not_continue_a_results_file(ran: Path, run_script):
