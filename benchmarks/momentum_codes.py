@@ -204,11 +204,10 @@ def render(results: dict[str, Any]) -> str:
         *("momentum", "rms of the update", "cosine with the exact update"),
         *("response to a lasting gradient", "mean age of the gradients"),
     )
-    steps = ", ".join(f"{window['step']:,}" for window in results["windows"])
+    steps = " and ".join(f"{window['step']:,}" for window in results["windows"])
     return (
         f"{markdown_table(header, rows)}\n\nThe exact momentum is 1. Learning rate "
-        f"{results['learning_rate']:g}, seed {results['seed']}; means over the windows at the "
-        f"steps {steps}."
+        f"{results['learning_rate']:g}, seed {results['seed']}, around step {steps}."
     )
 
 

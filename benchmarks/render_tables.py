@@ -20,6 +20,7 @@ from benchmarks import (
     loss_tables,
     memory_budget,
     memory_plans,
+    momentum_codes,
     optimizer_tables,
     processes,
     sharding,
@@ -86,6 +87,7 @@ TABLES = {
     "losses_char": LOSSES,
     "losses_finetune": LOSSES,
     "losses_novels": LOSSES,
+    "momentum_codes": PageTable(momentum_codes.render),
     "finetune_stories260k": PageTable(render_table),
     "pretrain_novels": PageTable(processes.render),
     "eval_baselines_openwebtext": PageTable(
