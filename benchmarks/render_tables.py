@@ -20,8 +20,10 @@ from benchmarks import (
     gpu_parts,
     layerwise_losses,
     live_bytes,
+    loss_tables,
     memory_budget,
     memory_plans,
+    momentum_codes,
     optimizer_tables,
     processes,
     rounding_noise,
@@ -53,6 +55,7 @@ class PageTable(NamedTuple):
         files: The results files without ``.json``; if empty, the one file with the table's name.
         draw: Draws the plot of the first file, named like the table.
         shows_plot: Whether the place shows the plot. Otherwise the page's text embeds it.
+        plot_text: The plot's alternative text there.
         unmeasured: The text of the place while a results file is missing.
         computed: Whether nothing was measured.
     """
@@ -61,12 +64,19 @@ class PageTable(NamedTuple):
     files: tuple[str, ...] = ()
     draw: Callable[[Results, Path], None] | None = None
     shows_plot: bool = False
+    plot_text: str = "State and time of a step"
     unmeasured: str = "Not measured yet."
     computed: bool = False
 
 
 COMPARISON = PageTable(render_table, draw=render_plot)
 OPTIMIZERS = PageTable(optimizer_tables.render, draw=optimizer_tables.draw, shows_plot=True)
+LOSSES = PageTable(
+    loss_tables.render,
+    draw=loss_tables.draw,
+    shows_plot=True,
+    plot_text="Validation loss over optimizer state",
+)
 ONE_DIE, TWO_DIES = "optimizers_gpt2_cpu_float32", "optimizers_gpt2_cpu_float32_two_dies"
 
 TABLES = {
@@ -79,6 +89,10 @@ TABLES = {
     "shakespeare_char_cpu": COMPARISON,
     "shakespeare_char_cpu_sweep": COMPARISON,
     "shakespeare_char_cpu_quality": COMPARISON,
+    "losses_char": LOSSES,
+    "losses_finetune": LOSSES,
+    "losses_novels": LOSSES,
+    "momentum_codes": PageTable(momentum_codes.render),
     "finetune_stories260k": PageTable(render_table),
     "pretrain_novels": PageTable(processes.render),
     "weight_rounding": PageTable(weight_rounding.render),
@@ -165,7 +179,7 @@ def render_place(name: str, folder: Path) -> str:
     text += f"\n\n{origin}"
     if table.shows_plot and has_plot(name, results):
         path = Path(os.path.relpath(PLOTS / f"{name}.png", folder)).as_posix()
-        text += f"\n\n![State and time of a step]({path})"
+        text += f"\n\n![{table.plot_text}]({path})"
     return text
 
 
