@@ -91,7 +91,8 @@ def _is_pair(value: Any) -> bool:
 
 def is_list_of_blocks(blocks: Any) -> bool:
     """Whether a group's ``blocks`` are a list with one value for each of its parameters."""
-    return isinstance(blocks, list) and all(isinstance(b, (tuple, list, str)) for b in blocks)
+    # the first value decides: readers ask for every parameter of a group in every step
+    return isinstance(blocks, list) and all(isinstance(b, (tuple, list, str)) for b in blocks[:1])
 
 
 def as_blocks(value: Any) -> BlocksOption:
