@@ -162,6 +162,7 @@ class StripedAdamW(Optimizer):
         self.capturable = capturable
         self._blocks = ParameterBlocks()
         self._agreement = Agreement()
+        self._backends: dict[tuple[str, str], Backend] = {}
         defaults = {name: arguments[name] for name in OPTIONS}
         check_options(defaults)
         super().__init__(params, defaults)
@@ -175,6 +176,7 @@ class StripedAdamW(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_blocks", ParameterBlocks())
         self.__dict__.setdefault("_agreement", Agreement())
+        self.__dict__.setdefault("_backends", {})
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a param group.
@@ -432,7 +434,10 @@ class StripedAdamW(Optimizer):
         return param.device if self.capturable or param.is_meta else torch.device("cpu")
 
     def _backend(self, device_type: str) -> Backend:
-        backend = backends.resolve(self.backend, device_type)
+        backend = self._backends.get((self.backend, device_type))
+        if backend is None:
+            backend = backends.new(self.backend, device_type)
+            self._backends[self.backend, device_type] = backend
         if self.capturable and not backend.CAPTURABLE:
             raise RuntimeError(
                 f"capturable=True needs the triton backend, which does not step parameters on "

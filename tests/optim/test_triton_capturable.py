@@ -85,7 +85,7 @@ def test_a_learning_rate_in_memory(dtype: torch.dtype) -> None:
         if i % 2:
             lr = torch.tensor(settings.lr, dtype=dtype, device=DEVICE)
             settings = dataclasses.replace(settings, lr=lr)
-        launch.step([entry_of(p, optimizer)], settings)
+        launch.new().step([entry_of(p, optimizer)], settings)
     for plain, in_memory in (optimizers[:2], optimizers[2:]):
         torch.testing.assert_close(parameters(plain), parameters(in_memory), rtol=2e-7, atol=0)
 

@@ -36,6 +36,7 @@ launch = pytest.importorskip("striped_hf.optim.backends.triton.launch", exc_type
 from striped_hf.optim.backends.triton import fold, tile_sizes  # noqa: E402
 
 DEVICE = launch.DEVICE_TYPES[0]
+TRITON = launch.new()
 ON_GPU = DEVICE == "cuda"
 
 # on a GPU every test here runs compiled kernels, so `pytest -m gpu` must select it
@@ -163,7 +164,7 @@ def folded_by(backend: Any, case: Case) -> tuple[Entry, Folded]:
 
 
 def assert_same_fold(case: Case) -> None:
-    (ours, actual), (theirs, expected) = (folded_by(b, case) for b in (launch, reference))
+    (ours, actual), (theirs, expected) = (folded_by(b, case) for b in (TRITON, reference))
     torch.testing.assert_close(actual.row_sums, expected.row_sums, **SUMS)
     torch.testing.assert_close(actual.col_sums, expected.col_sums, **SUMS)
     if expected.sketch is not None:
@@ -214,7 +215,7 @@ def test_partial_sums_take_little_memory() -> None:
 
 def test_folds_repeat_bit_for_bit() -> None:
     case = Case((150, 300), "int8", (1, 3), BF16, sketch=True, coefficient=0.3)
-    (first, one), (second, two) = (folded_by(launch, case) for _ in range(2))
+    (first, one), (second, two) = (folded_by(TRITON, case) for _ in range(2))
     for a, b in zip((*one, *first.state.values()), (*two, *second.state.values()), strict=True):
         assert_same_bits(a, b)
 
@@ -225,7 +226,7 @@ def test_folds_repeat_bit_for_bit() -> None:
 def test_inf_and_nan_stay_not_finite(momentum_dtype: str, bad: float) -> None:
     case = Case((5, 300), momentum_dtype, sketch=True)
     found = []
-    for backend in (launch, reference):
+    for backend in (TRITON, reference):
         entry, folded = entry_and_folded(case)
         entry.gradient[2, 140] = bad
         backend.fold(entry, folded, settings_for(case), True, None)
@@ -242,7 +243,7 @@ def test_the_reference_folds_other_strides_with_one_warning(
     case = Case((6, 130), "int8", sketch=True)
     results = []
     with caplog.at_level(logging.WARNING):
-        for backend in (launch, reference, launch):
+        for backend in (TRITON, reference, TRITON):
             entry, folded = entry_and_folded(case)
             grad = lay_out(entry.gradient, layout)
             backend.fold(entry._replace(grad=grad), folded, settings_for(case), True, None)
@@ -256,7 +257,7 @@ def test_a_gradient_may_be_at_any_address() -> None:
     """The address is no multiple of 16 bytes."""
     case = Case((6, 128), "int8", sketch=True)
     results = []
-    for backend, moved in ((launch, False), (launch, True), (reference, True)):
+    for backend, moved in ((TRITON, False), (TRITON, True), (reference, True)):
         entry, folded = entry_and_folded(case)
         if moved:
             buffer = torch.empty(entry.gradient.numel() + 1, device=DEVICE)
@@ -320,18 +321,18 @@ def test_a_step_of_folded_gradients_is_the_ordinary_one(
             other.step()
             continue
         settings, entries = next_step_of(other)
-        sums = [tuple(part.clone() for part in pair) for pair in launch.statistics(entries)]
+        sums = [tuple(part.clone() for part in pair) for pair in TRITON.statistics(entries)]
         for entry, (row_sums, col_sums) in zip(entries, sums, strict=True):
             zeros = Folded(torch.zeros_like(row_sums), torch.zeros_like(col_sums), None)
-            launch.fold(entry, zeros, settings, True, None)
+            TRITON.fold(entry, zeros, settings, True, None)
             torch.testing.assert_close(zeros.row_sums, row_sums, **SUMS)
             torch.testing.assert_close(zeros.col_sums, col_sums, **SUMS)
         without = [entry._replace(grad=None) for entry in entries]
         if in_two_functions:
             # the roots are divided in another way than in the step
-            launch.update(without, reference.stripes(without, sums, settings), settings)
+            TRITON.update(without, reference.stripes(without, sums, settings), settings)
         else:
-            launch.step_folded(without, sums, settings)
+            TRITON.step_folded(without, sums, settings)
         ordinary.step()
         for p, q in zip(ps, qs, strict=True):
             assert_same_bits(other.state[q]["exp_avg"], ordinary.state[p]["exp_avg"])
@@ -366,7 +367,7 @@ def test_the_step_reads_the_stored_momentum(momentum_dtype: str, with_fallback: 
         settings, entries = next_step_of(optimizer)
         sums = reference.statistics(entries)
         without = [entry._replace(grad=None) for entry in entries]
-        backends.resolve(backend, DEVICE).step_folded(without, sums, settings)
+        backends.new(backend, DEVICE).step_folded(without, sums, settings)
         for p in ps:
             assert_same_bits(optimizer.state[p]["exp_avg"], stored[p])
         results.append(optimizer)
@@ -378,7 +379,7 @@ def test_the_step_reads_the_stored_momentum(momentum_dtype: str, with_fallback: 
 
 
 def test_a_step_without_entries_does_nothing() -> None:
-    launch.step_folded([], [], settings_for(Case((2, 2))))
+    TRITON.step_folded([], [], settings_for(Case((2, 2))))
 
 
 # -------------------------------------------------------------------------------------------------

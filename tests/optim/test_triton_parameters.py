@@ -136,6 +136,7 @@ def test_a_first_step_among_later_ones(late: int) -> None:
 
 def test_a_lagged_step_equals_its_two_functions() -> None:
     """Sharded parameters use the two functions."""
+    backend = launch.new()
     specs, (ours, theirs) = lagged_pair()
     for t in range(3):
         for optimizer in (ours, theirs):
@@ -143,8 +144,8 @@ def test_a_lagged_step_equals_its_two_functions() -> None:
                 set_grad(p, gradient_of(spec, t))
         [(_, settings, table)], states, _ = ours._collect(ours._check(), [])
         ours._count_step(states)
-        roots = reference.stripes(table, launch.statistics(table), settings)
-        launch.update(table, roots, settings)
+        roots = reference.stripes(table, backend.statistics(table), settings)
+        backend.update(table, roots, settings)
         theirs.step()
         assert_agrees(ours, theirs)
         synchronise(ours, theirs)
@@ -159,7 +160,8 @@ def test_roots_may_change_between_the_two_functions() -> None:
         optimizer.step()
     settings = settings_of(optimizers[0].param_groups[0], capturable=False)
     entries = [[entry_of(parameters(o)[0], o)] for o in optimizers]
-    sums_of_each = [launch.statistics(of_one) for of_one in entries]
+    backend = launch.new()
+    sums_of_each = [backend.statistics(of_one) for of_one in entries]
     expected = reference.statistics(entries[0])
     for sums in sums_of_each:  # the roots of other parameters of the same shapes
         assert sums[0] is not None
@@ -167,7 +169,7 @@ def test_roots_may_change_between_the_two_functions() -> None:
             torch.testing.assert_close(actual, wanted, **STRIPES)
     for of_one, sums in zip(entries, sums_of_each, strict=True):
         roots = reference.stripes(of_one, [tuple(4 * part for part in sums[0])], settings)
-        launch.update(of_one, roots, settings)
+        backend.update(of_one, roots, settings)
     assert_same_snapshot(*(snapshot(o) for o in optimizers))
 
 
@@ -222,4 +224,4 @@ def test_no_entries_and_empty_tensors() -> None:
     empty.grad, other.grad = torch.ones_like(empty), torch.ones_like(other)
     optimizer.step()
     assert (other != 1).all()
-    assert launch.statistics([]) == []
+    assert launch.new().statistics([]) == []

@@ -3,6 +3,8 @@
 import logging
 from collections.abc import Callable
 from functools import cache
+from types import ModuleType
+from typing import Any
 
 from striped_hf.optim.backends import reference
 from striped_hf.optim.interface import Backend
@@ -14,20 +16,20 @@ BACKENDS = ("auto", "reference", "cpu", "triton")
 _FASTEST = {"cpu": "cpu", "cuda": "triton"}  # by device type; other types get the reference
 
 
-def _import_cpu() -> Backend:
+def _import_cpu() -> ModuleType:
     import striped_hf.optim.backends.cpu as backend
 
     return backend
 
 
-def _import_triton() -> Backend:
+def _import_triton() -> ModuleType:
     import striped_hf.optim.backends.triton.launch as backend
 
     return backend
 
 
 # each raises ImportError, with the reason, if its backend cannot run
-_IMPORTS: dict[str, Callable[[], Backend]] = {"cpu": _import_cpu, "triton": _import_triton}
+_IMPORTS: dict[str, Callable[[], ModuleType]] = {"cpu": _import_cpu, "triton": _import_triton}
 
 
 def check(backend: str) -> None:
@@ -36,9 +38,18 @@ def check(backend: str) -> None:
         raise ValueError(f"backend={backend!r} is unknown: pass one of {', '.join(BACKENDS)}")
 
 
+def new(backend: str, device_type: str) -> Backend:
+    """Returns a backend for one optimizer: it may keep data between the optimizer's steps.
+
+    The arguments and errors are those of ``resolve``.
+    """
+    module: Any = resolve(backend, device_type)
+    return module.new() if hasattr(module, "new") else module
+
+
 @cache  # so that it logs its choice once
-def resolve(backend: str, device_type: str) -> Backend:
-    """Returns the backend that steps parameters on one type of device.
+def resolve(backend: str, device_type: str) -> ModuleType:
+    """Returns the module of the backend that steps parameters on one type of device.
 
     Args:
         backend: One of ``BACKENDS``.

@@ -1,11 +1,11 @@
 """The Triton backend: the step of ``reference.py`` in a few launches for any number of tensors.
 
-- ``launch.py`` has the functions of a backend and launches the kernels.
+- ``launch.py`` has the backend and launches the kernels.
 - ``kernels.py`` has the kernels, ``codec.py`` their rounding and their momentum codes.
 - ``fold.py`` folds gradients during the backward pass, by the kernels of ``fold_kernels.py``.
 - ``arguments.py`` has the arguments of the kernels, and ``tile_sizes.py`` the tile sizes.
-- ``plan.py`` computes the facts that depend on shapes alone: the tiles of each program, and with
-  ``workspace.py`` the buffers.
+- ``kinds.py`` has the facts about an entry on which all of these depend.
+- ``plan.py`` lists the work of each program, and with ``workspace.py`` allocates the buffers.
 - ``addresses.py`` keeps the tensors' addresses on the device up to date.
 
 The import of the package raises ImportError if no kernel can run. With TRITON_INTERPRET=1 Triton

@@ -1,8 +1,12 @@
 """Copies arrays, and the tensors' addresses, to the device asynchronously."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from striped_hf.optim.backends.triton.arguments import EntryPointers
 
 # The most copies of addresses that CUDA graphs may capture before the next step outside of a graph.
 _STAGED = 4
@@ -27,59 +31,67 @@ def copy_to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Whether a CUDA graph is being captured on the device's current stream."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):  # torch asks the current device
+        return torch.cuda.is_current_stream_capturing()
 
 
 class Addresses:
-    """The addresses of the entries' tensors, on the host and on the device.
+    """The addresses of the tensors of a plan's entries, on the host and on the device.
 
     The device gets a new copy when an address has changed.
 
     Attributes:
-        on_device: [entries, 8] int64.
-        captured: The copies that belong to CUDA graphs: host memory and device memory.
+        on_device: [entries, 9] int64, rows of ``EntryPointers``; 0 where a step has no such entry.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, entries: int) -> None:
         self.on_device = torch.empty(0, dtype=torch.int64)
-        self.captured: list[tuple[Tensor, Tensor]] = []
         self._device = device
-        self._current: list[int] | None = None
+        self._array = np.zeros((entries, len(EntryPointers._fields)), dtype=np.int64)
+        self._current: tuple[Sequence[int], list[EntryPointers]] | None = None
         self._staged: list[Tensor] = []
 
-    def stage(self, size: int) -> None:
-        """Allocates pinned memory for ``size`` addresses, which a capture cannot do itself."""
+    def stage(self) -> None:
+        """Allocates pinned memory for later captures, which cannot do so themselves."""
         if self._device.type == "cuda" and not is_capturing(self._device):
             while len(self._staged) < _STAGED:
-                self._staged.append(torch.empty(size, dtype=torch.int64, pin_memory=True))
+                shape = self._array.shape
+                self._staged.append(torch.empty(shape, dtype=torch.int64, pin_memory=True))
 
-    def are_current(self, addresses: list[int]) -> bool:
-        """Whether the device has these addresses, and no graph needs a copy of its own."""
-        return addresses == self._current and not is_capturing(self._device)
-
-    def copy(self, addresses: list[int], array: np.ndarray) -> None:
-        """Copies addresses to the device.
+    def set(self, numbers: Sequence[int], pointers: list[EntryPointers]) -> Tensor | None:
+        """Brings the addresses of a step to the device, unless the device has them.
 
         Args:
-            addresses: The addresses; ``are_current`` compares the next addresses with them.
-            array: The same addresses, [entries, 8] int64.
+            numbers: The entries' numbers.
+            pointers: Their addresses.
+
+        Returns:
+            While a CUDA graph is being captured, the host memory that the graph copies from in
+            every replay. It and ``on_device`` then belong to the graph.
 
         Raises:
             RuntimeError: Too many steps were captured since the last one outside of a graph.
         """
-        if not is_capturing(self._device):
-            self._current = addresses
-            self.on_device = copy_to_device(array, self._device)
-            return
-        # A replayed graph repeats the copy, so its host and device memory stay its own.
-        if not self._staged:
+        is_captured = is_capturing(self._device)
+        if self._current == (numbers, pointers) and not is_captured:
+            return None
+        if is_captured and not self._staged:
             raise RuntimeError(
                 f"StripedAdamW: more than {_STAGED} steps were captured since the last one outside "
                 "of a graph: take one before capturing more"
             )
+        self._array[:] = 0
+        if pointers:
+            self._array[numbers] = pointers
+        if not is_captured:
+            self._current = (numbers, pointers)
+            self.on_device = copy_to_device(self._array, self._device)
+            return None
         host = self._staged.pop()
-        host.copy_(torch.from_numpy(array).flatten())
+        host.copy_(torch.from_numpy(self._array))
         self.on_device = host.to(self._device, non_blocking=True)
-        self.captured.append((host, self.on_device))
         self._current = None
+        return host

@@ -9,13 +9,8 @@ from torch import Tensor
 from striped_hf.optim import momentum
 from striped_hf.optim.backends.triton import fold_kernels, tile_sizes
 from striped_hf.optim.backends.triton.arguments import OPTIONS, FoldVariant, constants
-from striped_hf.optim.backends.triton.plan import (
-    ALIGNMENT,
-    MOMENTUM_DTYPES,
-    TRITON_DTYPES,
-    is_large,
-    launching_on,
-)
+from striped_hf.optim.backends.triton.kinds import ALIGNMENT, MOMENTUM_DTYPES, TRITON_DTYPES
+from striped_hf.optim.backends.triton.plan import is_large, launching_on
 from striped_hf.optim.backends.triton.workspace import ceil_div
 from striped_hf.optim.interface import Blocks, Entry, Folded, Settings
 

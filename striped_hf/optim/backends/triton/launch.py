@@ -14,7 +14,7 @@ Every launch has a list of tiles, each with the number of an entry, and finds th
 in an array of addresses. A launch is repeated only for entries that need another variant of the
 kernel, such as another dtype.
 
-A ``Plan`` has everything that depends on shapes alone, and is made once. When an address has
+A ``Plan`` has everything that depends on the entries' kinds, and is made once. When an address has
 changed, an asynchronous copy from pinned memory brings the addresses to the device. The host never
 waits for the device, no kernel uses atomics, and every sum has a fixed order: runs repeat bit for
 bit.
@@ -24,12 +24,11 @@ import logging
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from striped_hf.optim.backends import reference
 from striped_hf.optim.backends.triton import INTERPRETED, kernels, tile_sizes
@@ -43,9 +42,10 @@ from striped_hf.optim.backends.triton.arguments import (
     constants,
 )
 from striped_hf.optim.backends.triton.fold import can_fold, launch_fold
-from striped_hf.optim.backends.triton.plan import Plan, is_supported, strides_of
+from striped_hf.optim.backends.triton.kinds import kind_of, pointers_of
+from striped_hf.optim.backends.triton.plan import Plan, Plans, Programs, launching_on
 from striped_hf.optim.backends.triton.workspace import tile_columns
-from striped_hf.optim.interface import LOW_BITS, Entry, Folded, Roots, Settings, Sums
+from striped_hf.optim.interface import Entry, Folded, Roots, Settings, Sums
 
 logger = logging.getLogger(__name__)
 
@@ -54,174 +54,34 @@ CAPTURABLE = True  # steps and learning rates may be known to the device only
 
 
 # ---------------------------------------------------------------------------------------------
-# the functions of a backend
+# the entries of one call in a plan
 # ---------------------------------------------------------------------------------------------
 
 
-def step(entries: list[Entry], settings: Settings) -> None:
-    """Performs ``reference.step``. A lagged step reads most gradients from memory only once."""
-    if not entries:
-        return
-    plan = _plan(entries, lagged=settings.lagged)
-    plan.refresh(entries)
-    with plan.launching():
-        _launch_statistics(plan, entries)
-        _launch_update(plan, entries, settings)
-    if plan.fallback:
-        reference.step([entries[i] for i in plan.fallback], settings)
+class Placed(NamedTuple):
+    """The entries of one call, and their places in a plan.
 
-
-def statistics(entries: list[Entry]) -> list[Sums | None]:
-    """Sums the squares of every gradient by row and by column.
-
-    Args:
-        entries: The entries of parameters on one device; not empty.
-
-    Returns:
-        As ``reference.statistics``: for each matrix the row sums [..., R, bc] and the column sums
-        [..., br, C], float32. They are views of one buffer, which the next step of the same
-        parameters overwrites.
-
-    Raises:
-        RuntimeError: A CUDA graph is being captured, and no such step was taken before.
+    Attributes:
+        plan: The plan.
+        programs: The work on these entries.
+        supported: The entries that the kernels step.
+        numbers: Their numbers in the plan.
+        positions: Their positions among the entries of the call.
+        fallback: The positions of the entries that the reference steps, because the kernels do not
+            support their strides.
     """
-    if not entries:
-        return []
-    plan = _plan(entries, lagged=False)
-    plan.refresh(entries)
-    plan.pending = entries
-    with plan.launching():
-        _launch_statistics(plan, entries)
-    sums = list(plan.sums)
-    fallback = reference.statistics([entries[i] for i in plan.fallback])
-    for i, pair in zip(plan.fallback, fallback, strict=True):
-        sums[i] = pair
-    return sums
 
+    plan: Plan
+    programs: Programs
+    supported: list[Entry]
+    numbers: list[int]
+    positions: list[int]
+    fallback: list[int]
 
-def update(entries: list[Entry], roots: list[Roots | None], settings: Settings) -> None:
-    """Updates momentum and parameter of every entry in place; as ``reference.update``.
-
-    Args:
-        entries: The argument of ``statistics``, or entries whose gradients were folded.
-        roots: For each matrix a and c, in tensors of the sums' shapes.
-        settings: The param group's settings.
-    """
-    if not entries:
-        return
-    plan = _plan(entries, lagged=False)
-    if plan.pending is not entries:
-        plan.refresh(entries)
-    plan.pending = None
-    with plan.launching():
-        _copy_to_workspace(plan, roots)
-        _launch_update(plan, entries, settings, has_roots=True)
-    if plan.fallback:
-        fallback_roots = [roots[i] for i in plan.fallback]
-        reference.update([entries[i] for i in plan.fallback], fallback_roots, settings)
-
-
-def fold(
-    entry: Entry, folded: Folded, settings: Settings, is_first: bool, coefficient: Tensor | None
-) -> None:
-    """Adds a gradient to the momentum, sums and sketch; as ``reference.fold``.
-
-    It reads the gradient and the momentum once, in two launches.
-    """
-    if not can_fold(entry, folded):
-        _warn_once()
-        reference.fold(entry, folded, settings, is_first, coefficient)
-        return
-    launch_fold(entry, folded, settings, is_first, coefficient)
-
-
-def step_folded(entries: list[Entry], sums: list[Sums], settings: Settings) -> None:
-    """Updates whole matrices whose gradients were folded; as ``reference.step_folded``."""
-    if not entries:
-        return
-    plan = _plan(entries, lagged=False)
-    plan.refresh(entries)
-    with plan.launching():
-        _copy_to_workspace(plan, sums)
-        _launch_update(plan, entries, settings)
-    if plan.fallback:
-        fallback_sums = [sums[i] for i in plan.fallback]
-        reference.step_folded([entries[i] for i in plan.fallback], fallback_sums, settings)
-
-
-def _copy_to_workspace(plan: Plan, given: Sequence[Sums | Roots | None]) -> None:
-    """Copies sums, or roots in their place, to the buffer that the kernels read."""
-    targets: list[Tensor] = []
-    sources: list[Tensor] = []
-    for i in plan.supported:
-        places, pair = plan.sums[i], given[i]
-        if places is not None and pair is not None:
-            targets += places
-            sources += pair
-    if targets:
-        torch._foreach_copy_(targets, sources)
-
-
-# ---------------------------------------------------------------------------------------------
-# plans
-# ---------------------------------------------------------------------------------------------
-
-# The key is the first parameter's momentum, so that the plans are freed with the optimizer. (The
-# parameter itself may be a view or a copy, another one in each step.) A model has several plans if
-# some of its parameters have gradients in some steps only (experts, frozen layers).
-_plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_PLANS_KEPT = 16
-
-
-def _plan(entries: list[Entry], lagged: bool) -> Plan:
-    """Returns the plan for some entries: a kept plan, or a new plan.
-
-    Raises:
-        RuntimeError: The optimizer is capturable and an entry has strides that no kernel supports.
-    """
-    exp_avg = entries[0].state["exp_avg"]
-    exp_avg = exp_avg if exp_avg._base is None else exp_avg._base
-    plans: dict[tuple[Any, ...], Plan] = _plans.setdefault(exp_avg, {})
-    for plan in plans.values():
-        if plan.pending is entries and plan.lagged == lagged:
-            return plan
-    strides = [strides_of(entry) for entry in entries]
-    descriptions = tuple(
-        (
-            e.param.shape,
-            e.param.dtype,
-            None if e.grad is None else e.grad.dtype,
-            LOW_BITS in e.state,
-            e.momentum_dtype,
-            e.blocks,
-            e.whole_start,
-            e.whole_stride,
-            kind,
-        )
-        for e, kind in zip(entries, strides, strict=True)
-    )
-    key = (entries[0].param.device, lagged, descriptions)
-    if key not in plans:
-        unsupported = [
-            entry
-            for entry, kind in zip(entries, strides, strict=True)
-            if not is_supported(entry, kind)
-        ]
-        if any(entry.step == 0 for entry in unsupported):
-            raise RuntimeError(
-                "capturable=True steps contiguous and transposed parameters only, and one has "
-                "other strides: make it contiguous"
-            )
-        if unsupported:
-            _warn_once()
-            shape = tuple(unsupported[0].param.shape)
-            logger.debug("StripedAdamW: the first such parameter has shape %s", shape)
-        # CUDA graphs need the plans that they were captured with
-        idle = [old for old, plan in plans.items() if not plan.addresses.captured]
-        for old in idle[: max(0, len(idle) + 1 - _PLANS_KEPT)]:
-            del plans[old]
-        plans[key] = Plan(entries, strides, lagged)
-    return plans[key]
+    @property
+    def step(self) -> int:
+        """The step of the first supported entry; 0 if only the device knows it."""
+        return self.supported[0].step if self.supported else 1
 
 
 @cache  # once
@@ -233,20 +93,174 @@ def _warn_once() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# the backend
+# ---------------------------------------------------------------------------------------------
+
+
+class TritonBackend:
+    """The backend of one optimizer, with the plans of its steps."""
+
+    DEVICE_TYPES = DEVICE_TYPES
+    CAPTURABLE = CAPTURABLE
+
+    def __init__(self) -> None:
+        self._plans: dict[tuple[torch.device, bool], Plans] = {}
+
+    def step(self, entries: list[Entry], settings: Settings) -> None:
+        """Performs ``reference.step``. A lagged step reads most gradients only once."""
+        if not entries:
+            return
+        with launching_on(entries[0].param.device):
+            placed = self._place(entries, settings.lagged)
+            _launch_statistics(placed, placed.plan.workspace.sums)
+            _launch_update(placed, settings)
+        if placed.fallback:
+            reference.step([entries[i] for i in placed.fallback], settings)
+
+    def statistics(self, entries: list[Entry]) -> list[Sums | None]:
+        """Sums the squares of every gradient by row and by column.
+
+        Args:
+            entries: The entries of parameters on one device.
+
+        Returns:
+            As ``reference.statistics``: for each matrix the row sums [..., R, bc] and the column
+            sums [..., br, C], float32. They are views of one buffer.
+
+        Raises:
+            RuntimeError: A CUDA graph is being captured, and no such step was taken before.
+        """
+        found: list[Sums | None] = [None] * len(entries)
+        if not entries:
+            return found
+        with launching_on(entries[0].param.device):
+            placed = self._place(entries, lagged=False)
+            buffer = torch.empty_like(placed.plan.workspace.sums)
+            _launch_statistics(placed, buffer)
+        for number, i in zip(placed.numbers, placed.positions, strict=True):
+            kind = placed.plan.kinds[number]
+            if kind.is_matrix:
+                found[i] = placed.plan.workspace.sums_of(number, kind, buffer)
+        fallback = reference.statistics([entries[i] for i in placed.fallback])
+        for i, sums in zip(placed.fallback, fallback, strict=True):
+            found[i] = sums
+        return found
+
+    def update(self, entries: list[Entry], roots: list[Roots | None], settings: Settings) -> None:
+        """Updates momentum and parameter of every entry in place; as ``reference.update``.
+
+        Args:
+            entries: The argument of ``statistics``, or entries whose gradients were folded.
+            roots: For each matrix a and c, in tensors of the sums' shapes.
+            settings: The param group's settings.
+        """
+        if not entries:
+            return
+        with launching_on(entries[0].param.device):
+            placed = self._place(entries, lagged=False)
+            _copy_to_workspace(placed, roots)
+            _launch_update(placed, settings, has_roots=True)
+        if placed.fallback:
+            fallback_roots = [roots[i] for i in placed.fallback]
+            reference.update([entries[i] for i in placed.fallback], fallback_roots, settings)
+
+    def fold(
+        self,
+        entry: Entry,
+        folded: Folded,
+        settings: Settings,
+        is_first: bool,
+        coefficient: Tensor | None,
+    ) -> None:
+        """Adds a gradient to the momentum, sums and sketch; as ``reference.fold``.
+
+        It reads the gradient and the momentum once, in two launches.
+        """
+        if not can_fold(entry, folded):
+            _warn_once()
+            reference.fold(entry, folded, settings, is_first, coefficient)
+            return
+        launch_fold(entry, folded, settings, is_first, coefficient)
+
+    def step_folded(self, entries: list[Entry], sums: list[Sums], settings: Settings) -> None:
+        """Updates whole matrices whose gradients were folded; as ``reference.step_folded``."""
+        if not entries:
+            return
+        with launching_on(entries[0].param.device):
+            placed = self._place(entries, lagged=False)
+            _copy_to_workspace(placed, sums)
+            _launch_update(placed, settings)
+        if placed.fallback:
+            fallback_sums = [sums[i] for i in placed.fallback]
+            reference.step_folded([entries[i] for i in placed.fallback], fallback_sums, settings)
+
+    def _place(self, entries: list[Entry], lagged: bool) -> Placed:
+        """Finds a plan for some entries, and brings their addresses to the device.
+
+        Raises:
+            RuntimeError: The optimizer is capturable and an entry has strides that no kernel
+                supports; or a CUDA graph is being captured, and there was no such step before.
+        """
+        device = entries[0].param.device
+        first_step = entries[0].step
+        pointers = [pointers_of(entry, first_step) for entry in entries]
+        kinds = [kind_of(entry, of) for entry, of in zip(entries, pointers, strict=True)]
+        fallback = [i for i, kind in enumerate(kinds) if kind is None]
+        if fallback:
+            if first_step == 0:
+                raise RuntimeError(
+                    "capturable=True steps contiguous and transposed parameters only, and one has "
+                    "other strides: make it contiguous"
+                )
+            _warn_once()
+            shape = tuple(entries[fallback[0]].param.shape)
+            logger.debug("StripedAdamW: the first such parameter has shape %s", shape)
+        positions = [i for i, kind in enumerate(kinds) if kind is not None]
+        plans = self._plans.get((device, lagged))
+        if plans is None:
+            plans = self._plans[device, lagged] = Plans(lagged, device)
+        plan, numbers = plans.find(tuple(kind for kind in kinds if kind is not None))
+        programs = plan.programs_of(numbers)
+        if first_step == 0:
+            plan.addresses.stage()
+        plan.set_addresses(numbers, [pointers[i] for i in positions], programs)
+        plan.use_on_current_stream(programs)
+        supported = [entries[i] for i in positions]
+        return Placed(plan, programs, supported, numbers, positions, fallback)
+
+
+new = TritonBackend
+
+
+def _copy_to_workspace(placed: Placed, given: Sequence[Sums | Roots | None]) -> None:
+    """Copies sums, or roots in their place, to the buffer that the kernels read."""
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
+    plan = placed.plan
+    for number, i in zip(placed.numbers, placed.positions, strict=True):
+        kind, pair = plan.kinds[number], given[i]
+        if kind.is_matrix and pair is not None:
+            targets += plan.workspace.sums_of(number, kind, plan.workspace.sums)
+            sources += pair
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
+# ---------------------------------------------------------------------------------------------
 # launches
 # ---------------------------------------------------------------------------------------------
 
 
-def _launch_statistics(plan: Plan, entries: list[Entry]) -> None:
+def _launch_statistics(placed: Placed, sums: Tensor) -> None:
     """Computes the sums, except those that the update computes after an entry's first step."""
     # a step of 0 may be the first: only the device knows
-    first_step = any(entries[i].step <= 1 for i in plan.supported)
-    launched = [fused for fused in plan.workspace.reductions if first_step or not fused]
+    first_step = any(entry.step <= 1 for entry in placed.supported)
+    launched = [fused for fused in placed.programs.reductions if first_step or not fused]
     if not launched:
         return
-    buffers = _buffers(plan, partials=True)
-    step = entries[0].step
-    for variant, tiles in plan.tiles.statistics.items():
+    buffers = _buffers(placed.plan, sums, partials=True)
+    step = placed.step
+    for variant, tiles in placed.programs.statistics.items():
         fused = variant.fused_statistics
         if fused not in launched:
             continue
@@ -262,22 +276,20 @@ def _launch_statistics(plan: Plan, entries: list[Entry]) -> None:
             **OPTIONS,
         )
     for fused in launched:
-        _launch_combine(plan, buffers, fused)
+        _launch_combine(placed.programs, buffers, fused)
 
 
-def _launch_update(
-    plan: Plan, entries: list[Entry], settings: Settings, has_roots: bool = False
-) -> None:
+def _launch_update(placed: Placed, settings: Settings, has_roots: bool = False) -> None:
     """Updates all supported entries, from the sums or the roots in the plan's workspace."""
-    workspace = plan.workspace
-    fused = True in workspace.segments
-    buffers = _buffers(plan, partials=fused)
-    step = entries[0].step
+    programs = placed.programs
+    fused = True in programs.segments
+    buffers = _buffers(placed.plan, placed.plan.workspace.sums, partials=fused)
+    step = placed.step
     hyper = _hyperparameters(settings)
     on_device = constants(OnDevice(lr=isinstance(settings.lr, Tensor), step=step == 0))
 
     def launch_stripes(fused_statistics: bool, before_update: bool) -> None:
-        segments = workspace.segments[fused_statistics]
+        segments = programs.segments[fused_statistics]
         variant = StripesVariant(
             lagged=settings.lagged,
             fused_statistics=fused_statistics,
@@ -297,9 +309,9 @@ def _launch_update(
             **OPTIONS,
         )
 
-    for fused_statistics in workspace.segments:
+    for fused_statistics in programs.segments:
         launch_stripes(fused_statistics, before_update=True)
-    for matrix, tiles in plan.tiles.matrices.items():
+    for matrix, tiles in programs.matrices.items():
         kernels.matrices_kernel[(len(tiles),)](
             tiles=tiles,
             buffers=buffers,
@@ -312,9 +324,9 @@ def _launch_update(
             **OPTIONS,
         )
     if fused:
-        _launch_combine(plan, buffers, fused_statistics=True)
+        _launch_combine(programs, buffers, fused_statistics=True)
         launch_stripes(fused_statistics=True, before_update=False)
-    for vector, tiles in plan.tiles.vectors.items():
+    for vector, tiles in programs.vectors.items():
         kernels.vectors_kernel[(len(tiles),)](
             tiles=tiles,
             buffers=buffers,
@@ -329,8 +341,8 @@ def _launch_update(
         )
 
 
-def _launch_combine(plan: Plan, buffers: Buffers, fused_statistics: bool) -> None:
-    reductions = plan.workspace.reductions[fused_statistics]
+def _launch_combine(programs: Programs, buffers: Buffers, fused_statistics: bool) -> None:
+    reductions = programs.reductions[fused_statistics]
     kernels.combine_kernel[(len(reductions),)](
         reductions=reductions,
         buffers=buffers,
@@ -341,16 +353,16 @@ def _launch_combine(plan: Plan, buffers: Buffers, fused_statistics: bool) -> Non
     )
 
 
-def _buffers(plan: Plan, partials: bool) -> Buffers:
+def _buffers(plan: Plan, sums: Tensor, partials: bool) -> Buffers:
     """The buffers of a step, with a new one for partial sums if ``partials``."""
     workspace = plan.workspace
     return Buffers(
         pointers=plan.addresses.on_device,
         shapes=workspace.device_shapes,
-        sums=workspace.sums,
+        sums=sums,
         inverse_rms=workspace.inverse_rms,
         scalars=workspace.scalars,
-        partials=workspace.new_partials() if partials else workspace.sums,
+        partials=workspace.new_partials() if partials else sums,
     )
 
 

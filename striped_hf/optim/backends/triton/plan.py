@@ -1,14 +1,13 @@
-"""The tiles of entries that each program of a kernel works on.
+"""The work of each program of a kernel, and the buffers of a step: made once for some entries.
 
-A ``Plan`` is made once for entries of certain shapes, dtypes and strides. An entry's number is its
-position among the entries that the kernels support.
+A ``Plan`` depends on the kinds of its entries alone, so that any entries of these kinds can take
+their places. An entry's number is its place in the plan.
 """
 
-from collections import defaultdict
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,73 +15,34 @@ import triton.language as tl
 from torch import Tensor
 
 from striped_hf.optim import momentum
-from striped_hf.optim.backends.triton import arguments, tile_sizes
-from striped_hf.optim.backends.triton.addresses import Addresses
+from striped_hf.optim.backends.triton import tile_sizes
+from striped_hf.optim.backends.triton.addresses import Addresses, copy_to_device
 from striped_hf.optim.backends.triton.arguments import (
     EntryPointers,
     MatrixVariant,
     StatisticsVariant,
     VectorVariant,
 )
-from striped_hf.optim.backends.triton.workspace import Workspace, ceil_div, copy_each, tile_columns
-from striped_hf.optim.interface import LOW_BITS, Entry, Sums
-
-ALIGNMENT = 16  # bytes of a vector; also the number of int8 columns in a vector
-TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-MOMENTUM_DTYPES = {
-    "float32": tl.float32,
-    "bfloat16": tl.bfloat16,
-    "int8": tl.int8,
-    "int4": tl.uint8,
-}
-# the state's tensors, in the order in which ``EntryPointers`` has their addresses
-_STATE_KEYS = EntryPointers._fields[2:-1]
-
-
-# ---------------------------------------------------------------------------------------------
-# which entries the kernels support
-# ---------------------------------------------------------------------------------------------
-
-
-class Strides(Enum):
-    """The order in memory of the elements of a parameter and its gradient."""
-
-    CONTIGUOUS = 0
-    TRANSPOSED = 1  # every matrix is the transposed view of a contiguous one
-    OTHER = 2
-
-
-def strides_of(entry: Entry) -> Strides:
-    """Returns the strides that parameter and gradient have in common."""
-    tensors = [entry.param] if entry.grad is None else [entry.param, entry.grad]
-    if all(map(Tensor.is_contiguous, tensors)):
-        return Strides.CONTIGUOUS
-    if entry.param.dim() >= 2 and all(tensor.mT.is_contiguous() for tensor in tensors):
-        return Strides.TRANSPOSED
-    return Strides.OTHER
-
-
-def is_supported(entry: Entry, strides: Strides) -> bool:
-    """Whether the kernels can step an entry. They count rows and columns in int32."""
-    if strides is Strides.OTHER or not all(map(Tensor.is_contiguous, entry.state.values())):
-        return False
-    if entry.param.dim() < 2:
-        return True
-    columns = entry.param.shape[-1]
-    return max(columns, entry.param.numel() // columns) < 1 << 30
-
+from striped_hf.optim.backends.triton.kinds import (
+    MOMENTUM_DTYPES,
+    TRITON_DTYPES,
+    EntryKind,
+    Strides,
+)
+from striped_hf.optim.backends.triton.workspace import (
+    WorkList,
+    Workspace,
+    ceil_div,
+    concatenate,
+    tile_columns,
+)
 
 # ---------------------------------------------------------------------------------------------
 # tiles
 # ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Tiles:
+class Tiles(NamedTuple):
     """For each variant of a kernel, the tiles that its programs work on.
 
     Attributes:
@@ -91,35 +51,27 @@ class Tiles:
         vectors: [programs, 2] int32: entry, number of the tile.
     """
 
-    statistics: dict[StatisticsVariant, Tensor]
-    matrices: dict[MatrixVariant, Tensor]
-    vectors: dict[VectorVariant, Tensor]
+    statistics: dict[StatisticsVariant, WorkList]
+    matrices: dict[MatrixVariant, WorkList]
+    vectors: dict[VectorVariant, WorkList]
 
 
-def _list_tiles(
-    entries: list[Entry],
-    strides: list[Strides],
-    aligned: list[bool],
-    workspace: Workspace,
-    device: torch.device,
-) -> Tiles:
-    """Lists the tiles of all entries. The lists of arguments have one item per entry."""
+def _list_tiles(kinds: Sequence[EntryKind], workspace: Workspace) -> Tiles:
+    """Lists the tiles of all entries."""
     statistics, matrices, vectors = defaultdict(list), defaultdict(list), defaultdict(list)
-    for number, entry in enumerate(entries):
-        param_dtype = TRITON_DTYPES[entry.param.dtype]
+    for number, kind in enumerate(kinds):
+        param_dtype = TRITON_DTYPES[kind.param_dtype]
         # a folded gradient's dtype does not count
-        grad_dtype = tl.float32 if entry.grad is None else TRITON_DTYPES[entry.grad.dtype]
-        if entry.param.dim() < 2:
-            indices = np.arange(ceil_div(entry.param.numel(), tile_sizes.VECTOR_BLOCK))
-            vector = VectorVariant(
-                param_dtype, grad_dtype, aligned[number], LOW_BITS in entry.state
-            )
+        grad_dtype = tl.float32 if kind.grad_dtype is None else TRITON_DTYPES[kind.grad_dtype]
+        if not kind.is_matrix:
+            indices = np.arange(ceil_div(kind.shape.numel(), tile_sizes.VECTOR_BLOCK))
+            vector = VectorVariant(param_dtype, grad_dtype, kind.aligned, kind.low_bits)
             vectors[vector].append(_combinations(number, indices))
             continue
         shape, fused = workspace.shapes[number], workspace.fused_statistics[number]
         layout = {
-            "aligned": aligned[number],
-            "transposed": strides[number] is Strides.TRANSPOSED,
+            "aligned": kind.aligned,
+            "transposed": kind.strides is Strides.TRANSPOSED,
             "fused_statistics": fused,
         }
         first_rows = np.arange(0, shape.rows, shape.block_rows)[:, None]
@@ -134,12 +86,12 @@ def _list_tiles(
         matrix = MatrixVariant(
             param_dtype=param_dtype,
             grad_dtype=grad_dtype,
-            momentum_dtype=MOMENTUM_DTYPES[entry.momentum_dtype],
-            qmax=momentum.QMAX.get(entry.momentum_dtype, 0),
+            momentum_dtype=MOMENTUM_DTYPES[kind.momentum_dtype],
+            qmax=momentum.QMAX.get(kind.momentum_dtype, 0),
             narrow=shape.column_blocks > 1 and shape.block_columns < momentum.BLOCK_SIZE,
             large=is_large(shape.rows, shape.whole_start, shape.whole_stride),
-            folded=entry.grad is None,
-            low_bits=LOW_BITS in entry.state,
+            folded=kind.grad_dtype is None,
+            low_bits=kind.low_bits,
             **layout,
         )
         # with more rows per program there are fewer partial sums
@@ -154,9 +106,9 @@ def _list_tiles(
     # in reverse order: the cache still has the gradients that the statistics read last
     reverse = {key: [every[::-1] for every in reversed(tiles)] for key, tiles in matrices.items()}
     return Tiles(
-        statistics=copy_each(statistics, device, np.int32),
-        matrices=copy_each(dict(reversed(reverse.items())), device, np.int32),
-        vectors=copy_each(vectors, device, np.int32),
+        statistics=concatenate(statistics, np.int32),
+        matrices=concatenate(dict(reversed(reverse.items())), np.int32),
+        vectors=concatenate(vectors, np.int32),
     )
 
 
@@ -182,89 +134,173 @@ def launching_on(device: torch.device) -> AbstractContextManager[Any]:
 # ---------------------------------------------------------------------------------------------
 
 
+class Programs(NamedTuple):
+    """The work of the kernels' programs on some entries of a plan, on the device.
+
+    Attributes:
+        statistics, matrices, vectors: As in ``Tiles``.
+        reductions, segments: As in ``Workspace``.
+    """
+
+    statistics: dict[StatisticsVariant, Tensor]
+    matrices: dict[MatrixVariant, Tensor]
+    vectors: dict[VectorVariant, Tensor]
+    reductions: dict[bool, Tensor]
+    segments: dict[bool, Tensor]
+
+
 class Plan:
     """The data that the steps of some entries need in addition to the entries' tensors.
 
     Attributes:
-        lagged: Whether it is for lagged steps: their updates compute the statistics of all entries
-            that have no tile across two blocks.
-        device: The device of all entries.
-        supported: The positions of the entries that the kernels step.
-        fallback: The positions of the entries that the reference steps, because the kernels do not
-            support their strides.
-        workspace, addresses, tiles: The data of the supported entries.
-        sums: The result of ``statistics``, but None for ``fallback``.
-        pending: The list that ``statistics`` got, until ``update`` gets it, too.
+        kinds: The kind of each entry, by number.
+        workspace: Its buffers, and the work on them.
+        addresses: The addresses of the tensors of a step.
+        captured: The data that CUDA graphs read in every replay.
     """
 
-    def __init__(self, entries: list[Entry], strides: list[Strides], lagged: bool) -> None:
-        self.lagged = lagged
-        self.device = entries[0].param.device
-        pairs = list(zip(entries, strides, strict=True))
-        self.supported = [i for i, pair in enumerate(pairs) if is_supported(*pair)]
-        self.fallback = [i for i, pair in enumerate(pairs) if not is_supported(*pair)]
-        supported = [entries[i] for i in self.supported]
-        self.workspace = Workspace(supported, lagged, self.device)
-        self.addresses = Addresses(self.device)
-        self.tiles = Tiles({}, {}, {})
-        self.sums: list[Sums | None] = [None] * len(entries)
-        for number, i in enumerate(self.supported):
-            if entries[i].param.dim() >= 2:
-                self.sums[i] = self.workspace.sums_of(number, entries[i])
-        self.pending: list[Entry] | None = None
-        self._strides = [strides[i] for i in self.supported]
-        self._aligned: list[bool] | None = None
+    _SELECTIONS_KEPT = 8
 
-    def launching(self) -> AbstractContextManager[Any]:
-        """The context in which kernels are launched on the plan's device."""
-        return launching_on(self.device)
+    def __init__(self, kinds: tuple[EntryKind, ...], lagged: bool, device: torch.device) -> None:
+        """Makes a plan.
 
-    def refresh(self, entries: list[Entry]) -> None:
-        """Updates the addresses, and the tiles if the alignment of an address has changed."""
-        addresses = self._addresses_of(entries)
-        if entries[0].step == 0:
-            self.addresses.stage(len(addresses))
-        if self.addresses.are_current(addresses):
+        Args:
+            kinds: The kind of each entry.
+            lagged: Whether it is for lagged steps: their updates compute the statistics of all
+                entries that have no tile across two blocks.
+            device: The device of all entries.
+
+        Raises:
+            RuntimeError: A CUDA graph is being captured.
+        """
+        self.kinds = kinds
+        self.workspace = Workspace(kinds, lagged, device)
+        self.addresses = Addresses(device, len(kinds))
+        self.captured: list[Any] = []
+        self._device = device
+        self._tiles = _list_tiles(kinds, self.workspace)
+        self._programs: OrderedDict[bytes, Programs] = OrderedDict()
+        self._counts = Counter(kinds)
+        self._stream = _current_stream(device)
+        self.programs_of(range(len(kinds)))
+
+    def numbers_of(self, kinds: Sequence[EntryKind]) -> list[int] | None:
+        """Returns a number for each of some entries by their kinds; None: the plan has too few."""
+        if kinds == self.kinds:
+            return list(range(len(kinds)))
+        if not Counter(kinds) <= self._counts:
+            return None
+        free = defaultdict(list)
+        for number in reversed(range(len(self.kinds))):
+            free[self.kinds[number]].append(number)
+        return [free[kind].pop() for kind in kinds]
+
+    def programs_of(self, numbers: Sequence[int]) -> Programs:
+        """Returns the work on some of the entries.
+
+        Raises:
+            RuntimeError: A CUDA graph is being captured, and no step had these entries before.
+        """
+        chosen = np.zeros(len(self.kinds), dtype=bool)
+        chosen[list(numbers)] = True
+        key = chosen.tobytes()
+        if key in self._programs:
+            self._programs.move_to_end(key)
+            return self._programs[key]
+        lists = (*self._tiles, self.workspace.reductions, self.workspace.segments)
+        programs = Programs(*(_copy_each(of_kernel, chosen, self._device) for of_kernel in lists))
+        if len(self._programs) >= self._SELECTIONS_KEPT:
+            self._programs.popitem(last=False)
+        self._programs[key] = programs
+        return programs
+
+    def set_addresses(
+        self, numbers: Sequence[int], pointers: list[EntryPointers], programs: Programs
+    ) -> None:
+        """Brings the addresses of a step's tensors to the device, and keeps what a graph needs.
+
+        Raises:
+            RuntimeError: Too many steps were captured since the last one outside of a graph.
+        """
+        captured = self.addresses.set(numbers, pointers)
+        if captured is not None:
+            self.captured.append((captured, programs))
+
+    def use_on_current_stream(self, programs: Programs) -> None:
+        """Lets the current stream finish its work before the memory of the plan is used again.
+
+        The allocator reuses freed memory as soon as the stream on which it was allocated has got
+        there, and does not know of other streams. Everything that the plan allocates after this
+        call, and before the stream changes again, is allocated on the current stream.
+        """
+        stream = _current_stream(self._device)
+        if stream is None or stream == self._stream:
             return
-        array = np.array(addresses, dtype=np.int64).reshape(-1, arguments.POINTERS.value)
-        aligned = self._alignment(array)
-        if aligned != self._aligned:
-            supported = [entries[i] for i in self.supported]
-            self.tiles = _list_tiles(supported, self._strides, aligned, self.workspace, self.device)
-            self._aligned = aligned
-        self.addresses.copy(addresses, array)
+        self._stream = stream
+        every = [tensor for of_kernel in programs for tensor in of_kernel.values()]
+        for tensor in (*self.workspace.buffers(), self.addresses.on_device, *every):
+            tensor.record_stream(stream)
 
-    def _addresses_of(self, entries: list[Entry]) -> list[int]:
-        """Returns the fields of every supported entry's ``EntryPointers``, one after another."""
-        addresses: list[int] = []
-        first_step = entries[0].step
-        for i in self.supported:
-            entry = entries[i]
-            state = entry.state
-            # a step of 0 means that only the device knows it
-            step = entry.step - first_step if entry.step else state["step"].data_ptr()
-            grad = 0 if entry.grad is None else entry.grad.data_ptr()
-            addresses += (entry.param.data_ptr(), grad)
-            # the state of a part of a sharded matrix has no stripes; a vector's state has no scales
-            addresses += [state[key].data_ptr() if key in state else 0 for key in _STATE_KEYS]
-            addresses.append(step)
-        return addresses
 
-    def _alignment(self, addresses: np.ndarray) -> list[bool]:
-        """Returns, for each entry, whether its rows can be read in vectors."""
-        pointers = EntryPointers(*addresses.T)
-        read = np.stack(
-            (
-                *(pointers.param, pointers.grad, pointers.exp_avg, pointers.exp_avg_sq),
-                pointers.param_low_bits,
-            )
+def _copy_each(
+    lists: dict[Any, WorkList], chosen: np.ndarray, device: torch.device
+) -> dict[Any, Tensor]:
+    """Copies the work on the chosen entries to the device; leaves out empty lists."""
+    arrays = {key: of_key.array[chosen[of_key.entries]] for key, of_key in lists.items()}
+    return {key: copy_to_device(array, device) for key, array in arrays.items() if len(array)}
+
+
+def _current_stream(device: torch.device) -> Any:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+class Plans:
+    """The plans of an optimizer's steps on one device.
+
+    A model has several if it has several param groups, or if some of its parameters have gradients
+    in some steps only. A step may use a part of a plan: then only the work of its programs is
+    listed anew. Where sets keep differing (experts), one plan for all of them replaces the others.
+    """
+
+    ENTRIES_KEPT = 8192  # of all plans together, before one plan replaces them
+
+    def __init__(self, lagged: bool, device: torch.device) -> None:
+        self._lagged = lagged
+        self._device = device
+        self._plans: dict[tuple[EntryKind, ...], Plan] = {}
+        self._are_many = False
+
+    def find(self, kinds: tuple[EntryKind, ...]) -> tuple[Plan, list[int]]:
+        """Returns a plan for entries of these kinds, and the entries' numbers in it.
+
+        Raises:
+            RuntimeError: A CUDA graph is being captured, and there was no such step before.
+        """
+        plan = self._plans.get(kinds)
+        if plan is not None:
+            return plan, list(range(len(kinds)))
+        kept = sum(map(len, self._plans))
+        self._are_many = self._are_many or kept + len(kinds) > max(
+            self.ENTRIES_KEPT, 3 * len(kinds)
         )
-        aligned = (read % ALIGNMENT == 0).all(axis=0).tolist()
-        return [
-            is_aligned
-            and strides is Strides.CONTIGUOUS
-            and shape.columns % ALIGNMENT == shape.block_columns % ALIGNMENT == 0
-            for is_aligned, strides, shape in zip(
-                aligned, self._strides, self.workspace.shapes, strict=True
-            )
-        ]
+        for plan in self._plans.values():
+            if self._are_many or len(plan.kinds) <= 2 * len(kinds):
+                numbers = plan.numbers_of(kinds)
+                if numbers is not None:
+                    return plan, numbers
+        counts = Counter(kinds)
+        if self._are_many:
+            for known in self._plans:
+                counts |= Counter(known)
+            plan = self._add(tuple(counts.elements()))
+            # CUDA graphs need the plans that they were captured with
+            self._plans = {key: p for key, p in self._plans.items() if p is plan or p.captured}
+        else:
+            plan = self._add(kinds)
+        numbers = plan.numbers_of(kinds)
+        assert numbers is not None  # it has all of these kinds
+        return plan, numbers
+
+    def _add(self, kinds: tuple[EntryKind, ...]) -> Plan:
+        self._plans[kinds] = Plan(kinds, self._lagged, self._device)
+        return self._plans[kinds]

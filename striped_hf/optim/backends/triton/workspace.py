@@ -2,8 +2,8 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -13,9 +13,22 @@ from striped_hf.optim import momentum
 from striped_hf.optim.backends.triton import arguments, tile_sizes
 from striped_hf.optim.backends.triton.addresses import copy_to_device
 from striped_hf.optim.backends.triton.arguments import EntryShape
-from striped_hf.optim.interface import Entry, Sums
+from striped_hf.optim.backends.triton.kinds import EntryKind
+from striped_hf.optim.interface import Sums
 
 Key = TypeVar("Key")
+
+
+class WorkList(NamedTuple):
+    """The work of a kernel's programs.
+
+    Attributes:
+        array: [programs, numbers]: what each program works on.
+        entries: [programs]: the number of the entry that it works on.
+    """
+
+    array: np.ndarray
+    entries: np.ndarray
 
 
 class Workspace:
@@ -31,47 +44,64 @@ class Workspace:
         segments: [programs, 7] int64, the work of ``stripes_kernel``, by ``fused_statistics``.
     """
 
-    def __init__(self, entries: list[Entry], lagged: bool, device: torch.device) -> None:
-        self.fused_statistics = [lagged and _can_fuse_statistics(entry) for entry in entries]
-        self.shapes, self._partials_size, sums, blocks = _place(entries, self.fused_statistics)
+    def __init__(self, kinds: Sequence[EntryKind], lagged: bool, device: torch.device) -> None:
+        self.fused_statistics = [lagged and _can_fuse_statistics(kind) for kind in kinds]
+        self.shapes, self._partials_size, sums, blocks = _place(kinds, self.fused_statistics)
         self.sums = torch.zeros(sums, dtype=torch.float32, device=device)
         self.inverse_rms = torch.zeros(blocks, dtype=torch.float32, device=device)
-        scalars = (len(entries), arguments.SCALARS.value)
+        scalars = (len(kinds), arguments.SCALARS.value)
         self.scalars = torch.zeros(scalars, dtype=torch.int32, device=device)
         self.device_shapes = copy_to_device(np.array(self.shapes, dtype=np.int64), device)
         reductions: dict[bool, list[np.ndarray]] = defaultdict(list)
+        reduced: dict[bool, list[int]] = defaultdict(list)  # the entry of each
         segments: dict[bool, list[np.ndarray]] = defaultdict(list)
         for number, (shape, fused) in enumerate(
             zip(self.shapes, self.fused_statistics, strict=True)
         ):
             if shape.rows:
-                reductions[fused] += _reductions(shape, tile_columns(fused))
+                of_entry = list(_reductions(shape, tile_columns(fused)))
+                reductions[fused] += of_entry
+                reduced[fused] += [number] * sum(map(len, of_entry))
                 segments[fused] += [_row_segments(number, shape), _column_segments(number, shape)]
-        self.reductions = copy_each(reductions, device)
-        self.segments = copy_each(segments, device)
+        self.reductions = {
+            fused: WorkList(np.concatenate(parts), np.array(reduced[fused]))
+            for fused, parts in reductions.items()
+        }
+        self.segments = concatenate(segments)
+
+    def buffers(self) -> tuple[Tensor, ...]:
+        """Returns all tensors on the device."""
+        return self.device_shapes, self.sums, self.inverse_rms, self.scalars
 
     def new_partials(self) -> Tensor:
         """Allocates the buffer of a step's partial sums."""
         return self.sums.new_empty(self._partials_size)
 
-    def sums_of(self, number: int, entry: Entry) -> Sums:
-        """Views the row sums [..., R, bc] and the column sums [..., br, C] of a matrix."""
-        *matrices, rows, columns = entry.param.shape
-        row_blocks, column_blocks = entry.blocks
+    def sums_of(self, number: int, kind: EntryKind, sums: Tensor) -> Sums:
+        """Views the row sums [..., R, bc] and the column sums [..., br, C] of a matrix.
+
+        Args:
+            number: The entry's number.
+            kind: Its kind.
+            sums: ``self.sums`` or a tensor of its size.
+        """
+        *matrices, rows, columns = kind.shape
+        row_blocks, column_blocks = kind.blocks
         shape = self.shapes[number]
         row_shape, column_shape = (*matrices, rows, column_blocks), (*matrices, row_blocks, columns)
-        return self._view(shape.row_sums, row_shape), self._view(shape.column_sums, column_shape)
-
-    def _view(self, start: int, shape: tuple[int, ...]) -> Tensor:
-        return self.sums[start : start + math.prod(shape)].view(shape)
+        return _view(sums, shape.row_sums, row_shape), _view(sums, shape.column_sums, column_shape)
 
 
-def _can_fuse_statistics(entry: Entry) -> bool:
+def _view(sums: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
+    return sums[start : start + math.prod(shape)].view(shape)
+
+
+def _can_fuse_statistics(kind: EntryKind) -> bool:
     """Whether no tile of the update has columns of two blocks."""
-    if entry.param.dim() < 2:
+    if not kind.is_matrix:
         return False
-    column_blocks = entry.blocks[1]
-    return column_blocks == 1 or entry.param.shape[-1] // column_blocks % momentum.BLOCK_SIZE == 0
+    column_blocks = kind.blocks[1]
+    return column_blocks == 1 or kind.shape[-1] // column_blocks % momentum.BLOCK_SIZE == 0
 
 
 def tile_columns(fused_statistics: bool) -> int:
@@ -80,35 +110,35 @@ def tile_columns(fused_statistics: bool) -> int:
 
 
 def _place(
-    entries: list[Entry], fused_statistics: list[bool]
+    kinds: Sequence[EntryKind], fused_statistics: list[bool]
 ) -> tuple[list[EntryShape], int, int, int]:
     """Gives every entry its places in the buffers.
 
     Returns:
         The shapes, and the numbers of partial sums, sums and blocks.
     """
-    elements = sum(entry.param.numel() for entry in entries if entry.param.dim() >= 2)
+    elements = sum(kind.shape.numel() for kind in kinds if kind.is_matrix)
     summed_rows = tile_sizes.SUMMED_ROWS_OF_SMALL_MODELS
     if elements >= tile_sizes.LARGE_MODEL:
         summed_rows = tile_sizes.SUMMED_ROWS_OF_LARGE_MODELS
     shapes = []
     partials = sums = blocks = 0
-    for entry, fused in zip(entries, fused_statistics, strict=True):
-        if entry.param.dim() < 2:
-            shapes.append(EntryShape(columns=entry.param.numel(), whole_start=entry.whole_start))
+    for kind, fused in zip(kinds, fused_statistics, strict=True):
+        if not kind.is_matrix:
+            shapes.append(EntryShape(columns=kind.shape.numel(), whole_start=kind.whole_start))
             continue
-        matrix_rows, columns = entry.param.shape[-2:]
+        matrix_rows, columns = kind.shape[-2:]
         shape = EntryShape(
-            rows=entry.param.numel() // columns,
+            rows=kind.shape.numel() // columns,
             matrix_rows=matrix_rows,
             columns=columns,
-            block_rows=matrix_rows // entry.blocks[0],
-            block_columns=columns // entry.blocks[1],
-            column_blocks=entry.blocks[1],
+            block_rows=matrix_rows // kind.blocks[0],
+            block_columns=columns // kind.blocks[1],
+            column_blocks=kind.blocks[1],
             summed_rows=summed_rows,
             first_block=blocks,
-            whole_start=entry.whole_start,
-            whole_stride=entry.whole_stride or columns,
+            whole_start=kind.whole_start,
+            whole_stride=kind.whole_stride or columns,
         )
         row_blocks = shape.rows // shape.block_rows  # of all matrices
         programs = ceil_div(shape.block_rows, summed_rows)
@@ -209,14 +239,12 @@ def _column_segments(number: int, shape: EntryShape) -> np.ndarray:
     return segments
 
 
-def copy_each(
-    arrays: dict[Key, list[np.ndarray]], device: torch.device, dtype: type[np.generic] = np.int64
-) -> dict[Key, Tensor]:
-    """Concatenates each list and copies the result to the device."""
-    return {
-        key: copy_to_device(np.concatenate(parts).astype(dtype), device)
-        for key, parts in arrays.items()
-    }
+def concatenate(
+    arrays: dict[Key, list[np.ndarray]], dtype: type[np.generic] = np.int64
+) -> dict[Key, WorkList]:
+    """Concatenates each list of arrays whose first column is the entry's number."""
+    joined = {key: np.concatenate(parts).astype(dtype) for key, parts in arrays.items()}
+    return {key: WorkList(array, array[:, 0]) for key, array in joined.items()}
 
 
 def ceil_div(size: int, step: int) -> int:
