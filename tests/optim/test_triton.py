@@ -32,7 +32,7 @@ from triton_specs import (
 )
 
 from striped_hf import StripedAdamW
-from striped_hf.optim import rounding
+from striped_hf.optim import momentum, rounding
 from striped_hf.optim.backends.triton import tile_sizes
 from striped_hf.optim.backends.triton.codec import random_bits, step_key
 
@@ -76,6 +76,28 @@ def test_subnormal_float16_is_rounded_as_in_the_reference(shape: tuple[int, ...]
             optimizer.step()
             assert not torch.equal(p.float(), units * 2.0**-24)
         assert_agrees(ours, theirs)
+
+
+@pytest.mark.parametrize("momentum_dtype", ["int8", "int4"])
+def test_a_subnormal_momentum_has_the_codes_of_the_reference(momentum_dtype: str) -> None:
+    """A GPU's fast root takes subnormal numbers for 0; the interpreter cannot show it."""
+    spec = Spec((5, 300), momentum_dtype)
+    ours, theirs = optimizer_of(spec, "triton"), optimizer_of(spec, "reference")
+    for t in range(2):
+        for optimizer in (ours, theirs):
+            set_grad(parameters(optimizer)[0], gradient_of(spec, t) * 2.0**-128)
+            optimizer.step()
+        [p] = parameters(theirs)
+        assert 0 < theirs.state[p]["exp_avg_scale"].max() < 2.0**-126
+        codes = momentum.decode(
+            theirs.state[p]["exp_avg"],
+            torch.ones_like(theirs.state[p]["exp_avg_scale"]),
+            momentum_dtype,
+            300,
+        )
+        assert codes.count_nonzero() > 1000
+        assert_agrees(ours, theirs)
+        synchronise(ours, theirs)
 
 
 @pytest.mark.parametrize("shape", [(150, 2), (2, 150)], ids=str)

@@ -133,9 +133,11 @@ def largest_magnitude(m):  # [r, c] float32 -> [r] int32
 @triton.jit
 def encode(m, scale, QMAX: tl.constexpr):  # [r, c] float32, [r] float32 -> [r, c] int32
     """Encodes one quantization block per row, as ``momentum.encode``; codes in [-QMAX, QMAX]."""
+    # the fast root takes subnormal numbers for 0, so small blocks are multiplied by 2^64
+    lift = tl.where(scale < 5.421010862427522e-20, 1.8446744073709552e19, 1.0)
     # sqrt(x) / sqrt(scale), not sqrt(x / scale): one division per row
-    factor = tl.div_rn(QMAX * 1.0, tl.sqrt_rn(scale))
-    magnitude = tl.sqrt(tl.abs(m)) * factor[:, None] + _TO_INTEGER
+    factor = tl.div_rn(QMAX * 1.0, tl.sqrt_rn(scale * lift))
+    magnitude = tl.sqrt(tl.abs(m) * lift[:, None]) * factor[:, None] + _TO_INTEGER
     codes = magnitude.to(tl.int32, bitcast=True) & 0xFF
     coded = (scale > 0.0) & (scale < float("inf"))
     codes = tl.where(coded[:, None], codes, 0)
