@@ -1,6 +1,6 @@
 """The contract between the optimizer and the backends that compute its step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
@@ -86,6 +86,26 @@ class Folded(NamedTuple):
     sketch: Tensor | None
 
 
+@dataclass
+class Known:
+    """What the optimizer knows of the entries of a step, from earlier steps.
+
+    As long as a step gets the same object, its entries differ from those of the first such step
+    only in their tensors' values and addresses and in their steps.
+
+    Attributes:
+        keys: For each entry, the keys of its state without ``step``.
+        addresses: The addresses of all parameters, then of all gradients, then of the tensors of
+            each state in the order of ``keys``. The same list as in the step before if no address
+            has changed.
+        prepared: What backends have computed from the entries, for their next step.
+    """
+
+    keys: list[tuple[str, ...]]
+    addresses: list[int]
+    prepared: dict[Any, Any] = field(default_factory=dict)
+
+
 class Backend(Protocol):
     """A module that computes the step of the parameters of one param group on one device.
 
@@ -137,8 +157,14 @@ class Backend(Protocol):
     def step_folded(self, entries: list[Entry], sums: list[Sums], settings: Settings, /) -> None:
         """Does the step of whole matrices whose gradients were folded: stripes and update."""
 
-    def step(self, entries: list[Entry], settings: Settings, /) -> None:
-        """Does the whole step: statistics, stripes and update."""
+    def step(self, entries: list[Entry], settings: Settings, known: Known | None = None, /) -> None:
+        """Does the whole step: statistics, stripes and update.
+
+        Args:
+            entries: Whole parameters on one device.
+            settings: The param group's settings.
+            known: What is known of the entries; None: nothing.
+        """
 
 
 class Batch(NamedTuple):
@@ -147,3 +173,4 @@ class Batch(NamedTuple):
     backend: Backend
     settings: Settings
     entries: list[Entry]
+    known: Known | None = None

@@ -30,10 +30,10 @@ from striped_hf.optim.interface import (
     Settings,
     State,
 )
+from striped_hf.optim.known import KnownEntries
 from striped_hf.optim.options import OPTIONS, check_options, settings_of
 from striped_hf.optim.plain import (
     has_values,
-    is_plain,
     plain_gradient,
     plain_parameter,
     problem_of_wrapper,
@@ -44,7 +44,7 @@ from striped_hf.optim.sharded.agreement import Agreement, Item
 from striped_hf.optim.sharded.layout import exchanged_placements, is_elsewhere, is_sharded
 from striped_hf.optim.sharded.matrix import FoldedGradients, ShardedParameter
 from striped_hf.optim.state import Description, description_of, known_name, name_of, zero_state
-from striped_hf.optim.views import entry_of, step_batch
+from striped_hf.optim.views import entry_of, is_viewed, step_batch
 
 _ONE = torch.tensor(1.0, dtype=torch.float32, device="cpu")
 
@@ -64,6 +64,15 @@ class _Checked(NamedTuple):
     sharded: ShardedParameter | None = None
 
 
+class _Recognized(NamedTuple):
+    """The tensors of a param group that are as in the step before, apart from their values."""
+
+    known: KnownEntries
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[State]
+
+
 class _Group(NamedTuple):
     """The parameters of one param group that a step updates.
 
@@ -72,11 +81,13 @@ class _Group(NamedTuple):
         alone: Parameters that this process steps without other processes.
         together: Sharded parameters of which the processes exchange a tensor, with or without a
             gradient in this process.
+        recognized: All of the group's parameters instead, if nothing but values has changed.
     """
 
     settings: Settings
     alone: list[_Checked]
     together: list[ShardedParameter]
+    recognized: _Recognized | None = None
 
 
 class StripedAdamW(Optimizer):
@@ -163,6 +174,8 @@ class StripedAdamW(Optimizer):
         self._blocks = ParameterBlocks()
         self._agreement = Agreement()
         self._backends: dict[tuple[str, str], Backend] = {}
+        self._known: dict[tuple[int, bool], KnownEntries] = {}  # by group index and ``capturable``
+        self._stepped: dict[int, list[int]] = {}  # ids of parameters, by group index
         defaults = {name: arguments[name] for name in OPTIONS}
         check_options(defaults)
         super().__init__(params, defaults)
@@ -176,7 +189,8 @@ class StripedAdamW(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_blocks", ParameterBlocks())
         self.__dict__.setdefault("_agreement", Agreement())
-        self.__dict__.setdefault("_backends", {})
+        for name in ("_backends", "_known", "_stepped"):
+            self.__dict__.setdefault(name, {})
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a param group.
@@ -271,11 +285,17 @@ class StripedAdamW(Optimizer):
             For each param group, the parameters to step.
         """
         self._check_capture()
-        self._refresh_groups()
+        recognized = list(map(self._recognize, range(len(self.param_groups))))
+        if not all(recognized):
+            self._refresh_groups()
         groups: list[_Group] = []
         first_problem: str | None = None
         for group_index, group in enumerate(self.param_groups):
-            groups.append(_Group(settings_of(group, self.capturable), [], []))
+            found = recognized[group_index]
+            groups.append(_Group(settings_of(group, self.capturable), [], [], found))
+            if found is not None:
+                self._backend(found.known.device.type)
+                continue
             for i, param in enumerate(group["params"]):
                 grad = param.grad
                 # another process may have a gradient of a sharded parameter
@@ -315,6 +335,52 @@ class StripedAdamW(Optimizer):
             together = [sharded for group in groups for sharded in group.together]
             self._agreement.fail(first_problem, sharded_step.plan_of(together))
         return groups
+
+    def _recognize(self, group_index: int) -> _Recognized | None:
+        """Returns the tensors of a param group if nothing but values has changed in them."""
+        known = self._known.get((group_index, self.capturable))
+        if known is None:
+            return None
+        group = self.param_groups[group_index]
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        for param in group["params"]:
+            grad = param.grad
+            if grad is not None:
+                params.append(param)
+                grads.append(grad)
+            elif is_sharded(param):  # another process may have a gradient
+                return None
+        states = [self.state.get(param, {}) for param in params]
+        if not all(states) or not known.recognize(group, params, grads, states):
+            return None
+        return _Recognized(known, params, grads, states)
+
+    def _remember(self, group_index: int, alone: list[_Checked], batches: list[Batch]) -> None:
+        """Remembers the tensors of a param group that was stepped twice with the same gradients.
+
+        Args:
+            group_index: The group's position.
+            alone: Its parameters, all of which this process steps without other processes.
+            batches: Their batches.
+        """
+        stepped = [id(each.param) for each in alone]
+        is_repeated = self._stepped.get(group_index) == stepped
+        self._stepped[group_index] = stepped
+        self._known.pop((group_index, self.capturable), None)
+        if (
+            is_repeated
+            and len(batches) == 1
+            and all(each.ordinary for each in alone)
+            and all(map(is_viewed, batches[0].entries))
+        ):
+            self._known[group_index, self.capturable] = KnownEntries(
+                self.param_groups[group_index],
+                [each.param for each in alone],
+                [each.grad for each in alone],
+                [self.state[each.param] for each in alone],
+                [each.description for each in alone],
+            )
 
     def _sharded(
         self, settings: Settings, group: Group, position: int, is_valid: bool
@@ -358,7 +424,14 @@ class StripedAdamW(Optimizer):
         batches: list[Batch] = []
         states: list[State] = []
         copies: list[tuple[Tensor, Tensor]] = []
-        for settings, alone, _ in groups:
+        for group_index, (settings, alone, together, recognized) in enumerate(groups):
+            if recognized is not None:
+                known, params, grads, of_params = recognized
+                steps = list(map(self._next_step, of_params))
+                of_group = known.entries(params, grads, of_params, steps)
+                batches.append(Batch(self._backend(known.device.type), settings, of_group, known))
+                states += of_params
+                continue
             entries: dict[tuple[torch.device, bool], list[Entry]] = {}
             for param, grad, description, ordinary, sharded in alone:
                 state = self._state_of(param, description, ordinary, new)
@@ -382,11 +455,14 @@ class StripedAdamW(Optimizer):
                 of_device.append(entry_of(plain, plain_gradient(grad), state, description, step))
                 if plain is not param:
                     copies.append((param, plain))
-            batches += [
+            of_devices = [
                 Batch(self._backend(device.type) if real else reference, settings, of_device)
                 for (device, real), of_device in entries.items()
                 if of_device
             ]
+            if not together:
+                self._remember(group_index, alone, of_devices)
+            batches += of_devices
         return batches, states, copies
 
     def _state_of(
@@ -417,15 +493,16 @@ class StripedAdamW(Optimizer):
         if self.capturable:
             return 0
         step = state["step"]
-        # fake tensors have no values, and any number will do: such a step is for shapes and memory
-        return int(step.item()) + 1 if has_values(step) else 1
+        if (type(step) is not Tensor and not has_values(step)) or step.is_meta:
+            return 1  # any number will do: such a step is for shapes and memory
+        return int(step.item()) + 1
 
     def _count_step(self, states: list[State]) -> None:
         """Adds one to the step of every state."""
         steps = [state["step"] for state in states]
         if not steps:
             return
-        if self.capturable or not all(map(is_plain, steps)) or any(s.is_meta for s in steps):
+        if self.capturable or any(type(s) is not Tensor or s.is_meta for s in steps):
             torch._foreach_add_(steps, 1)
         else:  # on a CPU torch would wrap a number in a new tensor for each of them
             torch._foreach_add_(steps, _ONE, alpha=1)

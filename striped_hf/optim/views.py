@@ -45,13 +45,16 @@ def entry_of(
 
 def step_batch(batch: Batch) -> None:
     """Steps whole parameters, some of them in copies, a few at a time."""
-    backend, settings, entries = batch
-    in_place = [entry for entry in entries if _is_viewed(entry)]
+    backend, settings, entries, known = batch
+    if known is not None:
+        backend.step(entries, settings, known)
+        return
+    in_place = [entry for entry in entries if is_viewed(entry)]
     if in_place:
         backend.step(in_place, settings)
     if len(in_place) == len(entries):
         return
-    for group in _few_at_a_time([entry for entry in entries if not _is_viewed(entry)]):
+    for group in _few_at_a_time([entry for entry in entries if not is_viewed(entry)]):
         copies = [_copied(entry) for entry in group]
         backend.step(copies, settings)
         for entry, copy in zip(group, copies, strict=True):
@@ -59,7 +62,8 @@ def step_batch(batch: Batch) -> None:
                 entry.param.copy_(copy.param.view(entry.param.shape))
 
 
-def _is_viewed(entry: Entry) -> bool:
+def is_viewed(entry: Entry) -> bool:
+    """Whether a whole parameter is stepped in its own memory."""
     return entry.param.dim() == entry.state["exp_avg"].dim()
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from striped_hf.optim.backends import reference
-from striped_hf.optim.interface import LOW_BITS, Blocks, Entry, Folded, Roots, Settings, Sums
+from striped_hf.optim.interface import LOW_BITS, Blocks, Entry, Folded, Known, Roots, Settings, Sums
 
 DEVICE_TYPES = ("cpu",)
 CAPTURABLE = False
@@ -91,7 +91,7 @@ def update(entries: list[Entry], roots: list[Roots | None], settings: Settings) 
     reference.update([entries[i] for i in fallback], [roots[i] for i in fallback], settings)
 
 
-def step(entries: list[Entry], settings: Settings) -> None:
+def step(entries: list[Entry], settings: Settings, known: Known | None = None) -> None:
     """Performs ``reference.step``, and reads most gradients from memory only once."""
     supported, fallback = _split(entries)
     _call(_library.striped_step, [(entries[i], None, None) for i in supported], settings)

@@ -49,7 +49,17 @@ from torch import Tensor
 
 from striped_hf.optim import momentum, rounding
 from striped_hf.optim.backends.chunks import batches, chunks, stack, unstack
-from striped_hf.optim.interface import LOW_BITS, Blocks, Entry, Folded, Roots, Settings, State, Sums
+from striped_hf.optim.interface import (
+    LOW_BITS,
+    Blocks,
+    Entry,
+    Folded,
+    Known,
+    Roots,
+    Settings,
+    State,
+    Sums,
+)
 
 DEVICE_TYPES: tuple[str, ...] = ()  # any
 CAPTURABLE = False
@@ -58,7 +68,7 @@ CAPTURABLE = False
 _UPDATED = ("exp_avg", "exp_avg_scale", "exp_avg_sq", LOW_BITS)
 
 
-def step(entries: list[Entry], settings: Settings) -> None:
+def step(entries: list[Entry], settings: Settings, known: Known | None = None) -> None:
     """Performs the step of whole parameters: ``statistics``, ``stripes`` and ``update``.
 
     Args:

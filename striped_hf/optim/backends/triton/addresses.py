@@ -50,23 +50,22 @@ class Addresses:
     def __init__(self, device: torch.device, entries: int) -> None:
         self.on_device = torch.empty(0, dtype=torch.int64)
         self._device = device
-        self._array = np.zeros((entries, len(EntryPointers._fields)), dtype=np.int64)
-        self._current: tuple[Sequence[int], list[EntryPointers]] | None = None
+        self._shape = (entries, len(EntryPointers._fields))
+        self._current: np.ndarray | None = None
         self._staged: list[Tensor] = []
 
     def stage(self) -> None:
         """Allocates pinned memory for later captures, which cannot do so themselves."""
         if self._device.type == "cuda" and not is_capturing(self._device):
             while len(self._staged) < _STAGED:
-                shape = self._array.shape
-                self._staged.append(torch.empty(shape, dtype=torch.int64, pin_memory=True))
+                self._staged.append(torch.empty(self._shape, dtype=torch.int64, pin_memory=True))
 
-    def set(self, numbers: Sequence[int], pointers: list[EntryPointers]) -> Tensor | None:
+    def set(self, numbers: Sequence[int], pointers: np.ndarray) -> Tensor | None:
         """Brings the addresses of a step to the device, unless the device has them.
 
         Args:
             numbers: The entries' numbers.
-            pointers: Their addresses.
+            pointers: [entries of the step, 9] int64, their addresses; nobody changes it later.
 
         Returns:
             While a CUDA graph is being captured, the host memory that the graph copies from in
@@ -76,22 +75,24 @@ class Addresses:
             RuntimeError: Too many steps were captured since the last one outside of a graph.
         """
         is_captured = is_capturing(self._device)
-        if self._current == (numbers, pointers) and not is_captured:
+        if pointers is self._current and not is_captured:
             return None
-        if is_captured and not self._staged:
+        every = pointers
+        if len(numbers) < self._shape[0]:
+            every = np.zeros(self._shape, dtype=np.int64)
+            every[numbers] = pointers
+        if not is_captured:
+            if self._current is None or not np.array_equal(every, self._current):
+                self.on_device = copy_to_device(every, self._device)
+            self._current = every
+            return None
+        if not self._staged:
             raise RuntimeError(
                 f"StripedAdamW: more than {_STAGED} steps were captured since the last one outside "
                 "of a graph: take one before capturing more"
             )
-        self._array[:] = 0
-        if pointers:
-            self._array[numbers] = pointers
-        if not is_captured:
-            self._current = (numbers, pointers)
-            self.on_device = copy_to_device(self._array, self._device)
-            return None
         host = self._staged.pop()
-        host.copy_(torch.from_numpy(self._array))
+        host.copy_(torch.from_numpy(every))
         self.on_device = host.to(self._device, non_blocking=True)
         self._current = None
         return host

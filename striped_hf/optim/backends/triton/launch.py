@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -35,6 +36,7 @@ from striped_hf.optim.backends.triton import INTERPRETED, kernels, tile_sizes
 from striped_hf.optim.backends.triton.arguments import (
     OPTIONS,
     Buffers,
+    EntryPointers,
     Hyperparameters,
     OnDevice,
     StripesVariant,
@@ -44,8 +46,9 @@ from striped_hf.optim.backends.triton.arguments import (
 from striped_hf.optim.backends.triton.fold import can_fold, launch_fold
 from striped_hf.optim.backends.triton.kinds import kind_of, pointers_of
 from striped_hf.optim.backends.triton.plan import Plan, Plans, Programs, launching_on
+from striped_hf.optim.backends.triton.prepared import Prepared
 from striped_hf.optim.backends.triton.workspace import tile_columns
-from striped_hf.optim.interface import Entry, Folded, Roots, Settings, Sums
+from striped_hf.optim.interface import Entry, Folded, Known, Roots, Settings, Sums
 
 logger = logging.getLogger(__name__)
 
@@ -63,25 +66,22 @@ class Placed(NamedTuple):
 
     Attributes:
         plan: The plan.
-        programs: The work on these entries.
-        supported: The entries that the kernels step.
+        programs: The work on the entries that the kernels step.
         numbers: Their numbers in the plan.
         positions: Their positions among the entries of the call.
         fallback: The positions of the entries that the reference steps, because the kernels do not
             support their strides.
+        step: The step of the first entry; 0 if only the device knows it.
+        has_first_step: Whether an entry may have its first step.
     """
 
     plan: Plan
     programs: Programs
-    supported: list[Entry]
     numbers: list[int]
     positions: list[int]
     fallback: list[int]
-
-    @property
-    def step(self) -> int:
-        """The step of the first supported entry; 0 if only the device knows it."""
-        return self.supported[0].step if self.supported else 1
+    step: int
+    has_first_step: bool
 
 
 @cache  # once
@@ -106,12 +106,12 @@ class TritonBackend:
     def __init__(self) -> None:
         self._plans: dict[tuple[torch.device, bool], Plans] = {}
 
-    def step(self, entries: list[Entry], settings: Settings) -> None:
+    def step(self, entries: list[Entry], settings: Settings, known: Known | None = None) -> None:
         """Performs ``reference.step``. A lagged step reads most gradients only once."""
         if not entries:
             return
         with launching_on(entries[0].param.device):
-            placed = self._place(entries, settings.lagged)
+            placed = self._place(entries, settings.lagged, known)
             _launch_statistics(placed, placed.plan.workspace.sums)
             _launch_update(placed, settings)
         if placed.fallback:
@@ -194,15 +194,39 @@ class TritonBackend:
             fallback_sums = [sums[i] for i in placed.fallback]
             reference.step_folded([entries[i] for i in placed.fallback], fallback_sums, settings)
 
-    def _place(self, entries: list[Entry], lagged: bool) -> Placed:
+    def _place(self, entries: list[Entry], lagged: bool, known: Known | None = None) -> Placed:
         """Finds a plan for some entries, and brings their addresses to the device.
 
         Raises:
             RuntimeError: The optimizer is capturable and an entry has strides that no kernel
                 supports; or a CUDA graph is being captured, and there was no such step before.
         """
-        device = entries[0].param.device
-        first_step = entries[0].step
+        steps = [entry.step for entry in entries]
+        first_step = steps[0]
+        prepared = known.prepared.get(lagged) if known is not None else None
+        if prepared is None or not prepared.update(known, steps):
+            prepared = self._prepare(entries, lagged)
+            if known is not None and prepared.can_update:
+                prepared.learn(known)
+                known.prepared[lagged] = prepared
+        plan, programs = prepared.plan, prepared.programs
+        if first_step == 0:
+            plan.addresses.stage()
+        plan.set_addresses(prepared.numbers, prepared.pointers, programs)
+        plan.use_on_current_stream(programs)
+        return Placed(
+            plan=plan,
+            programs=programs,
+            numbers=prepared.numbers,
+            positions=prepared.positions,
+            fallback=prepared.fallback,
+            step=first_step,
+            has_first_step=min(steps) <= 1,  # a step of 0 may be the first
+        )
+
+    def _prepare(self, entries: list[Entry], lagged: bool) -> Prepared:
+        """Finds a plan for some entries."""
+        device, first_step = entries[0].param.device, entries[0].step
         pointers = [pointers_of(entry, first_step) for entry in entries]
         kinds = [kind_of(entry, of) for entry, of in zip(entries, pointers, strict=True)]
         fallback = [i for i, kind in enumerate(kinds) if kind is None]
@@ -220,13 +244,15 @@ class TritonBackend:
         if plans is None:
             plans = self._plans[device, lagged] = Plans(lagged, device)
         plan, numbers = plans.find(tuple(kind for kind in kinds if kind is not None))
-        programs = plan.programs_of(numbers)
-        if first_step == 0:
-            plan.addresses.stage()
-        plan.set_addresses(numbers, [pointers[i] for i in positions], programs)
-        plan.use_on_current_stream(programs)
-        supported = [entries[i] for i in positions]
-        return Placed(plan, programs, supported, numbers, positions, fallback)
+        supported = np.array([pointers[i] for i in positions], dtype=np.int64)
+        return Prepared(
+            plan=plan,
+            programs=plan.programs_of(numbers),
+            numbers=numbers,
+            positions=positions,
+            fallback=fallback,
+            pointers=supported.reshape(-1, len(EntryPointers._fields)),
+        )
 
 
 new = TritonBackend
@@ -253,9 +279,7 @@ def _copy_to_workspace(placed: Placed, given: Sequence[Sums | Roots | None]) -> 
 
 def _launch_statistics(placed: Placed, sums: Tensor) -> None:
     """Computes the sums, except those that the update computes after an entry's first step."""
-    # a step of 0 may be the first: only the device knows
-    first_step = any(entry.step <= 1 for entry in placed.supported)
-    launched = [fused for fused in placed.programs.reductions if first_step or not fused]
+    launched = [fused for fused in placed.programs.reductions if placed.has_first_step or not fused]
     if not launched:
         return
     buffers = _buffers(placed.plan, sums, partials=True)

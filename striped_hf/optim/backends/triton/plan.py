@@ -18,7 +18,6 @@ from striped_hf.optim import momentum
 from striped_hf.optim.backends.triton import tile_sizes
 from striped_hf.optim.backends.triton.addresses import Addresses, copy_to_device
 from striped_hf.optim.backends.triton.arguments import (
-    EntryPointers,
     MatrixVariant,
     StatisticsVariant,
     VectorVariant,
@@ -215,7 +214,7 @@ class Plan:
         return programs
 
     def set_addresses(
-        self, numbers: Sequence[int], pointers: list[EntryPointers], programs: Programs
+        self, numbers: Sequence[int], pointers: np.ndarray, programs: Programs
     ) -> None:
         """Brings the addresses of a step's tensors to the device, and keeps what a graph needs.
 
