@@ -47,7 +47,7 @@ def check_group(group: Group, group_index: int) -> None:
             f"{group_index}: pass a pair for each, or one for all"
         )
     for i, param in enumerate(params):
-        if is_flattened(param):
+        if any_flattened([param]):
             raise ValueError(f"{name_of(group, i, group_index)} {_FLATTENED}")
         if param.requires_grad and not is_lazy(param):
             problem = (
@@ -106,9 +106,9 @@ def _problem_of_blocks(shape: Sequence[int], blocks: BlocksOption) -> str | None
     )
 
 
-def is_flattened(param: Tensor) -> bool:
+def any_flattened(params: list[Tensor]) -> bool:
     """Whether FSDP1 flattened a parameter, which leaves no rows and columns; it marks those."""
-    return getattr(param, "_fsdp_flattened", False)
+    return True in [hasattr(param, "_fsdp_flattened") for param in params]
 
 
 def is_ordinary(param: Tensor, grad: Tensor, state: State, description: Description) -> bool:
@@ -206,7 +206,7 @@ def problem_of_gradient(param: Tensor, grad: Tensor | None, capturable: bool) ->
         )
     if is_expanded(part):
         return "is expanded, so that its elements share memory: replace it by its clone()"
-    return _FLATTENED if is_flattened(param) else None
+    return _FLATTENED if any_flattened([param]) else None
 
 
 def problem_of_shards(param: DTensor, state: State) -> str | None:

@@ -7,12 +7,14 @@ numbers, not tensors: it keeps no gradient, parameter or state alive.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import repeat
 from operator import itemgetter
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
-from striped_hf.optim.checks import is_flattened
+from striped_hf.optim.checks import any_flattened
 from striped_hf.optim.interface import Entry, Group, Known, State
 from striped_hf.optim.options import OPTIONS
 from striped_hf.optim.state import Description
@@ -25,6 +27,10 @@ except ImportError:
 
 # the options that decide a parameter's description
 _DESCRIBING = tuple(name for name, option in OPTIONS.items() if option.settings is None)
+
+
+# as ``Entry._make``, which is slower
+_new_entry: Callable[[tuple[Any, ...]], Entry] = partial(tuple.__new__, Entry)
 
 
 class KnownEntries(Known):
@@ -54,7 +60,7 @@ class KnownEntries(Known):
         self.device = params[0].device
         keys = [description.keys for description in descriptions]
         self._group = _options_of(group)
-        self._ids = list(map(id, group["params"]))
+        self._size = len(group["params"])
         self._stepped = list(map(id, params))
         self._getters = [_getter(of_state) for of_state in keys]
         self._lengths = list(map(len, states))
@@ -67,53 +73,59 @@ class KnownEntries(Known):
         ]
         tensors = self._tensors(params, grads, states)
         super().__init__(keys, list(map(Tensor.data_ptr, tensors)))
-        self._sizes = [tensor.untyped_storage().nbytes() for tensor in tensors]
+        self._sizes = _storage_sizes(tensors)
         self._offsets = list(map(Tensor.storage_offset, tensors))
-        self._are_like = _comparison([*tensors, *_steps(states)])
+        self._are_like = _comparison([*tensors, *(state["step"] for state in states)])
 
     def recognize(
         self, group: Group, params: list[Tensor], grads: list[Tensor], states: list[State]
-    ) -> bool:
-        """Whether nothing but values, addresses and steps has changed.
+    ) -> list[Tensor] | None:
+        """Compares tensors with those of earlier steps.
 
         Args:
             group: The param group.
             params: Its parameters with a gradient.
             grads: The gradients.
             states: The parameters' states, as other code may have left them.
+
+        Returns:
+            The states' ``step``, if nothing but values and addresses has changed, else None.
         """
         if (
             list(map(id, params)) != self._stepped
-            or list(map(id, group["params"])) != self._ids
+            or len(group["params"]) != self._size
             or not OPTIONS.keys() <= group.keys()
             or _options_of(group) != self._group
             or list(map(len, states)) != self._lengths
-            or any(map(is_flattened, params))
+            or any_flattened(params)
         ):
-            return False
+            return None
         try:
             tensors = self._tensors(params, grads, states)
+            steps = [state["step"] for state in states]
             # the order matters: only tensors of the right class have memory
-            if not self._are_like([*tensors, *_steps(states)]):
-                return False
-            sizes = [tensor.untyped_storage().nbytes() for tensor in tensors]
+            if not self._are_like(*tensors, *steps):
+                return None
+            sizes = _storage_sizes(tensors)
             addresses = list(map(Tensor.data_ptr, tensors))
         except (KeyError, TypeError, AttributeError, RuntimeError):
-            return False
+            return None
         if sizes != self._sizes:
-            return False
+            return None
         if addresses != self.addresses:
             offsets = list(map(Tensor.storage_offset, tensors))
             if offsets != self._offsets or not all(addresses):
-                return False
+                return None
             self.addresses = addresses
-        return True
+        return steps
 
     def entries(
         self, params: list[Tensor], grads: list[Tensor], states: list[State], steps: list[int]
     ) -> list[Entry]:
         """Returns the entries of a recognized step, whose numbers are ``steps``."""
-        entries = list(map(Entry, params, grads, states, self._formats, self._blocks, steps))
+        zero = repeat(0)  # they are whole parameters
+        fields = (params, grads, states, self._formats, self._blocks, steps, zero, zero)
+        entries = list(map(_new_entry, zip(*fields, strict=False)))
         for i, description in self._reshaped:
             entries[i] = entry_of(params[i], grads[i], states[i], description, steps[i])
         return entries
@@ -127,8 +139,8 @@ class KnownEntries(Known):
         return tensors
 
 
-def _steps(states: list[State]) -> list[Tensor]:
-    return [state["step"] for state in states]
+def _storage_sizes(tensors: list[Tensor]) -> list[int]:
+    return list(map(UntypedStorage.nbytes, map(Tensor.untyped_storage, tensors)))
 
 
 def _getter(keys: Sequence[str]) -> Callable[[State], tuple[Tensor, ...]]:
@@ -141,16 +153,16 @@ def _options_of(group: Group) -> list[Any]:
     return [copied, *(group[name] for name in _DESCRIBING if name != "blocks")]
 
 
-def _comparison(tensors: list[Tensor]) -> Callable[[list[Tensor]], bool]:
-    """Returns a function that compares tensors with these.
+def _comparison(tensors: list[Tensor]) -> Callable[..., bool]:
+    """Returns a function that compares its arguments with these tensors.
 
     It compares class, dtype, device, shape, strides, and whether the tensor is a lazy view.
     """
-    if _TensorGuards is None:
-        expected = list(map(_facts, tensors))
-        return lambda others: list(map(_facts, others)) == expected
-    guards = _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-    return lambda others: guards.check(*others)
+    if _TensorGuards is not None:
+        guards = _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        return guards.check
+    expected = list(map(_facts, tensors))
+    return lambda *others: list(map(_facts, others)) == expected
 
 
 def _facts(tensor: Tensor) -> tuple[Any, ...]:

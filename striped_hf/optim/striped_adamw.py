@@ -71,6 +71,7 @@ class _Recognized(NamedTuple):
     params: list[Tensor]
     grads: list[Tensor]
     states: list[State]
+    steps: list[Tensor]  # of the states
 
 
 class _Group(NamedTuple):
@@ -264,6 +265,9 @@ class StripedAdamW(Optimizer):
         unused = set(map(id, exchanged.unused))
         self._forget([param for param in new if id(param) in unused])
         self._count_step(states + exchanged.states)
+        for group in groups:
+            if group.recognized is not None:
+                self._add_one(group.recognized.steps)
         for batch in batches + exchanged.batches:
             step_batch(batch)
         sharded_step.update(exchanged)
@@ -342,19 +346,16 @@ class StripedAdamW(Optimizer):
         if known is None:
             return None
         group = self.param_groups[group_index]
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        for param in group["params"]:
-            grad = param.grad
-            if grad is not None:
-                params.append(param)
-                grads.append(grad)
-            elif is_sharded(param):  # another process may have a gradient
+        params: list[Tensor] = group["params"]
+        grads: list[Any] = [param.grad for param in params]
+        if type(None) in set(map(type, grads)):
+            if any(map(is_sharded, params)):  # another process may have a gradient
                 return None
-        states = [self.state.get(param, {}) for param in params]
-        if not all(states) or not known.recognize(group, params, grads, states):
-            return None
-        return _Recognized(known, params, grads, states)
+            params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
+            grads = [grad for grad in grads if grad is not None]
+        states: list[Any] = list(map(self.state.get, params))
+        steps = known.recognize(group, params, grads, states) if all(states) else None
+        return None if steps is None else _Recognized(known, params, grads, states, steps)
 
     def _remember(self, group_index: int, alone: list[_Checked], batches: list[Batch]) -> None:
         """Remembers the tensors of a param group that was stepped twice with the same gradients.
@@ -418,19 +419,22 @@ class StripedAdamW(Optimizer):
             new: A list to which the parameters without a state are added.
 
         Returns:
-            A batch for each param group and each device of its parameters; the states; and pairs of
-            a tensor that no kernel can step and the copy that is stepped in its place.
+            A batch for each param group and each device of its parameters; the states of the
+            parameters that were not recognized; and pairs of a tensor that no kernel can step and
+            the copy that is stepped in its place.
         """
         batches: list[Batch] = []
         states: list[State] = []
         copies: list[tuple[Tensor, Tensor]] = []
         for group_index, (settings, alone, together, recognized) in enumerate(groups):
             if recognized is not None:
-                known, params, grads, of_params = recognized
-                steps = list(map(self._next_step, of_params))
+                known, params, grads, of_params, counters = recognized
+                if self.capturable:
+                    steps = [0] * len(counters)
+                else:
+                    steps = [int(step) + 1 for step in map(Tensor.item, counters)]
                 of_group = known.entries(params, grads, of_params, steps)
                 batches.append(Batch(self._backend(known.device.type), settings, of_group, known))
-                states += of_params
                 continue
             entries: dict[tuple[torch.device, bool], list[Entry]] = {}
             for param, grad, description, ordinary, sharded in alone:
@@ -500,9 +504,14 @@ class StripedAdamW(Optimizer):
     def _count_step(self, states: list[State]) -> None:
         """Adds one to the step of every state."""
         steps = [state["step"] for state in states]
-        if not steps:
-            return
-        if self.capturable or any(type(s) is not Tensor or s.is_meta for s in steps):
+        if any(type(step) is not Tensor or step.is_meta for step in steps):
+            torch._foreach_add_(steps, 1)
+        elif steps:
+            self._add_one(steps)
+
+    def _add_one(self, steps: list[Tensor]) -> None:
+        """Adds one to plain tensors."""
+        if self.capturable:
             torch._foreach_add_(steps, 1)
         else:  # on a CPU torch would wrap a number in a new tensor for each of them
             torch._foreach_add_(steps, _ONE, alpha=1)

@@ -6,6 +6,7 @@ is no constexpr, because Triton 3.3 reads no attribute of a constexpr. Triton 3.
 compile and interpret named tuples as arguments of kernels and of functions.
 """
 
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import triton.language as tl
@@ -122,7 +123,12 @@ Variant = TypeVar("Variant", bound=tuple[Any, ...])
 
 def constants(variant: Variant) -> Variant:
     """Makes every field of a named tuple a compile-time constant."""
-    return type(variant)(*map(tl.constexpr, variant))
+    return _constants(type(variant), variant)
+
+
+@cache  # tuples of two classes may be equal
+def _constants(cls: type[Variant], variant: Variant) -> Variant:
+    return cls(*map(tl.constexpr, variant))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def launch_fold(
             whole_stride=whole_stride,
             step=entry.step,
             one_minus_beta1=1 - settings.beta1,
-            variant=_constants(variant),
+            variant=constants(variant),
             FOLDED_ROWS=geometry.folded_rows,
             TILE_ROWS=tile_sizes.UPDATE_TILE_ROWS,
             num_warps=4,
@@ -95,9 +95,6 @@ def launch_fold(
             num_warps=4,
             **OPTIONS,
         )
-
-
-_constants = cache(constants)
 
 
 @cache

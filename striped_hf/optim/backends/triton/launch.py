@@ -418,6 +418,7 @@ def _log(beta: float) -> float:
     return math.log(beta) if beta > 0 else -math.inf
 
 
+@cache
 def _log_r(beta1: float, beta2: float) -> float:
     """Returns log(r), r = beta1^2 / beta2, or a number near it with which the kernel can compute.
 
