@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 State = dict[str, Tensor]  # the state of one parameter, by the names in a state dict
@@ -94,6 +95,7 @@ class Known:
     only in their tensors' values and addresses and in their steps.
 
     Attributes:
+        device: The device of all tensors but the steps.
         keys: For each entry, the keys of its state without ``step``.
         addresses: The addresses of all parameters, then of all gradients, then of the tensors of
             each state in the order of ``keys``. The same list as in the step before if no address
@@ -101,6 +103,7 @@ class Known:
         prepared: What backends have computed from the entries, for their next step.
     """
 
+    device: torch.device
     keys: list[tuple[str, ...]]
     addresses: list[int]
     prepared: dict[Any, Any] = field(default_factory=dict)
@@ -163,7 +166,19 @@ class Backend(Protocol):
         Args:
             entries: Whole parameters on one device.
             settings: The param group's settings.
-            known: What is known of the entries; None: nothing.
+            known: What is known of the entries, for ``step_known``; None: nothing.
+        """
+
+    def step_known(self, known: Known, steps: list[int], settings: Settings, /) -> bool:
+        """Does the whole step of known entries, if an earlier ``step`` has prepared it.
+
+        Args:
+            known: What is known of the entries.
+            steps: The number of this step for each entry.
+            settings: The param group's settings.
+
+        Returns:
+            Whether it has done the step. False: it needs the entries.
         """
 
 
@@ -173,4 +188,3 @@ class Batch(NamedTuple):
     backend: Backend
     settings: Settings
     entries: list[Entry]
-    known: Known | None = None

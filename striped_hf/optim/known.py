@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import repeat
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, UntypedStorage
 
 from striped_hf.optim.checks import any_flattened
-from striped_hf.optim.interface import Entry, Group, Known, State
+from striped_hf.optim.interface import Backend, Entry, Group, Known, Settings, State
 from striped_hf.optim.options import OPTIONS
 from striped_hf.optim.state import Description
 from striped_hf.optim.views import entry_of
@@ -29,16 +29,8 @@ except ImportError:
 _DESCRIBING = tuple(name for name, option in OPTIONS.items() if option.settings is None)
 
 
-# as ``Entry._make``, which is slower
-_new_entry: Callable[[tuple[Any, ...]], Entry] = partial(tuple.__new__, Entry)
-
-
 class KnownEntries(Known):
-    """The entries of one param group that were stepped with tensors like these.
-
-    Attributes:
-        device: The device of all tensors but the steps.
-    """
+    """The entries of one param group that were stepped with tensors like these."""
 
     def __init__(
         self,
@@ -57,29 +49,28 @@ class KnownEntries(Known):
             states: Their states.
             descriptions: Their descriptions.
         """
-        self.device = params[0].device
         keys = [description.keys for description in descriptions]
         self._group = _options_of(group)
         self._size = len(group["params"])
         self._stepped = list(map(id, params))
         self._getters = [_getter(of_state) for of_state in keys]
         self._lengths = list(map(len, states))
-        self._formats = [description.momentum_dtype for description in descriptions]
-        self._blocks = [description.blocks for description in descriptions]
-        self._reshaped = [
+        self.formats = [description.momentum_dtype for description in descriptions]
+        self.blocks = [description.blocks for description in descriptions]
+        self.reshaped = [
             (i, description)
             for i, description in enumerate(descriptions)
             if len(description.stepped) != len(description.shape)
         ]
         tensors = self._tensors(params, grads, states)
-        super().__init__(keys, list(map(Tensor.data_ptr, tensors)))
+        super().__init__(params[0].device, keys, list(map(Tensor.data_ptr, tensors)))
         self._sizes = _storage_sizes(tensors)
         self._offsets = list(map(Tensor.storage_offset, tensors))
         self._are_like = _comparison([*tensors, *(state["step"] for state in states)])
 
     def recognize(
         self, group: Group, params: list[Tensor], grads: list[Tensor], states: list[State]
-    ) -> list[Tensor] | None:
+    ) -> "Recognized | None":
         """Compares tensors with those of earlier steps.
 
         Args:
@@ -89,7 +80,7 @@ class KnownEntries(Known):
             states: The parameters' states, as other code may have left them.
 
         Returns:
-            The states' ``step``, if nothing but values and addresses has changed, else None.
+            The tensors, if nothing but values, addresses and steps has changed, else None.
         """
         if (
             list(map(id, params)) != self._stepped
@@ -113,22 +104,18 @@ class KnownEntries(Known):
         if sizes != self._sizes:
             return None
         if addresses != self.addresses:
-            offsets = list(map(Tensor.storage_offset, tensors))
-            if offsets != self._offsets or not all(addresses):
+            if not all(addresses) or not self._have_same_offsets(tensors, addresses):
                 return None
             self.addresses = addresses
-        return steps
+        return Recognized(self, params, grads, states, steps)
 
-    def entries(
-        self, params: list[Tensor], grads: list[Tensor], states: list[State], steps: list[int]
-    ) -> list[Entry]:
-        """Returns the entries of a recognized step, whose numbers are ``steps``."""
-        zero = repeat(0)  # they are whole parameters
-        fields = (params, grads, states, self._formats, self._blocks, steps, zero, zero)
-        entries = list(map(_new_entry, zip(*fields, strict=False)))
-        for i, description in self._reshaped:
-            entries[i] = entry_of(params[i], grads[i], states[i], description, steps[i])
-        return entries
+    def _have_same_offsets(self, tensors: list[Tensor], addresses: list[int]) -> bool:
+        """Compares the offsets in their storages of tensors at other addresses."""
+        before, grads = self.addresses, slice(len(self.keys), 2 * len(self.keys))
+        others = (slice(grads.start), slice(grads.stop, None))
+        if all(addresses[part] == before[part] for part in others):  # mostly
+            return list(map(Tensor.storage_offset, tensors[grads])) == self._offsets[grads]
+        return list(map(Tensor.storage_offset, tensors)) == self._offsets
 
     def _tensors(
         self, params: list[Tensor], grads: list[Tensor], states: list[State]
@@ -137,6 +124,40 @@ class KnownEntries(Known):
         for state, values_of in zip(states, self._getters, strict=True):
             tensors += values_of(state)
         return tensors
+
+
+# as ``Entry._make``, which is slower
+_new_entry: Callable[[tuple[Any, ...]], Entry] = partial(tuple.__new__, Entry)
+
+
+class Recognized(NamedTuple):
+    """The tensors of a step in which nothing but values, addresses and steps has changed.
+
+    Attributes:
+        known: What is known of them.
+        params, grads, states: The tensors of each entry.
+        counters: The states' ``step``.
+    """
+
+    known: KnownEntries
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[State]
+    counters: list[Tensor]
+
+    def step(self, backend: Backend, settings: Settings, steps: list[int]) -> None:
+        """Steps the parameters; ``steps`` has the number of this step for each."""
+        if not backend.step_known(self.known, steps, settings):
+            backend.step(self._entries(steps), settings, self.known)
+
+    def _entries(self, steps: list[int]) -> list[Entry]:
+        _, params, grads, states, _ = self
+        formats, blocks, zero = self.known.formats, self.known.blocks, repeat(0)
+        fields = zip(params, grads, states, formats, blocks, steps, zero, zero, strict=False)
+        entries = list(map(_new_entry, fields))
+        for i, description in self.known.reshaped:
+            entries[i] = entry_of(params[i], grads[i], states[i], description, steps[i])
+        return entries
 
 
 def _storage_sizes(tensors: list[Tensor]) -> list[int]:

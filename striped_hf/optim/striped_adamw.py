@@ -10,6 +10,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from striped_hf.optim import backends
 from striped_hf.optim.backends import reference
 from striped_hf.optim.blocks import ParameterBlocks
+from striped_hf.optim.capture import is_capturing
 from striped_hf.optim.checkpoint import prepare_state_dict
 from striped_hf.optim.checks import (
     check_blocks,
@@ -30,7 +31,7 @@ from striped_hf.optim.interface import (
     Settings,
     State,
 )
-from striped_hf.optim.known import KnownEntries
+from striped_hf.optim.known import KnownEntries, Recognized
 from striped_hf.optim.options import OPTIONS, check_options, settings_of
 from striped_hf.optim.plain import (
     has_values,
@@ -64,16 +65,6 @@ class _Checked(NamedTuple):
     sharded: ShardedParameter | None = None
 
 
-class _Recognized(NamedTuple):
-    """The tensors of a param group that are as in the step before, apart from their values."""
-
-    known: KnownEntries
-    params: list[Tensor]
-    grads: list[Tensor]
-    states: list[State]
-    steps: list[Tensor]  # of the states
-
-
 class _Group(NamedTuple):
     """The parameters of one param group that a step updates.
 
@@ -88,7 +79,7 @@ class _Group(NamedTuple):
     settings: Settings
     alone: list[_Checked]
     together: list[ShardedParameter]
-    recognized: _Recognized | None = None
+    recognized: Recognized | None = None
 
 
 class StripedAdamW(Optimizer):
@@ -265,18 +256,33 @@ class StripedAdamW(Optimizer):
         unused = set(map(id, exchanged.unused))
         self._forget([param for param in new if id(param) in unused])
         self._count_step(states + exchanged.states)
-        for group in groups:
-            if group.recognized is not None:
-                self._add_one(group.recognized.steps)
         for batch in batches + exchanged.batches:
             step_batch(batch)
+        recognized = [param for group in groups for param in self._step_recognized(group)]
         sharded_step.update(exchanged)
         for target, copy in copies + exchanged.copies:
             target.copy_(copy)
         # kernels write without torch, which must learn that values saved for backward have changed
         whole = [entry.param for batch in batches + exchanged.batches for entry in batch.entries]
         parts = [matrix.local for matrix in exchanged.matrices]
-        torch.autograd.graph.increment_version(whole + parts)
+        torch.autograd.graph.increment_version(whole + parts + recognized)
+
+    def _step_recognized(self, group: _Group) -> list[Tensor]:
+        """Steps the parameters of a group that was recognized, and returns them."""
+        recognized = group.recognized
+        if recognized is None:
+            return []
+        counters = recognized.counters
+        steps = [0] * len(counters)
+        if not self.capturable:
+            before = list(map(Tensor.item, counters))
+            if before.count(before[0]) == len(before):
+                steps = [int(before[0]) + 1] * len(before)
+            else:
+                steps = [int(step) + 1 for step in before]
+        self._add_one(counters)
+        recognized.step(self._backend(recognized.known.device.type), group.settings, steps)
+        return recognized.params
 
     def _forget(self, params: list[Tensor]) -> None:
         for param in params:
@@ -288,8 +294,8 @@ class StripedAdamW(Optimizer):
         Returns:
             For each param group, the parameters to step.
         """
-        self._check_capture()
         recognized = list(map(self._recognize, range(len(self.param_groups))))
+        self._check_capture(recognized)
         if not all(recognized):
             self._refresh_groups()
         groups: list[_Group] = []
@@ -340,7 +346,7 @@ class StripedAdamW(Optimizer):
             self._agreement.fail(first_problem, sharded_step.plan_of(together))
         return groups
 
-    def _recognize(self, group_index: int) -> _Recognized | None:
+    def _recognize(self, group_index: int) -> Recognized | None:
         """Returns the tensors of a param group if nothing but values has changed in them."""
         known = self._known.get((group_index, self.capturable))
         if known is None:
@@ -354,8 +360,7 @@ class StripedAdamW(Optimizer):
             params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
             grads = [grad for grad in grads if grad is not None]
         states: list[Any] = list(map(self.state.get, params))
-        steps = known.recognize(group, params, grads, states) if all(states) else None
-        return None if steps is None else _Recognized(known, params, grads, states, steps)
+        return known.recognize(group, params, grads, states) if all(states) else None
 
     def _remember(self, group_index: int, alone: list[_Checked], batches: list[Batch]) -> None:
         """Remembers the tensors of a param group that was stepped twice with the same gradients.
@@ -419,23 +424,14 @@ class StripedAdamW(Optimizer):
             new: A list to which the parameters without a state are added.
 
         Returns:
-            A batch for each param group and each device of its parameters; the states of the
-            parameters that were not recognized; and pairs of a tensor that no kernel can step and
-            the copy that is stepped in its place.
+            A batch for each param group that was not recognized and each device of its parameters;
+            the states; and pairs of a tensor that no kernel can step and the copy that is stepped
+            in its place.
         """
         batches: list[Batch] = []
         states: list[State] = []
         copies: list[tuple[Tensor, Tensor]] = []
-        for group_index, (settings, alone, together, recognized) in enumerate(groups):
-            if recognized is not None:
-                known, params, grads, of_params, counters = recognized
-                if self.capturable:
-                    steps = [0] * len(counters)
-                else:
-                    steps = [int(step) + 1 for step in map(Tensor.item, counters)]
-                of_group = known.entries(params, grads, of_params, steps)
-                batches.append(Batch(self._backend(known.device.type), settings, of_group, known))
-                continue
+        for group_index, (settings, alone, together, _) in enumerate(groups):
             entries: dict[tuple[torch.device, bool], list[Entry]] = {}
             for param, grad, description, ordinary, sharded in alone:
                 state = self._state_of(param, description, ordinary, new)
@@ -464,7 +460,7 @@ class StripedAdamW(Optimizer):
                 for (device, real), of_device in entries.items()
                 if of_device
             ]
-            if not together:
+            if alone and not together:
                 self._remember(group_index, alone, of_devices)
             batches += of_devices
         return batches, states, copies
@@ -513,8 +509,18 @@ class StripedAdamW(Optimizer):
         """Adds one to plain tensors."""
         if self.capturable:
             torch._foreach_add_(steps, 1)
-        else:  # on a CPU torch would wrap a number in a new tensor for each of them
-            torch._foreach_add_(steps, _ONE, alpha=1)
+            return
+        # step - (-1) * 1: on a CPU, SGD is the only sum that torch computes in one call
+        torch._fused_sgd_(
+            *(steps, [_ONE] * len(steps), []),
+            lr=-1.0,
+            weight_decay=0.0,
+            momentum=0.0,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+        )
 
     def _step_device(self, param: Tensor) -> torch.device:
         return param.device if self.capturable or param.is_meta else torch.device("cpu")
@@ -531,12 +537,16 @@ class StripedAdamW(Optimizer):
             )
         return backend
 
-    def _check_capture(self) -> None:
-        if (
-            not self.capturable
-            and torch.cuda.is_initialized()
-            and torch.cuda.is_current_stream_capturing()
-        ):
+    def _check_capture(self, recognized: list[Recognized | None]) -> None:
+        if self.capturable or not torch.cuda.is_initialized():
+            return
+        devices = {torch.device("cuda", torch.cuda.current_device())}
+        for group, found in zip(self.param_groups, recognized, strict=True):
+            if found is None:
+                devices |= {param.device for param in group["params"]}
+            else:
+                devices.add(found.known.device)
+        if any(map(is_capturing, devices)):
             raise RuntimeError(
                 "this step is being captured in a CUDA graph, which would repeat its step number "
                 "and its learning rate in every replay: construct StripedAdamW with capturable=True"

@@ -45,10 +45,7 @@ def entry_of(
 
 def step_batch(batch: Batch) -> None:
     """Steps whole parameters, some of them in copies, a few at a time."""
-    backend, settings, entries, known = batch
-    if known is not None:
-        backend.step(entries, settings, known)
-        return
+    backend, settings, entries = batch
     in_place = [entry for entry in entries if is_viewed(entry)]
     if in_place:
         backend.step(in_place, settings)

@@ -92,6 +92,19 @@ def test_a_step_without_some_of_the_gradients_needs_no_plan(made: list[Any]) -> 
     assert len(made) == 1
 
 
+def test_parameters_in_another_order_need_no_plan(made: list[Any]) -> None:
+    ours, theirs = optimizer_of(), optimizer_of("reference")
+    for t in range(5):
+        for optimizer in (ours, theirs):
+            give_gradients(optimizer, t)
+            if t == 3:
+                optimizer.param_groups[0]["params"].reverse()
+            optimizer.step()
+        assert_agrees(ours, theirs)
+        synchronise(ours, theirs)
+    assert len(made) == 1
+
+
 def test_param_groups_have_their_own_plans(made: list[Any]) -> None:
     optimizer = optimizer_of()
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(8, 48, device=DEVICE))]})

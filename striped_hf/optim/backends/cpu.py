@@ -98,6 +98,11 @@ def step(entries: list[Entry], settings: Settings, known: Known | None = None) -
     reference.step([entries[i] for i in fallback], settings)
 
 
+def step_known(known: Known, steps: list[int], settings: Settings) -> bool:
+    """Does nothing; this backend needs the entries."""
+    return False
+
+
 def fold(
     entry: Entry, folded: Folded, settings: Settings, is_first: bool, coefficient: Tensor | None
 ) -> None:

@@ -83,6 +83,11 @@ def step(entries: list[Entry], settings: Settings, known: Known | None = None) -
 # -------------------------------------------------------------------------------------------------
 
 
+def step_known(known: Known, steps: list[int], settings: Settings) -> bool:
+    """Does nothing; this backend needs the entries."""
+    return False
+
+
 def statistics(entries: list[Entry]) -> list[Sums | None]:
     """Sums the squares of every gradient by row and by column.
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from striped_hf.optim.backends.triton.arguments import EntryPointers
+from striped_hf.optim.capture import is_capturing
 
 # The most copies of addresses that CUDA graphs may capture before the next step outside of a graph.
 _STAGED = 4
@@ -28,14 +29,6 @@ def copy_to_device(array: np.ndarray, device: torch.device) -> Tensor:
         )
     # torch reuses pinned memory only after the copy
     return host.pin_memory().to(device, non_blocking=True)
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured on the device's current stream."""
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):  # torch asks the current device
-        return torch.cuda.is_current_stream_capturing()
 
 
 class Addresses:
@@ -78,7 +71,7 @@ class Addresses:
         if pointers is self._current and not is_captured:
             return None
         every = pointers
-        if len(numbers) < self._shape[0]:
+        if list(numbers) != list(range(self._shape[0])):
             every = np.zeros(self._shape, dtype=np.int64)
             every[numbers] = pointers
         if not is_captured:

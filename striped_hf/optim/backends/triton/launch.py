@@ -111,11 +111,22 @@ class TritonBackend:
         if not entries:
             return
         with launching_on(entries[0].param.device):
-            placed = self._place(entries, settings.lagged, known)
-            _launch_statistics(placed, placed.plan.workspace.sums)
-            _launch_update(placed, settings)
-        if placed.fallback:
-            reference.step([entries[i] for i in placed.fallback], settings)
+            prepared = self._prepare(entries, settings.lagged)
+            if known is not None and prepared.can_update:
+                prepared.learn(known)
+                known.prepared[settings.lagged] = prepared
+            _launch_step(_placed(prepared, [entry.step for entry in entries]), settings)
+        if prepared.fallback:
+            reference.step([entries[i] for i in prepared.fallback], settings)
+
+    def step_known(self, known: Known, steps: list[int], settings: Settings) -> bool:
+        """Performs ``step`` with the plan of an earlier step of these entries."""
+        prepared: Prepared | None = known.prepared.get(settings.lagged)
+        if prepared is None or not prepared.update(known, steps):
+            return False
+        with launching_on(known.device):
+            _launch_step(_placed(prepared, steps), settings)
+        return True
 
     def statistics(self, entries: list[Entry]) -> list[Sums | None]:
         """Sums the squares of every gradient by row and by column.
@@ -194,35 +205,14 @@ class TritonBackend:
             fallback_sums = [sums[i] for i in placed.fallback]
             reference.step_folded([entries[i] for i in placed.fallback], fallback_sums, settings)
 
-    def _place(self, entries: list[Entry], lagged: bool, known: Known | None = None) -> Placed:
+    def _place(self, entries: list[Entry], lagged: bool) -> Placed:
         """Finds a plan for some entries, and brings their addresses to the device.
 
         Raises:
             RuntimeError: The optimizer is capturable and an entry has strides that no kernel
                 supports; or a CUDA graph is being captured, and there was no such step before.
         """
-        steps = [entry.step for entry in entries]
-        first_step = steps[0]
-        prepared = known.prepared.get(lagged) if known is not None else None
-        if prepared is None or not prepared.update(known, steps):
-            prepared = self._prepare(entries, lagged)
-            if known is not None and prepared.can_update:
-                prepared.learn(known)
-                known.prepared[lagged] = prepared
-        plan, programs = prepared.plan, prepared.programs
-        if first_step == 0:
-            plan.addresses.stage()
-        plan.set_addresses(prepared.numbers, prepared.pointers, programs)
-        plan.use_on_current_stream(programs)
-        return Placed(
-            plan=plan,
-            programs=programs,
-            numbers=prepared.numbers,
-            positions=prepared.positions,
-            fallback=prepared.fallback,
-            step=first_step,
-            has_first_step=min(steps) <= 1,  # a step of 0 may be the first
-        )
+        return _placed(self._prepare(entries, lagged), [entry.step for entry in entries])
 
     def _prepare(self, entries: list[Entry], lagged: bool) -> Prepared:
         """Finds a plan for some entries."""
@@ -258,6 +248,24 @@ class TritonBackend:
 new = TritonBackend
 
 
+def _placed(prepared: Prepared, steps: list[int]) -> Placed:
+    """Brings the addresses of entries to the device, for a step with these numbers."""
+    plan, programs = prepared.plan, prepared.programs
+    if steps[0] == 0:
+        plan.addresses.stage()
+    plan.set_addresses(prepared.numbers, prepared.pointers, programs)
+    plan.use_on_current_stream(programs)
+    return Placed(
+        plan=plan,
+        programs=programs,
+        numbers=prepared.numbers,
+        positions=prepared.positions,
+        fallback=prepared.fallback,
+        step=steps[0],
+        has_first_step=min(steps) <= 1,  # a step of 0 may be the first
+    )
+
+
 def _copy_to_workspace(placed: Placed, given: Sequence[Sums | Roots | None]) -> None:
     """Copies sums, or roots in their place, to the buffer that the kernels read."""
     targets: list[Tensor] = []
@@ -275,6 +283,12 @@ def _copy_to_workspace(placed: Placed, given: Sequence[Sums | Roots | None]) -> 
 # ---------------------------------------------------------------------------------------------
 # launches
 # ---------------------------------------------------------------------------------------------
+
+
+def _launch_step(placed: Placed, settings: Settings) -> None:
+    """Does the whole step of the supported entries."""
+    _launch_statistics(placed, placed.plan.workspace.sums)
+    _launch_update(placed, settings)
 
 
 def _launch_statistics(placed: Placed, sums: Tensor) -> None:

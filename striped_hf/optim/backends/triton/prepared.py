@@ -1,5 +1,6 @@
 """The places of some entries in a plan, and their addresses, kept from one step to the next."""
 
+from array import array
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +12,7 @@ from striped_hf.optim.interface import Known
 
 _FIELDS = {name: i for i, name in enumerate(EntryPointers._fields)}
 # the tensors that kernels read in vectors
-_READ = [_FIELDS[name] for name in ("param", "grad", "exp_avg", "exp_avg_sq", "param_low_bits")]
+_READ = ("param", "grad", "exp_avg", "exp_avg_sq", "param_low_bits")
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Prepared:
     pointers: np.ndarray
     _addresses: list[int] = field(default_factory=list)
     _places: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    _are_read: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=bool))
     _aligned: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=bool))
 
     @property
@@ -42,11 +44,13 @@ class Prepared:
     def learn(self, known: Known) -> None:
         """Learns where the addresses of ``known`` belong."""
         rows = range(len(known.keys))
-        places = [row * len(_FIELDS) + _FIELDS[name] for name in ("param", "grad") for row in rows]
+        fields = [(row, name) for name in ("param", "grad") for row in rows]
         for row, keys in zip(rows, known.keys, strict=True):
-            places += [row * len(_FIELDS) + _FIELDS[key] for key in keys]
-        self._addresses, self._places = known.addresses, np.array(places)
-        self._aligned = _aligned(self.pointers)
+            fields += [(row, key) for key in keys]
+        self._places = np.array([row * len(_FIELDS) + _FIELDS[name] for row, name in fields])
+        self._are_read = np.array([name in _READ for _, name in fields])
+        self._addresses = known.addresses
+        self._aligned = self._alignment(np.array(known.addresses))
 
     def update(self, known: Known, steps: list[int]) -> bool:
         """Takes the addresses of a later step over; False: the entries need other places."""
@@ -54,13 +58,15 @@ class Prepared:
             return False
         if known.addresses is self._addresses:
             return True
-        pointers = np.zeros_like(self.pointers)
-        pointers.reshape(-1)[self._places] = known.addresses
-        if not np.array_equal(_aligned(pointers), self._aligned):
+        # by way of an array, which is faster than NumPy's conversion of a list
+        addresses = np.frombuffer(array("q", known.addresses), np.int64)
+        if not np.array_equal(self._alignment(addresses), self._aligned):
             return False
+        pointers = np.zeros_like(self.pointers)
+        pointers.reshape(-1)[self._places] = addresses
         self._addresses, self.pointers = known.addresses, pointers
         return True
 
-
-def _aligned(pointers: np.ndarray) -> np.ndarray:
-    return (pointers[:, _READ] % ALIGNMENT == 0).all(axis=1)
+    def _alignment(self, addresses: np.ndarray) -> np.ndarray:
+        """Returns, for each tensor that kernels read in vectors, whether it begins at one."""
+        return addresses[self._are_read] % ALIGNMENT == 0
