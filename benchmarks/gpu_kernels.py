@@ -59,7 +59,11 @@ class Step:
 
     def __str__(self) -> str:
         options = [f"{key}={value}" for key, value in self.compiler.items()]
-        return " ".join([self.momentum_dtype, *(["lagged"] if self.lagged else []), *options])
+        return " ".join([self.momentum_dtype, *self._switches(), *options])
+
+    def _switches(self) -> list[str]:
+        switches = {"lagged": self.lagged, "capturable": self.graph}
+        return [name for name, is_on in switches.items() if is_on]
 
 
 FORMATS = tuple(Step(momentum_dtype) for momentum_dtype in ("float32", "int8", "bfloat16", "int4"))
