@@ -8,7 +8,7 @@ processor time of ``step()`` where no kernel runs:
 - The tensors have a model's number and its packed projections, but are small, and are on the CPU.
 - The Triton backend takes them for tensors on a GPU. Its launches are left out. The second kind of
   row has Triton's part of each launch up to its lookup of the compiled kernel (compiled for sm_90).
-  Both leave out the call of the CUDA driver, a few microseconds for each of four to six launches.
+  Both leave out the call of the CUDA driver, a few microseconds for each launch.
 - Fused AdamW steps tensors of four elements on the CPU, by the same Python code as on a GPU. One
   more row has its Python code alone: the two calls into torch's C++ code are left out.
 
@@ -42,7 +42,6 @@ STRIPED = {
     "striped int8": {"momentum_dtype": "int8"},
     "striped int8, lagged": {"momentum_dtype": "int8", "lagged": True},
 }
-_KERNELS = ("statistics", "combine", "stripes", "matrices", "vectors")
 _STEPS = 5  # in a turn
 
 
@@ -91,7 +90,9 @@ def on_a_pretended_gpu() -> Iterator[None]:
         raise UserError("Triton would interpret its kernels: unset TRITON_INTERPRET")
     triton.runtime.driver.set_active(_Driver())
     unlaunched = {
-        f"{name}_kernel": _Unlaunched(getattr(kernels, f"{name}_kernel")) for name in _KERNELS
+        name: _Unlaunched(kernel)
+        for name, kernel in vars(kernels).items()
+        if name.endswith("_kernel")
     }
     with (
         patch.multiple(kernels, **unlaunched),
