@@ -236,19 +236,20 @@ def main() -> None:
                         BLOCK=tile_sizes.STRIPE_BLOCK,
                     )
                     check(f"{stripes}", ptx)
-            ptx = ptx_of(
-                kernels.vectors_kernel,
-                capability,
-                4,
-                types,
-                on_device=on_device,
-                variant=VectorVariant(tl.float32, tl.float32, aligned=True, low_bits=False),
-                flags=UpdateFlags(
-                    maximize=on_device.lr, nesterov=on_device.lr, stochastic_rounding=False
-                ),
-                BLOCK=tile_sizes.VECTOR_BLOCK,
-            )
-            check("vectors", ptx, ("v4.b32",))
+            for param, low_bits in ((tl.float32, False), (tl.bfloat16, True)):
+                ptx = ptx_of(
+                    kernels.vectors_kernel,
+                    capability,
+                    4,
+                    types,
+                    on_device=on_device,
+                    variant=VectorVariant(param, param, aligned=True, low_bits=low_bits),
+                    flags=UpdateFlags(
+                        maximize=on_device.lr, nesterov=on_device.lr, stochastic_rounding=False
+                    ),
+                    BLOCK=tile_sizes.VECTOR_BLOCK,
+                )
+                check("vectors", ptx, ("v4.b32",))
         f32, bf16 = tl.float32, tl.bfloat16
         check_matrices(capability, f32, f32, 0, ("v4.b32",))
         check_matrices(capability, f32, bf16, 0, ("v4.b32", "v2.b32"))

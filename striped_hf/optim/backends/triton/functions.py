@@ -102,7 +102,7 @@ def aligned_pointer(address, DTYPE: tl.constexpr, aligned):
     pointer = address.to(tl.pointer_type(DTYPE))
     if aligned:
         # not DTYPE.primitive_bitwidth // 2: Triton 3.3 reads no attribute of a constexpr
-        if DTYPE == tl.float32:
+        if DTYPE == tl.float32 or DTYPE == tl.int32:
             pointer = tl.multiple_of(pointer, 16)
         elif DTYPE == tl.bfloat16 or DTYPE == tl.float16:
             pointer = tl.multiple_of(pointer, 8)

@@ -465,7 +465,7 @@ def vectors_kernel(
     g = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
     value = tl.load(param + offsets, mask=mask, other=0.0)
     if variant.low_bits:
-        low_bits = load_aligned_pointer(pointers, LOW_BITS_POINTER, tl.int16, variant.aligned)
+        low_bits = load_aligned_pointer(pointers, LOW_BITS_POINTER, tl.int32, variant.aligned)
         value = join(value, tl.load(low_bits + offsets, mask=mask, other=0))
     else:
         value = value.to(tl.float32)
@@ -485,7 +485,7 @@ def vectors_kernel(
     numerator = numerator_of(m, g, hyper.one_minus_beta1, flags)
     value = value * decay - tl.div_rn(step_size * numerator, denominator)
     if variant.low_bits:
-        rounded, low = split(value, tl.int16)
+        rounded, low = split(value, tl.int32)
         tl.store(low_bits + offsets, low, mask=mask)
     else:
         index = whole_start + offsets
