@@ -186,16 +186,15 @@ def test_the_loops_spill_no_register(compiled: Compiled) -> None:
 @pytest.mark.slow
 @on_a_cpu
 def test_tensors_are_read_and_written_in_vectors(compiled: Compiled) -> None:
-    """Column roots, scales and sums are in memory, too: they have 4 bytes a thread."""
+    """Addresses, roots, scales and sums are in memory, too, 4 or 8 bytes each."""
     rows = [row for row in compiled.described() if row["reads"] or row["writes"]]
     assert len(rows) > 50
     for row in rows:
         for expected, found in (("reads", "loads"), ("writes", "stores")):
             assert not {"1", "2"} & row[found].keys(), (name_of(row), found, row[found])
             for width, count in row[expected].items():
-                actual = row[found].get(width, 0)
-                enough = actual >= count if int(width) < 8 else actual == count
-                assert enough, (name_of(row), found, row[found], row[expected])
+                what = (name_of(row), found, row[found], row[expected])
+                assert row[found].get(width, 0) >= count, what
 
 
 @pytest.mark.slow
