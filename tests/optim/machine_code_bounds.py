@@ -30,6 +30,7 @@ _SUMS = "sums of squares: one row's over the lanes of a warp, the columns' in re
 _FUSED = "as without `fused_statistics`, and 5 to 7 instructions and up to 32 registers for sums"
 _FOLDED = "no gradient, no new momentum, and no codes to compute"
 _HASH = "19 of the instructions are the hash whose bits round stochastically"
+_LOW_BITS = "as without `low_bits`, and 16 instructions that join, round and split 24 bits"
 _ODD = "elements one by one, each with an address: right, and as fast as its many loads allow"
 
 # the first pattern that matches the whole name counts
@@ -69,6 +70,10 @@ BOUNDS: dict[str, Bound] = {
     "matrices bfloat16 (int8|int4)": Bound(74, 80, f"{_HASH}, and codes"),
     "matrices bfloat16 (int8|int4) fused_statistics": Bound(79, 128, _FUSED),
     "matrices bfloat16 (int8|int4) folded": Bound(51, 64, _FOLDED),
+    "matrices bfloat16 (float32|bfloat16) low_bits": Bound(67, 112, _LOW_BITS),
+    "matrices bfloat16 (int8|int4) low_bits": Bound(92, 112, _LOW_BITS),
+    "matrices bfloat16 int8 low_bits folded": Bound(66, 88, _LOW_BITS),
+    "matrices bfloat16 int8 low_bits fused_statistics": Bound(98, 128, _LOW_BITS),
     "matrices float16 int4": Bound(81, 80, f"{_HASH}, codes, and subnormal numbers"),
     # folding
     "fold float32 float32 is_first": Bound(14, 80, "interpolation, and sums of squares"),
