@@ -92,6 +92,14 @@ BOUNDS: dict[str, Bound] = {
 }
 
 
+# the only variants that may spill registers in their loop
+SPILLING = {
+    "matrices bfloat16 float32 unaligned transposed low_bits": (
+        "four tensors, element by element, need more addresses than a thread has registers"
+    )
+}
+
+
 def bound_of(name: str) -> Bound:
     """Returns the bound of a variant by its name.
 
