@@ -281,6 +281,7 @@ def stripes(way: tuple[bool, bool, bool], has_roots: bool, on_device: bool) -> V
 
 def vectors(dtype: Any, on_device: bool = False, low_bits: bool = False) -> Variant:
     marks = ["on_device"] * on_device + ["low_bits"] * low_bits
+    low = (tl.int32,) if low_bits else ()
     return Variant(
         " ".join(["vectors", str_of(dtype), *marks]),
         kernels.vectors_kernel,
@@ -297,8 +298,8 @@ def vectors(dtype: Any, on_device: bool = False, low_bits: bool = False) -> Vari
         },
         elements=tile_sizes.VECTOR_BLOCK,
         types={"hyper": NUMBERS._replace(lr="*fp32")} if on_device else {},
-        reads=vectors_of(tile_sizes.VECTOR_BLOCK, F32, F32, dtype, dtype),
-        writes=vectors_of(tile_sizes.VECTOR_BLOCK, F32, F32, dtype),
+        reads=vectors_of(tile_sizes.VECTOR_BLOCK, F32, F32, dtype, dtype, *low),
+        writes=vectors_of(tile_sizes.VECTOR_BLOCK, F32, F32, dtype, *low),
     )
 
 
