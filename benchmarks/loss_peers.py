@@ -34,18 +34,14 @@ class Peer:
         package: The distribution that contains it.
         build: Makes the optimizer for a model.
         group: The peers of a lower number run first.
-        rate_scale: The first rates of its grid, relative to AdamW's.
         dtype: Of the model's weights.
-        note: What the row's settings are, where they are not the package's defaults.
     """
 
     name: str
     package: str
     build: Build
     group: int
-    rate_scale: float = 1.0
     dtype: str = "float32"
-    note: str = ""
 
     def version(self) -> str | None:
         """Returns the installed version of the package; None if it is not installed.
@@ -239,52 +235,32 @@ def muon(model: Any, lr: float, betas: Betas, weight_decay: float) -> Any:
     )
 
 
-BASELINE = "AdamW"
+BASELINE = "adamw"
 _PEERS = (
     Peer(BASELINE, "torch", adamw, 0),
-    Peer("striped, float32 momentum", "striped_hf", partial(striped, "float32"), 0),
-    Peer("striped, 8-bit momentum", "striped_hf", partial(striped, "int8"), 0),
-    Peer("striped, 4-bit momentum", "striped_hf", partial(striped, "int4"), 0),
-    Peer("striped, bfloat16 momentum", "striped_hf", partial(striped, "bfloat16"), 0),
-    # at most 2.1 bytes a parameter
-    Peer("bitsandbytes AdamW8bit", "bitsandbytes", bitsandbytes_adamw8bit, 1),
-    Peer("torchao AdamW8bit", "torchao", partial(torchao_adamw, 8), 1),
+    Peer("striped_float32", "striped_hf", partial(striped, "float32"), 0),
+    Peer("striped_int8", "striped_hf", partial(striped, "int8"), 0),
+    Peer("striped_int4", "striped_hf", partial(striped, "int4"), 0),
+    Peer("striped_bfloat16", "striped_hf", partial(striped, "bfloat16"), 0),
+    # about two bytes of state per parameter, or less
+    Peer("bitsandbytes_adamw8bit", "bitsandbytes", bitsandbytes_adamw8bit, 1),
+    Peer("torchao_adamw8bit", "torchao", partial(torchao_adamw, 8), 1),
+    Peer("transformers_adafactor_no_momentum", "transformers", partial(adafactor, False), 1),
     Peer(
-        "Adafactor",
-        "transformers",
-        partial(adafactor, False),
-        1,
-        note="as Trainer makes it, without momentum",
-    ),
-    Peer(
-        "adafactor8bit, AdamW",
+        "adafactor8bit_adamw",
         "adafactor8bit",
         partial(adafactor8bit, "adamw", ("beta1", "beta2")),
         1,
-        note="its preset `adamw`",
     ),
-    Peer("torchao AdamW4bit", "torchao", partial(torchao_adamw, 4), 1),
-    Peer(
-        "adafactor8bit, factored",
-        "adafactor8bit",
-        partial(adafactor8bit, "adafactor", ()),
-        1,
-        note="its preset `adafactor`, without momentum",
-    ),
-    Peer("APOLLO", "apollo-torch", apollo, 1, note="rank: a quarter of the width"),
-    Peer("GaLore", "galore-torch", galore, 1, note="rank: a quarter of the width"),
+    Peer("torchao_adamw4bit", "torchao", partial(torchao_adamw, 4), 1),
+    Peer("adafactor8bit_adafactor", "adafactor8bit", partial(adafactor8bit, "adafactor", ()), 1),
+    Peer("apollo", "apollo-torch", apollo, 1),
+    Peer("galore", "galore-torch", galore, 1),
     # more
-    Peer(
-        "AdamW on bfloat16 weights",
-        "torch",
-        adamw,
-        2,
-        dtype="bfloat16",
-        note="rounds to the nearest weight",
-    ),
-    Peer("Adafactor with momentum", "transformers", partial(adafactor, True), 2),
-    Peer("CAME", "came-pytorch", came, 2),
-    Peer("Adam-mini", "adam-mini", adam_mini, 2),
-    Peer("Muon with AdamW", "torch", muon, 2, note="AdamW for embeddings and vectors"),
+    Peer("adamw_bfloat16_weights", "torch", adamw, 2, dtype="bfloat16"),
+    Peer("transformers_adafactor", "transformers", partial(adafactor, True), 2),
+    Peer("came", "came-pytorch", came, 2),
+    Peer("adam_mini", "adam-mini", adam_mini, 2),
+    Peer("muon", "torch", muon, 2),
 )
 PEERS = {peer.name: peer for peer in _PEERS}

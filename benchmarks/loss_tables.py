@@ -46,7 +46,7 @@ def is_complete(results: Results, name: str) -> bool:
     """Tells whether an optimizer has all runs that its grid of learning rates needs."""
     task = TASKS[results["task"]]
     runs = [run for run in results["runs"] if run["optimizer"] == name]
-    return name in PEERS and not wanted(runs, task.first_rates(PEERS[name]), task.seeds)
+    return not wanted(runs, task.rates, task.seeds)
 
 
 def render(results: Results) -> str:
@@ -72,15 +72,15 @@ def _best_table(results: Results) -> str:
         rates = runs_by_rate(results, name)
         best = best_rate(rates)
         if name in results["reasons"]:
-            rows.append((name, *[""] * 7, f"cannot run: {results['reasons'][name]}"))
+            rows.append((f"`{name}`", *[""] * 7, f"cannot run: {results['reasons'][name]}"))
         elif best is None:
-            rows.append((name, *[""] * 7, "diverged" if rates else "not run yet"))
+            rows.append((f"`{name}`", *[""] * 7, "diverged" if rates else "not run yet"))
         else:
             runs = rates[best]
             losses = [run["val_loss"] for run in runs]
             rows.append(
                 (
-                    name,
+                    f"`{name}`",
                     f"{runs[0]['state_bytes_per_param']:.2f}",
                     f"{best:g}",
                     *(loss_text(mean(runs, kind)) for kind in KINDS),
@@ -110,7 +110,7 @@ def _equal_table(results: Results) -> list[str]:
             ]
             if not pairs:
                 continue
-            cells = [name, f"{rate:g}"]
+            cells = [f"`{name}`", f"{rate:g}"]
             for kind in KINDS:
                 differences = [run[kind] - other[kind] for run, other in pairs]
                 cells.append(f"{statistics.mean(differences):+.4f}")

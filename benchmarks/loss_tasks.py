@@ -43,7 +43,7 @@ class Task:
         block_size: Tokens of a window.
         betas: Of AdamW, and of every optimizer that has them.
         seeds: Of the weights, if they are random, and of the batches.
-        rates: The learning rates with which AdamW begins its grid, a factor of 2 apart.
+        rates: The learning rates with which every grid begins, a factor of 2 apart.
         schedule: The name of transformers' learning-rate schedule.
         warmup: Steps of its warm-up.
         schedule_kwargs: Its further settings.
@@ -66,10 +66,6 @@ class Task:
     schedule_kwargs: dict[str, float] = field(default_factory=dict)
     evaluated: int | None = None
     autocast: bool = False
-
-    def first_rates(self, peer: Peer) -> list[float]:
-        """Returns the learning rates with which a peer's grid begins."""
-        return [rate * peer.rate_scale for rate in self.rates]
 
     def settings(self) -> dict[str, Any]:
         """Returns the settings that decide a run's losses, for the results file."""

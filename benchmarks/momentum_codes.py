@@ -30,7 +30,7 @@ from striped_hf.data import RandomWindows, open_split
 from striped_hf.optim import momentum
 from striped_hf.results import environment, markdown_table, write_json
 
-TRAINED_BY = "striped, float32 momentum"
+TRAINED_BY = "striped_float32"
 BEFORE, AFTER = 50, 50  # steps of a window before the impulse, and from it on
 EXACT = "float32"
 

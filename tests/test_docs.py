@@ -40,7 +40,7 @@ SMALL = {
         # the harness is an extra
         *(["lambada"] if importlib.util.find_spec("lm_eval") else []),
     ),
-    "benchmarks.losses": ("--trial", "--optimizers", "AdamW", "--results", "losses.json"),
+    "benchmarks.losses": ("--trial", "--optimizers", "adamw", "--results", "losses.json"),
     "benchmarks.optimizers": (
         *("--optimizers", "striped_int8", "--block_size", "32", "--results", "memory.json"),
     ),

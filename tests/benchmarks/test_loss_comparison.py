@@ -15,8 +15,8 @@ from striped_hf.cli import UserError
 
 SCRIPT = "benchmarks.losses"
 RATES, SEEDS = (2.0, 4.0, 8.0), (1, 2, 3)
-MISSING = "CAME"
-NAMES = ("AdamW", "striped, 8-bit momentum", MISSING)
+MISSING = "came"
+NAMES = ("adamw", "striped_int8", MISSING)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def test_the_command_runs_each_optimizer_that_can_run(ran: Path):
         assert all(run["version"] for run in runs)
     table = loss_tables.render(results)
     assert "| cannot run: came-pytorch is not installed |" in table
-    assert "| Adam-mini |  |  |  |  |  |  |  | not run yet |" in table
+    assert "| `adam_mini` |  |  |  |  |  |  |  | not run yet |" in table
 
 
 def test_a_stopped_command_continues_with_the_same_losses(ran: Path, run_script):
@@ -184,7 +184,7 @@ def test_finetuning_begins_with_the_pretrained_weights(tiny_run: Path, docs_data
     task = replace(loss_tasks.TASKS["finetune"], steps=1, block_size=16, evaluated=8)
     losses = [
         loss_tasks.train(
-            loss_tasks.Run(task, PEERS["AdamW"], rate, seed, str(docs_data), str(tiny_run), "cpu")
+            loss_tasks.Run(task, PEERS["adamw"], rate, seed, str(docs_data), str(tiny_run), "cpu")
         )["val_loss"]
         for rate, seed in ((1e-12, 1), (1e-12, 2), (1e-2, 1))
     ]
@@ -196,7 +196,7 @@ def test_finetuning_begins_with_the_pretrained_weights(tiny_run: Path, docs_data
 
 def test_a_model_with_a_short_context_is_refused(tiny_run: Path, docs_data: Path):
     run = loss_tasks.Run(
-        *(loss_tasks.TASKS["finetune"], PEERS["AdamW"], 1e-4, 1, str(docs_data), str(tiny_run)),
+        *(loss_tasks.TASKS["finetune"], PEERS["adamw"], 1e-4, 1, str(docs_data), str(tiny_run)),
         device="cpu",
     )
     with pytest.raises(UserError, match=r"--model .* its context of 32 tokens"):
@@ -234,28 +234,29 @@ def results() -> dict:
     """AdamW is complete; the striped row has one seed of 2e-3 and two of 4e-3; CAME diverged."""
     task = loss_tasks.TASKS["char"]
     adamw = complete(lambda rate, seed: abs(math.log2(rate / 4)) + 1 + seed / 100)
-    runs = [made("AdamW", r["learning_rate"] * 1e-3, r["seed"], r["val_loss"]) for r in adamw]
-    own = "striped, 4-bit momentum"
+    runs = [made("adamw", r["learning_rate"] * 1e-3, r["seed"], r["val_loss"]) for r in adamw]
+    own = "striped_int4"
     runs += [made(own, 4e-3, 1, 1.02), made(own, 4e-3, 2, 1.06), made(own, 2e-3, 1, 0.5)]
-    runs += [made("CAME", 4e-3, 1, None)]
+    runs += [made("came", 4e-3, 1, None)]
     return {**task.settings(), "runs": runs, "reasons": {}}
 
 
 def test_the_table_has_the_best_rate_and_says_what_is_incomplete(results: dict):
     table = loss_tables.render(results)
     assert (
-        "| AdamW | 8.00 | 0.004 | 1.0200 | 1.0200 | 1.0100 to 1.0300 | 3 | 3 | complete |" in table
+        "| `adamw` | 8.00 | 0.004 | 1.0200 | 1.0200 | 1.0100 to 1.0300 | 3 | 3 | complete |"
+        in table
     )
     # its lowest loss has only one seed
-    row = "| striped, 4-bit momentum | 8.00 | 0.004 | 1.0400 | 1.0400 | 1.0200 to 1.0600 | 2 | 2 |"
+    row = "| `striped_int4` | 8.00 | 0.004 | 1.0400 | 1.0400 | 1.0200 to 1.0600 | 2 | 2 |"
     assert f"{row} incomplete |" in table
-    assert "| CAME |  |  |  |  |  |  |  | diverged |" in table
+    assert "| `came` |  |  |  |  |  |  |  | diverged |" in table
 
 
 def test_the_differences_are_of_common_seeds(results: dict):
     table = loss_tables.render(results)
     differences = "+0.0250 | +0.0100 to +0.0400"
-    row = f"| striped, 4-bit momentum | 0.004 | {differences} | {differences} | 2 |"
+    row = f"| `striped_int4` | 0.004 | {differences} | {differences} | 2 |"
     assert row in table
 
 

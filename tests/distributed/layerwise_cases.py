@@ -121,7 +121,7 @@ def master_bits(mesh: DeviceMesh, folder: Path) -> None:
         optimizer = new_optimizer(model, cls, master_bits=24)
         train(model, optimizer, range(3))
         tensors = [(p, optimizer.state[p]["param_low_bits"]) for p in model.parameters()]
-        snapshots.append([x.to_local().detach().clone() for pair in tensors for x in pair])
+        snapshots.append([gathered(x) for pair in tensors for x in pair])
     assert torch.int8 in {x.dtype for x in snapshots[0]}
     for ordinary, layerwise in zip(*snapshots, strict=True):
         assert torch.equal(layerwise, ordinary)

@@ -139,6 +139,19 @@ def test_four_bits_accumulate_in_eight():
     assert once.state - more.state == pytest.approx(0.53 * parameters, rel=0.05)
 
 
+def test_the_loss_in_chunks_never_holds_an_untied_heads_gradient():
+    config = load_config("llama-8b")
+    config.num_hidden_layers = 1
+    setting = Setting(gradient_checkpointing=True, chunked_loss=True)
+    of_embedding = 2 * config.vocab_size * config.hidden_size  # bytes
+    beside = {}
+    for optim in ("striped_adamw_8bit", "striped_adamw_8bit_layerwise"):
+        memory = planned(config, NAMES[f"{optim}-bfloat16"], setting)
+        beside[optim] = memory.total - memory.weights - memory.state
+    assert beside["striped_adamw_8bit_layerwise"] < 1.1 * of_embedding  # the input embedding's
+    assert beside["striped_adamw_8bit"] > 2 * of_embedding
+
+
 def test_attention_needs_no_matrix_of_weights():
     """With dropout, and with fewer heads of keys: memory grows linearly with the context."""
     llama = LlamaConfig(

@@ -18,6 +18,7 @@ from striped_hf.optim import momentum
 from striped_hf.optim.backends.triton import tile_sizes
 from striped_hf.optim.backends.triton.addresses import Addresses, copy_to_device
 from striped_hf.optim.backends.triton.arguments import (
+    EntryShape,
     MatrixVariant,
     StatisticsVariant,
     VectorVariant,
@@ -74,34 +75,41 @@ def _list_tiles(kinds: Sequence[EntryKind], workspace: Workspace) -> Tiles:
             "fused_statistics": fused,
         }
         first_rows = np.arange(0, shape.rows, shape.block_rows)[:, None]
-        first_columns = np.arange(0, shape.columns, shape.block_columns)[:, None]
+        columns = np.arange(0, shape.columns, momentum.BLOCK_SIZE)
+        first_columns = np.arange(0, shape.columns, shape.block_columns)
+        if fused:  # the update's tiles, cut at the borders of blocks
+            first_columns = np.union1d(columns, first_columns)
+        else:
+            in_block = np.arange(0, shape.block_columns, tile_columns(fused))
+            first_columns = (first_columns[:, None] + in_block).ravel()
         statistics[StatisticsVariant(grad_dtype=grad_dtype, **layout)].append(
             _combinations(
                 number,
                 (first_rows + np.arange(0, shape.block_rows, shape.summed_rows)).ravel(),
-                (first_columns + np.arange(0, shape.block_columns, tile_columns(fused))).ravel(),
+                first_columns,
             )
-        )
-        matrix = MatrixVariant(
-            param_dtype=param_dtype,
-            grad_dtype=grad_dtype,
-            momentum_dtype=MOMENTUM_DTYPES[kind.momentum_dtype],
-            qmax=momentum.QMAX.get(kind.momentum_dtype, 0),
-            narrow=shape.column_blocks > 1 and shape.block_columns < momentum.BLOCK_SIZE,
-            large=is_large(shape.rows, shape.whole_start, shape.whole_stride),
-            folded=kind.grad_dtype is None,
-            low_bits=kind.low_bits,
-            **layout,
         )
         # with more rows per program there are fewer partial sums
         updated_rows = shape.summed_rows if fused else tile_sizes.UPDATED_ROWS.value
-        matrices[matrix].append(
-            _combinations(
-                number,
-                (first_rows + np.arange(0, shape.block_rows, updated_rows)).ravel(),
-                np.arange(0, shape.columns, momentum.BLOCK_SIZE),
+        rows_of_programs = (first_rows + np.arange(0, shape.block_rows, updated_rows)).ravel()
+        narrow = shape.column_blocks > 1 and shape.block_columns < momentum.BLOCK_SIZE
+        in_one_block = _are_in_one_block(columns, shape) & (not narrow)
+        for one_block in np.unique(in_one_block).tolist():
+            matrix = MatrixVariant(
+                param_dtype=param_dtype,
+                grad_dtype=grad_dtype,
+                momentum_dtype=MOMENTUM_DTYPES[kind.momentum_dtype],
+                qmax=momentum.QMAX.get(kind.momentum_dtype, 0),
+                one_block=one_block,
+                narrow=narrow,
+                large=is_large(shape.rows, shape.whole_start, shape.whole_stride),
+                folded=kind.grad_dtype is None,
+                low_bits=kind.low_bits,
+                **layout,
             )
-        )
+            matrices[matrix].append(
+                _combinations(number, rows_of_programs, columns[in_one_block == one_block])
+            )
     # in reverse order: the cache still has the gradients that the statistics read last
     reverse = {key: [every[::-1] for every in reversed(tiles)] for key, tiles in matrices.items()}
     return Tiles(
@@ -109,6 +117,12 @@ def _list_tiles(kinds: Sequence[EntryKind], workspace: Workspace) -> Tiles:
         matrices=concatenate(dict(reversed(reverse.items())), np.int32),
         vectors=concatenate(vectors, np.int32),
     )
+
+
+def _are_in_one_block(first_columns: np.ndarray, shape: EntryShape) -> np.ndarray:
+    """Returns, for each tile of the update, whether all its columns are of one block."""
+    last_columns = np.minimum(first_columns + momentum.BLOCK_SIZE, shape.columns) - 1
+    return first_columns // shape.block_columns == last_columns // shape.block_columns
 
 
 def is_large(rows: int, whole_start: int, whole_stride: int) -> bool:
@@ -138,7 +152,7 @@ class Programs(NamedTuple):
 
     Attributes:
         statistics, matrices, vectors: As in ``Tiles``.
-        reductions, segments: As in ``Workspace``.
+        reductions, segments, means: As in ``Workspace``.
     """
 
     statistics: dict[StatisticsVariant, Tensor]
@@ -146,6 +160,7 @@ class Programs(NamedTuple):
     vectors: dict[VectorVariant, Tensor]
     reductions: dict[bool, Tensor]
     segments: dict[bool, Tensor]
+    means: dict[None, Tensor]
 
 
 class Plan:
@@ -206,7 +221,8 @@ class Plan:
         if key in self._programs:
             self._programs.move_to_end(key)
             return self._programs[key]
-        lists = (*self._tiles, self.workspace.reductions, self.workspace.segments)
+        workspace = self.workspace
+        lists = (*self._tiles, workspace.reductions, workspace.segments, workspace.means)
         programs = Programs(*(_copy_each(of_kernel, chosen, self._device) for of_kernel in lists))
         if len(self._programs) >= self._SELECTIONS_KEPT:
             self._programs.popitem(last=False)
