@@ -50,33 +50,43 @@ class Step:
         lagged: As for ``StripedAdamW``.
         graph: Whether to also replay the step as a CUDA graph.
         compiler: Triton compile options instead of the backend's, to compare both.
+        tuning: Fields of ``arguments.Tuning`` instead of the backend's, to compare both.
     """
 
     momentum_dtype: str
     lagged: bool = False
     graph: bool = False
     compiler: dict[str, Any] = field(default_factory=dict)
+    tuning: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        options = [f"{key}={value}" for key, value in self.compiler.items()]
+        options = [f"{key}={value}" for key, value in (self.compiler | self.tuning).items()]
         return " ".join([self.momentum_dtype, *(["lagged"] if self.lagged else []), *options])
 
 
 FORMATS = tuple(Step(momentum_dtype) for momentum_dtype in ("float32", "int8", "bfloat16", "int4"))
 LAGGED = (Step("float32", lagged=True), Step("int8", lagged=True))
 GRAPHS = (Step("float32", graph=True), Step("int8", graph=True))
-# variants that only a GPU can judge; fewer registers let more programs run at a time
-A_B = tuple(
-    Step(momentum_dtype, compiler={"maxnreg": registers})
-    for momentum_dtype in ("float32", "int8")
-    for registers in (64, 128)
+# Variants that only a GPU can judge: loads in advance, an approximate reciprocal, and both; or
+# fewer registers, so that more programs run at a time.
+TUNINGS: tuple[dict[str, Any], ...] = (
+    {"stages": 2},
+    {"approximate_reciprocal": True},
+    {"stages": 2, "approximate_reciprocal": True},
 )
+A_B = (
+    *(Step(f, tuning=tuning) for tuning in TUNINGS for f in ("float32", "int8")),
+    Step("int8", lagged=True, tuning=TUNINGS[-1]),
+    *(Step(f, compiler={"maxnreg": 64}) for f in ("float32", "int8")),
+)
+BFLOAT16_A_B = tuple(Step("int8", tuning=tuning) for tuning in TUNINGS[1:])
 # (model, parameters' dtype, steps), the most valuable first
 PLAN: tuple[tuple[str, str, tuple[Step | Phase, ...]], ...] = (
     ("gpt2-xl", "float32", (*FORMATS, *LAGGED)),
     ("gpt2-xl", "bfloat16", (*FORMATS, *PHASES, LAGGED[1])),
     ("gpt2", "float32", (*FORMATS[:2], *GRAPHS)),
     ("gpt2-xl", "float32", A_B),
+    ("gpt2-xl", "bfloat16", BFLOAT16_A_B),
 )
 
 
@@ -98,20 +108,22 @@ def bandwidths(device: torch.device, rounds: int) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def compile_options(options: dict[str, Any]) -> Iterator[None]:
-    """Adds Triton compile options to the backend's launches."""
-    if not options:
+def variant_of(step: Step) -> Iterator[None]:
+    """Makes the backend's launches those of an A/B variant."""
+    if not (step.compiler or step.tuning):
         yield
         return
-    from striped_hf.optim.backends.triton.arguments import OPTIONS
+    from striped_hf.optim.backends.triton import arguments
 
-    before = dict(OPTIONS)
-    OPTIONS.update(options)
+    options, tuning = dict(arguments.OPTIONS), arguments.TUNING
+    arguments.OPTIONS.update(step.compiler)
+    arguments.TUNING = tuning._replace(**step.tuning)
     try:
         yield
     finally:
-        OPTIONS.clear()
-        OPTIONS.update(before)
+        arguments.OPTIONS.clear()
+        arguments.OPTIONS.update(options)
+        arguments.TUNING = tuning
 
 
 def time_step(
@@ -200,7 +212,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 if isinstance(step, Phase):
                     row |= time_phase(step, weights, fused.step, args.rounds)
                 else:
-                    with compile_options(step.compiler):
+                    with variant_of(step):
                         row |= time_step(step, weights, fused.step, args.rounds)
             except Exception as error:  # the other rows still run
                 row["reason"] = one_line(error) or type(error).__name__

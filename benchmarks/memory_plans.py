@@ -4,7 +4,8 @@
 
 recipes/plan_memory.py at batch 1 and context 1,024, with gradient checkpointing. GPT-2 XL is
 trained as by finetune_shakespeare.py: 32 passes in a step, with the loss in chunks. The others are
-trained as by plain Trainer, with one pass in a step.
+trained as by plain Trainer, with one pass in a step. Two models with large vocabularies are also
+trained with the loss in chunks.
 """
 
 import argparse
@@ -17,13 +18,15 @@ from striped_hf.results import environment, markdown_table, write_json
 from striped_hf.trainer.step_memory import Memory, Setting
 
 RESULTS = "benchmarks/results/memory_plans.json"
-MODELS = {
-    "llama-2-7b": Setting(),
-    "mistral-7b": Setting(),
-    "qwen2.5-7b": Setting(),
-    "llama-8b": Setting(),
-    "gpt2-xl": Setting(accumulation=32, chunked_loss=True),
-}
+MODELS = (
+    ("llama-2-7b", Setting()),
+    ("mistral-7b", Setting()),
+    ("qwen2.5-7b", Setting()),
+    ("qwen2.5-7b", Setting(chunked_loss=True)),
+    ("llama-8b", Setting()),
+    ("llama-8b", Setting(chunked_loss=True)),
+    ("gpt2-xl", Setting(accumulation=32, chunked_loss=True)),
+)
 # the columns, by the optimizer's name in Trainer, the weights' dtype, and whether LoRA is trained
 COLUMNS = {
     ("adamw_torch_fused", "float32", False): "AdamW",
@@ -44,7 +47,7 @@ def compute() -> list[dict[str, Any]]:
     """Returns what each way needs for each model."""
     ways = tuple(way for way in WAYS if _key(way) in COLUMNS)
     models: list[dict[str, Any]] = []
-    for name, setting in MODELS.items():
+    for name, setting in MODELS:
         rows: list[dict[str, Any]] = []
         for each in plan(load_config(name), setting, ways, checkpointing=[True]):
             optim, dtype, lora = _key(each.way)
@@ -57,6 +60,10 @@ def compute() -> list[dict[str, Any]]:
     return models
 
 
+def _title(model: dict[str, Any]) -> str:
+    return f"`{model['name']}`" + (", loss in chunks" if model["chunked_loss"] else "")
+
+
 def _table(models: list[dict[str, Any]]) -> str:
     rows = []
     for model in models:
@@ -64,7 +71,7 @@ def _table(models: list[dict[str, Any]]) -> str:
             (row["optim"], row["dtype"], row["lora"]): Memory(**row["bytes"]).total
             for row in model["rows"]
         }
-        rows.append((f"`{model['name']}`", *(f"{peaks[key] / 2**30:.1f}" for key in COLUMNS)))
+        rows.append((_title(model), *(f"{peaks[key] / 2**30:.1f}" for key in COLUMNS)))
     return markdown_table(("model", *COLUMNS.values()), rows)
 
 
@@ -75,8 +82,9 @@ def render(results: dict[str, Any]) -> str:
         "checkpointing, batch 1, context 1,024, computed on tensors without memory. The CUDA "
         "context of about 1 GiB and fragmentation come on top. Where no dtype is given, weights "
         "are float32 and the passes are under bfloat16 autocast. LoRA has rank 16 on bfloat16 "
-        "weights. `gpt2-xl` is trained as by `finetune_shakespeare.py`, with 32 passes in a step "
-        "and the loss in chunks, the others as by plain Trainer with one pass."
+        "weights. `gpt2-xl` is trained as by `finetune_shakespeare.py`, with 32 passes in a step, "
+        "the others with one pass. The loss in chunks is the recipes'; plain Trainer holds all "
+        "logits."
     )
 
 
@@ -89,7 +97,7 @@ def render_parts(results: dict[str, Any]) -> str:
                 continue
             memory = Memory(**row["bytes"])
             sizes = (f"{size / 2**30:.2f}" for size in (*memory, memory.total))
-            rows.append((f"`{model['name']}`", f"`{row['optim']}`", *sizes))
+            rows.append((_title(model), f"`{row['optim']}`", *sizes))
     header = (
         *("model", "optim", "weights", "gradients", "state", "optimizer's buffers"),
         *("activations", "peak, GiB"),

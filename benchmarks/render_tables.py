@@ -18,11 +18,16 @@ from benchmarks import (
     convolutions,
     finetuning_dtypes,
     gpu_parts,
+    gpu_static,
     layerwise_losses,
+    live_bytes,
+    loss_tables,
     memory_budget,
     memory_plans,
+    momentum_codes,
     optimizer_tables,
     processes,
+    rounding_noise,
     sharding,
     sharding_scale,
     short_tables,
@@ -51,6 +56,7 @@ class PageTable(NamedTuple):
         files: The results files without ``.json``; if empty, the one file with the table's name.
         draw: Draws the plot of the first file, named like the table.
         shows_plot: Whether the place shows the plot. Otherwise the page's text embeds it.
+        plot_text: The plot's alternative text there.
         unmeasured: The text of the place while a results file is missing.
         computed: Whether nothing was measured.
     """
@@ -59,12 +65,19 @@ class PageTable(NamedTuple):
     files: tuple[str, ...] = ()
     draw: Callable[[Results, Path], None] | None = None
     shows_plot: bool = False
+    plot_text: str = "State and time of a step"
     unmeasured: str = "Not measured yet."
     computed: bool = False
 
 
 COMPARISON = PageTable(render_table, draw=render_plot)
 OPTIMIZERS = PageTable(optimizer_tables.render, draw=optimizer_tables.draw, shows_plot=True)
+LOSSES = PageTable(
+    loss_tables.render,
+    draw=loss_tables.draw,
+    shows_plot=True,
+    plot_text="Validation loss over optimizer state",
+)
 ONE_DIE, TWO_DIES = "optimizers_gpt2_cpu_float32", "optimizers_gpt2_cpu_float32_two_dies"
 
 TABLES = {
@@ -77,6 +90,10 @@ TABLES = {
     "shakespeare_char_cpu": COMPARISON,
     "shakespeare_char_cpu_sweep": COMPARISON,
     "shakespeare_char_cpu_quality": COMPARISON,
+    "losses_char": LOSSES,
+    "losses_finetune": LOSSES,
+    "losses_novels": LOSSES,
+    "momentum_codes": PageTable(momentum_codes.render),
     "finetune_stories260k": PageTable(render_table),
     "pretrain_novels": PageTable(processes.render),
     "weight_rounding": PageTable(weight_rounding.render),
@@ -93,20 +110,24 @@ TABLES = {
     ),
     "eval_baselines_shakespeare_stories": PageTable(eval_baselines.render),
     "zero_shot_stories260k": PageTable(eval_zero_shot.render),
+    "rounding_noise": PageTable(rounding_noise.render),
     # memory and time
     "state_bytes": PageTable(state_bytes.render, draw=short_tables.draw_state_bytes),
     "convolution_models": PageTable(convolutions.render_models, ("state_bytes_convolutions",)),
     "parameter_shapes": PageTable(convolutions.render_shapes, ("state_bytes_convolutions",)),
+    "live_bytes_gpt2": PageTable(live_bytes.render),
     "memory_plans": PageTable(memory_plans.render, computed=True),
     "memory_plans_parts": PageTable(memory_plans.render_parts, ("memory_plans",), computed=True),
     "memory_gpt2_xl_cpu": PageTable(memory_budget.render_devices),
     ONE_DIE: OPTIMIZERS,
     TWO_DIES: OPTIMIZERS,
     "training_step_cpu_cpu": PageTable(training_step.render),
+    "training_step_layerwise_cpu": PageTable(training_step.render),
     "openwebtext_novels": PageTable(tokenization.render),
     "sharding_cpu": PageTable(sharding.render),
     "sharding_scale": PageTable(sharding_scale.render),
-    # on a GPU, by `make gpu`
+    # on a GPU: predicted, then measured by `make gpu`
+    "gpu_static": PageTable(gpu_static.render, computed=True),
     **{
         name: OPTIMIZERS if renderer is optimizer_tables.render else PageTable(renderer)
         for name, renderer in gpu_parts.RENDER.items()
@@ -160,7 +181,7 @@ def render_place(name: str, folder: Path) -> str:
     text += f"\n\n{origin}"
     if table.shows_plot and has_plot(name, results):
         path = Path(os.path.relpath(PLOTS / f"{name}.png", folder)).as_posix()
-        text += f"\n\n![State and time of a step]({path})"
+        text += f"\n\n![{table.plot_text}]({path})"
     return text
 
 

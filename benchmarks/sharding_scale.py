@@ -12,7 +12,9 @@ and C columns in br x bc blocks, the device with the most rows keeps
 and for a vector of n elements 8 ceil(n / N) bytes. The all-reduce of a step sums, over all
 matrices,
 
-    S = sum of (br C + br bc) numbers of 4 bytes
+    S = 33 + sum of (br C + br bc + 2) numbers of 4 bytes
+
+33 numbers show that all devices exchange the same, and 2 show which of them have a gradient.
 
 A ring all-reduce sends 2 (N - 1) / N x 4 S bytes from each device. The reduce-scatter of the
 gradients sends (N - 1) / N x 4 P bytes for P parameters. AdamW keeps 8 bytes per element and sends
@@ -86,8 +88,8 @@ def local_state(weight: Weight, momentum_dtype: str, devices: int) -> int:
 
 def exchanged(weights: list[Weight]) -> int:
     """Returns how many numbers a step's all-reduce adds up."""
-    return sum(
-        weight.blocks[0] * (weight.param.shape[-1] + weight.blocks[1])
+    return 33 + sum(
+        weight.blocks[0] * (weight.param.shape[-1] + weight.blocks[1]) + 2
         for weight in weights
         if weight.param.dim() >= 2
     )

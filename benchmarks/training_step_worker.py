@@ -142,7 +142,7 @@ def make_model(settings: dict[str, Any]) -> GPT2LMHeadModel:
         attn_implementation="sdpa" if "sdpa" in features else "eager",
     )
     with torch.device(settings["device"]):
-        return GPT2LMHeadModel(config).train()
+        return GPT2LMHeadModel(config).to(getattr(torch, settings["dtype"])).train()
 
 
 def bare_loop(trainer: CausalLMTrainer, train: RandomTokens, to: Report) -> None:

@@ -23,8 +23,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 Script = Callable[..., subprocess.CompletedProcess[str]]
 
 
-# the folders with the longest files; the other files come after them
-LONGEST = ("distributed", "recipes", "benchmarks", "trainer")
+# the longest files, and the folders with long files; the other files come after them
+LONGEST = ("test_docs.py", "distributed", "recipes", "benchmarks", "trainer")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     A worker runs one file after another. Long files at the end would leave other workers idle.
     """
-    items.sort(key=lambda item: [item.path.parent.name != name for name in LONGEST])
+    items.sort(key=lambda item: [n not in (item.path.name, item.path.parent.name) for n in LONGEST])
     if "compat" in config.getoption("markexpr"):
         return
     skip = pytest.mark.skip(reason="installs packages: run it with pytest -m compat")

@@ -40,6 +40,7 @@ SMALL = {
         # the harness is an extra
         *(["lambada"] if importlib.util.find_spec("lm_eval") else []),
     ),
+    "benchmarks.losses": ("--trial", "--optimizers", "adamw", "--results", "losses.json"),
     "benchmarks.optimizers": (
         *("--optimizers", "striped_int8", "--block_size", "32", "--results", "memory.json"),
     ),
@@ -176,8 +177,16 @@ def test_planned_memory_in_the_text_matches_the_results_file():
         (model["name"], row["optim"]): f"{sum(row['bytes'].values()) / 2**30:.1f}"
         for model in results("memory_plans")["models"]
         for row in model["rows"]
-        if row["dtype"] == "bfloat16"
+        if row["dtype"] == "bfloat16" and not model["chunked_loss"]
     }
+    in_chunks = next(
+        f"{sum(row['bytes'].values()) / 2**30:.1f}"
+        for model in results("memory_plans")["models"]
+        for row in model["rows"]
+        if (model["name"], row["optim"]) == ("llama-8b", "striped_adamw_4bit_layerwise")
+        and model["chunked_loss"]
+    )
+    assert f"Llama-3.1 8B then takes {in_chunks} GiB" in words("docs/least_memory.md")
     readme, page = words("README.md"), PAGES["docs/least_memory.md"]
     seven, eight = (
         planned[name, "striped_adamw_4bit_layerwise"] for name in ("llama-2-7b", "llama-8b")
@@ -193,6 +202,17 @@ def test_planned_memory_in_the_text_matches_the_results_file():
     for title, name in (("Llama-2 7B", "llama-2-7b"), ("Llama-3.1 8B", "llama-8b")):
         cells = " | ".join(planned[name, optim] for optim in columns)
         assert f"| {title} | {cells} |" in page
+
+
+def test_live_bytes_in_the_text_match_the_results_file():
+    found = results("live_bytes_gpt2")
+    rows = {row["optim"]: row["bytes"] for row in found["rows"] if row["passes"] == 1}
+    eight, four = (rows[f"striped_adamw_{bits}bit_layerwise"] for bits in (8, 4))
+    kept = [f"{row['kept'] / found['parameters']:.2f}" for row in (eight, four)]
+    text = words("docs/least_memory.md")
+    assert f"{kept[0]} bytes per parameter with `striped_adamw_8bit_layerwise`" in text
+    assert f"and {kept[1]} with `striped_adamw_4bit_layerwise`" in text
+    assert f"took {eight['gradients'] / found['parameters']:.2f}, those of the tied" in text
 
 
 def test_times_and_memory_in_the_text_match_the_results_files():

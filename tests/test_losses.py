@@ -8,8 +8,9 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
-from striped_hf import losses
+from striped_hf import LayerwiseStripedAdamW, losses
 from striped_hf.losses import is_worthwhile, linear_cross_entropy
+from striped_hf.trainer.live_bytes import OTHER, LiveBytes
 
 ROWS, WIDTH, VOCAB_SIZE = 13, 5, 17
 
@@ -123,6 +124,154 @@ def test_it_compiles_to_one_graph(monkeypatch):
     torch.testing.assert_close(
         torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(whole, (hidden, weight))
     )
+
+
+# -------------------------------------------------------------------------------------------------
+# an optimizer that consumes the weight's gradient in blocks of rows
+# -------------------------------------------------------------------------------------------------
+
+# a matrix whose gradient a layerwise optimizer frees
+LARGE = {"rows": 90, "width": 256, "vocab_size": 700}
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Blocks of 10 rows of the weight, whose last one is shorter."""
+    monkeypatch.setattr(losses, "_CHUNK_LOGITS", 90 * 11)
+
+
+def optimizer_of(weight, **options):
+    return LayerwiseStripedAdamW([weight], lr=1e-2, **options)
+
+
+def train(untied, dtype, passes=1, **options):
+    hidden, weight, labels = (x.detach() for x in tensors(torch.float32, **LARGE))
+    hidden = hidden.to(dtype).requires_grad_()
+    weight = torch.nn.Parameter((0.1 * weight).to(dtype))
+    optimizer = optimizer_of(weight, gradient_accumulation=passes > 1, **options)
+    for _ in range(2):
+        for rows in torch.arange(90).chunk(passes):
+            inputs = hidden[rows]
+            loss = linear_cross_entropy(inputs, weight, labels[rows], untied=untied)
+            (loss / 80).backward()
+            assert weight.grad is None
+        norm = optimizer.grad_norm()
+        optimizer.step()
+    state = {key: value.float() for key, value in optimizer.state[weight].items()}
+    return {**state, "norm": norm, "weight": weight.float(), "hidden": hidden.grad.float()}
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum_dtype": "int8"}, {"maximize": True, "max_grad_norm": 0.5}],
+    ids=str,
+)
+def test_folding_rows_is_folding_the_whole_gradient(backend, dtype, passes, options):
+    whole, in_rows = (
+        train(untied, dtype, passes, backend=backend, **options) for untied in (False, True)
+    )
+    # logits of other matrix products differ in the last bit of their dtype, and codes by one
+    within = 1e-5 if dtype == torch.float32 else 0.01
+    if "momentum_dtype" in options:
+        within = 0.005 if dtype == torch.float32 else 0.02
+    for key, value in whole.items():
+        assert (in_rows[key] - value).norm() < within * value.norm(), key
+
+
+@pytest.mark.usefixtures("blocks")
+def test_rows_in_bfloat16_are_as_exact_as_a_whole_gradient():
+    hidden, weight, labels = tensors(torch.float64, **LARGE)
+    (truth,) = torch.autograd.grad(expected(hidden, weight, labels), weight)
+    errors = []
+    for untied in (False, True):
+        param = torch.nn.Parameter(weight.detach().float())
+        optimizer = optimizer_of(param, betas=(0.0, 0.99))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = linear_cross_entropy(hidden.detach().float(), param, labels, untied=untied)
+        loss.backward()
+        optimizer.step()
+        errors.append((optimizer.state[param]["exp_avg"] - truth).norm() / truth.norm())
+    assert errors[1] < 1.1 * errors[0]
+
+
+@pytest.mark.usefixtures("blocks")
+def test_the_whole_gradient_never_exists():
+    hidden, weight, labels = tensors(torch.float32, **LARGE)
+    weight = torch.nn.Parameter(weight.detach())
+    optimizer = optimizer_of(weight, momentum_dtype="int8")
+    linear_cross_entropy(hidden, weight, labels).backward()
+    optimizer.step()  # the state exists now
+    added = {}
+    for untied in (False, True):
+        with LiveBytes() as live:
+            live.label("before", [hidden, weight, *optimizer.state[weight].values()])
+            linear_cross_entropy(hidden, weight, labels, untied=untied).backward()
+        added[untied] = live.at_peak()[OTHER]
+        optimizer.step()
+    assert added[False] > weight.nbytes
+    assert added[True] < weight.nbytes / 3  # a block, and the gradient of hidden
+
+
+def _deleted(weight, optimizers):
+    optimizers.clear()
+
+
+def _kept(weight, optimizers):
+    weight.grad = torch.zeros_like(weight)
+
+
+def _hooked(weight, optimizers):
+    weight.register_hook(lambda grad: None)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("before_backward", [True, False])
+@pytest.mark.parametrize("change", [_deleted, _kept, _hooked])
+def test_the_gradient_is_whole_where_no_optimizer_consumes_it(change, before_backward):
+    hidden, weight, labels = tensors(torch.float32, **LARGE)
+    weight = torch.nn.Parameter(weight.detach())
+    optimizers = [optimizer_of(weight)]
+    got = []
+    if change is not _deleted:  # after the optimizer's own hook it would be gone
+        optimizers[0].gradient_hook = lambda param, grad: got.append(grad.clone())
+    if before_backward:
+        loss = linear_cross_entropy(hidden, weight, labels, untied=True)
+        change(weight, optimizers)
+    else:
+        change(weight, optimizers)
+        loss = linear_cross_entropy(hidden, weight, labels, untied=True)
+    (0.3 * loss).backward()
+    (grad,) = got or [weight.grad]
+    other = weight.detach().requires_grad_()
+    (truth,) = torch.autograd.grad(0.3 * expected(hidden, other, labels), other)
+    torch.testing.assert_close(grad, truth, rtol=1e-4, atol=1e-4)  # logits are in the tens
+
+
+@pytest.mark.usefixtures("blocks")
+def test_a_weight_that_is_no_leaf_gets_its_gradient():
+    """Such as the gathered weight of a sharded output layer."""
+    hidden, weight, labels = tensors(torch.float32, **LARGE)
+    weight = torch.nn.Parameter(weight.detach())
+    optimizer = optimizer_of(weight)
+    grads = []
+    optimizer.gradient_hook = lambda param, grad: grads.append(grad)
+    linear_cross_entropy(hidden, 1 * weight, labels, untied=True).backward()
+    assert [grad.shape for grad in grads] == [weight.shape]
+
+
+@pytest.mark.usefixtures("blocks")
+def test_a_second_loss_of_one_step_is_refused():
+    hidden, weight, labels = tensors(torch.float32, **LARGE)
+    weight = torch.nn.Parameter(weight.detach())
+    optimizer = optimizer_of(weight)
+    loss = sum(linear_cross_entropy(hidden, weight, labels, untied=True) for _ in range(2))
+    with pytest.raises(RuntimeError, match="second gradient"):
+        loss.backward()
+    optimizer.zero_grad()
 
 
 # in a separate process: memory that malloc kept from other tests would count

@@ -114,7 +114,7 @@ def join(high: Tensor, low: Tensor) -> Tensor:
 
     Args:
         high: Any shape, bfloat16.
-        low: The same shape, int16 or int8: the distance of the value from ``high``. Its unit is
+        low: The same shape, int32 or int8: the distance of the value from ``high``. Its unit is
             2^-16 or 2^-8 of the distance of two neighbors in bfloat16.
     """
     # the low part of a zero is negative only if other code has set the high part to zero; their sum
@@ -124,14 +124,14 @@ def join(high: Tensor, low: Tensor) -> Tensor:
     return ((high.view(torch.int16).to(torch.int32) << 16) + added).view(torch.float32)
 
 
-def split(values: Tensor, dtype: torch.dtype = torch.int16) -> tuple[Tensor, Tensor]:
+def split(values: Tensor, dtype: torch.dtype = torch.int32) -> tuple[Tensor, Tensor]:
     """Splits float32 values into the nearest bfloat16, and the next 16 or 8 bits.
 
     A value halfway between two neighbors goes to the larger magnitude.
 
     Args:
         values: Any shape, float32; for int8 a result of ``round_to_24_bits``.
-        dtype: ``torch.int16`` or ``torch.int8``.
+        dtype: ``torch.int32`` or ``torch.int8``.
 
     Returns:
         The arguments of ``join``: bfloat16, and ``dtype``. NaN has a low part of 0.

@@ -26,7 +26,7 @@ class Description:
         momentum_dtype: The format in which its momentum is stored.
         blocks: (br, bc).
         layout: The layout of this process's part of a DTensor; None for a plain tensor.
-        low_bits: The dtype of the bits of float32 that bfloat16 lacks and the state has: int16 for
+        low_bits: The dtype of the bits of float32 that bfloat16 lacks and the state has: int32 for
             all 16 of them, int8 for the first 8, or None. A float16 parameter with int8 is refused
             (``checks.problem_of_state``).
     """
@@ -81,7 +81,7 @@ def _describe(
     low_bits = None
     if dtype == torch.bfloat16 and len(stepped) < 2:
         # weights of about 1, as in norms, lose most updates to bfloat16's rounding; they are few
-        low_bits = torch.int16
+        low_bits = torch.int32  # not int16, which gloo and NCCL do not gather
     elif dtype != torch.float32 and master_bits == 24:
         low_bits = torch.int8
     description = Description(shape, stepped, stored, pair, None, low_bits)
@@ -136,7 +136,7 @@ def zero_state(description: Description, device: torch.device) -> State:
         ``momentum.init`` returns them. A matrix has ``exp_avg_sq_row`` [..., R, bc] and
         ``exp_avg_sq_col`` [..., br, C], float32; [..., R, C] is the matrix as which the parameter
         is stepped. An exact parameter has ``exp_avg_sq`` of its own shape, float32. If it is
-        bfloat16 it also has ``param_low_bits`` of its shape, int16: see ``rounding.join``. A
+        bfloat16 it also has ``param_low_bits`` of its shape, int32: see ``rounding.join``. A
         bfloat16 matrix has ``param_low_bits`` [..., R, C], int8, if ``master_bits`` is 24.
     """
     shape = description.state_shape
@@ -144,14 +144,16 @@ def zero_state(description: Description, device: torch.device) -> State:
     step_device = "meta" if device.type == "meta" else "cpu"
     state = {"step": torch.zeros((), dtype=torch.float32, device=step_device)}
     state |= momentum.init(shape, description.momentum_dtype, device)
+    shapes = {"exp_avg_sq": shape}
+    if len(description.stepped) >= 2:
+        *matrices, rows, columns = shape
+        row_blocks, column_blocks = description.blocks
+        shapes = {
+            "exp_avg_sq_row": torch.Size((*matrices, rows, column_blocks)),
+            "exp_avg_sq_col": torch.Size((*matrices, row_blocks, columns)),
+        }
+    for key, size in shapes.items():
+        state[key] = torch.zeros(size, dtype=torch.float32, device=device)
     if description.low_bits is not None:
         state[LOW_BITS] = torch.zeros(shape, dtype=description.low_bits, device=device)
-    if len(description.stepped) < 2:
-        state["exp_avg_sq"] = torch.zeros(shape, dtype=torch.float32, device=device)
-        return state
-    *matrices, rows, columns = shape
-    row_blocks, column_blocks = description.blocks
-    row_shape, col_shape = (*matrices, rows, column_blocks), (*matrices, row_blocks, columns)
-    state["exp_avg_sq_row"] = torch.zeros(row_shape, dtype=torch.float32, device=device)
-    state["exp_avg_sq_col"] = torch.zeros(col_shape, dtype=torch.float32, device=device)
     return state

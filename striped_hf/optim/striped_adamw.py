@@ -96,8 +96,8 @@ class StripedAdamW(Optimizer):
     ``exp_avg_sq_col`` [..., br, C] for matrices; ``exp_avg_sq`` for 0-D and 1-D parameters and for
     parameters whose stripes would be no smaller. The latter two keep AdamW's exact second moment
     and a float32 momentum. In bfloat16 they also keep ``param_low_bits``, the 16 bits of float32
-    that bfloat16 lacks, so that their updates have the precision of float32. The state of a kernel
-    has the shapes of its matrix.
+    that bfloat16 lacks, so that their updates have the precision of float32. With ``master_bits``
+    matrices keep the first 8 of these bits. The state of a kernel has the shapes of its matrix.
 
     A ``torch.optim.AdamW`` state dict can be loaded: its second moments are reduced to the means.
 
@@ -399,7 +399,8 @@ class StripedAdamW(Optimizer):
                 zeros = sharded_state.init_state(param, description)
             else:
                 zeros = zero_state(description, param.device)
-            state.update({key: zeros[key] for key in zeros.keys() - state.keys()})
+            # in the order of zeros: processes gather the entries of a state one after another
+            state.update({key: value for key, value in zeros.items() if key not in state})
         if not is_placed:
             sharded_state.follow(param, state, description)
         if len(description.stepped) == 1 < len(description.shape) and not is_sharded(param):

@@ -15,6 +15,7 @@ from striped_hf.cli import UserError, one_line
 from striped_hf.evaluation import evaluate_loss
 from striped_hf.losses import (
     head_in_loss,
+    is_untied,
     is_worthwhile,
     linear_cross_entropy,
     plain_head,
@@ -84,7 +85,10 @@ class CausalLMTrainer(WholeCheckpoints):
                 and self.args.n_gpu <= 1
             )
             if head is not None:
-                self._head, self._loss_from_hidden = head, partial(loss_from_hidden, head)
+                self._head = head
+                self._loss_from_hidden = partial(
+                    loss_from_hidden, head, is_untied(self.model, head)
+                )
         return self.chunked_loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -151,6 +155,7 @@ class CausalLMTrainer(WholeCheckpoints):
 
 def loss_from_hidden(
     head: nn.Linear,
+    untied: bool,
     logits: Tensor,
     labels: Tensor,
     vocab_size: int,
@@ -158,9 +163,17 @@ def loss_from_hidden(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Replaces a model's loss function; ``logits`` are hidden states, [B, L, d]."""
+    """Replaces a model's loss function.
+
+    Args:
+        head: The model's output layer.
+        untied: As for ``linear_cross_entropy``.
+        logits: Hidden states, [B, L, d].
+        labels, vocab_size, num_items_in_batch, shift_labels, kwargs: As for transformers' losses.
+    """
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
     targets = shift_labels.flatten()
-    loss = linear_cross_entropy(logits.flatten(0, -2), whole_weight(head), targets)
+    hidden, weight = logits.flatten(0, -2), whole_weight(head)
+    loss = linear_cross_entropy(hidden, weight, targets, untied=untied)
     return loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)

@@ -46,6 +46,7 @@ class GradientHealth(LoggedFigures):
         self._sampling = False
         self._layerwise: list[LayerwiseStripedAdamW] = []
         self._in_folded: dict[Tensor, Tensor] = {}  # non-finite values of gradients that are gone
+        self._in_rows: dict[Tensor, tuple[int, Tensor]] = {}  # of a gradient's first rows
         self._nonfinite: Tensor | None = None
         self._before: dict[str, Tensor] = {}
         self._squares: tuple[list[str], Tensor] | None = None  # groups [n], squares [n, 2]
@@ -87,7 +88,7 @@ class GradientHealth(LoggedFigures):
         self._watch_folding(self._sampling)
 
     def _watch_folding(self, watching: bool) -> None:
-        self._in_folded = {}
+        self._in_folded, self._in_rows = {}, {}
         for optimizer in self._layerwise:
             optimizer.gradient_hook = self._count_nonfinite if watching else None
 
@@ -95,6 +96,13 @@ class GradientHealth(LoggedFigures):
         count = _nonfinite_in(grad)
         if isinstance(grad, DTensor):
             count /= _processes_with_the_same(grad)
+        rows = len(grad)
+        if param in self._in_rows:
+            rows_before, in_rows = self._in_rows.pop(param)
+            rows, count = rows + rows_before, count + in_rows
+        if rows < len(param):  # the gradient comes in blocks of rows
+            self._in_rows[param] = rows, count
+            return
         before = self._in_folded.get(param)
         self._in_folded[param] = count if before is None else torch.maximum(count, before)
 

@@ -1,7 +1,7 @@
 """Follows the bytes of all live tensors, operation by operation."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ class LiveBytes(TorchDispatchMode):
     is not seen. Neither are earlier tensors that nobody labelled.
 
     Attributes:
-        peak: The largest number of bytes that were alive at a time.
         new: The label of memory that is allocated from now on.
     """
 
@@ -34,25 +33,37 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.new = OTHER
         self._alive: dict[int, _Storage] = {}
-        self._at_peak: list[_Storage] | None = None  # None: what is alive
-        self._live = 0
-        self.peak = 0
+        self._changes: list[tuple[_Storage, int]] = []  # bytes allocated, or less than 0: freed
 
     def label(self, label: str, tensors: Iterable[torch.Tensor]) -> None:
-        """Labels the memory of tensors for ``at_peak``, also after the peak.
+        """Labels the memory of tensors, from its allocation on.
 
         Earlier tensors count from now on.
         """
         for tensor in tensors:
             self._add(tensor.untyped_storage(), label)
 
-    def at_peak(self) -> dict[str, int]:
-        """Returns the bytes that were alive at the peak, by label."""
-        storages = self._alive.values() if self._at_peak is None else self._at_peak
+    @property
+    def peak(self) -> int:
+        """The largest number of bytes that were alive at a time."""
+        return sum(self.at_peak().values())
+
+    def at_peak(self, labels: Container[str] | None = None) -> dict[str, int]:
+        """Returns the bytes that were alive at the peak, by label.
+
+        Args:
+            labels: The labels whose memory counts; None: all.
+        """
+        live, peak = 0, 0
         found = {OTHER: 0}
-        for storage in storages:
-            found[storage.label] = found.get(storage.label, 0) + storage.size
-        return found
+        at_peak = dict(found)
+        for storage, change in self._changes:
+            if labels is None or storage.label in labels:
+                live += change
+                found[storage.label] = found.get(storage.label, 0) + change
+                if live > peak:
+                    peak, at_peak = live, dict(found)
+        return at_peak
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -70,12 +81,9 @@ class LiveBytes(TorchDispatchMode):
                 self._alive[key].label = label
             return
         self._alive[key] = _Storage(storage.nbytes(), label or self.new)
-        self._live += storage.nbytes()
-        if self._live > self.peak:
-            self.peak, self._at_peak = self._live, None
+        self._changes.append((self._alive[key], storage.nbytes()))
         weakref.finalize(storage, self._remove, key).atexit = False
 
     def _remove(self, key: int) -> None:
-        if self._at_peak is None:
-            self._at_peak = list(self._alive.values())
-        self._live -= self._alive.pop(key).size
+        storage = self._alive.pop(key)
+        self._changes.append((storage, -storage.size))

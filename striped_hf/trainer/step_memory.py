@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
 from striped_hf.cli import UserError, one_line
-from striped_hf.losses import head_in_loss, is_worthwhile, plain_head
+from striped_hf.losses import head_in_loss, is_untied, is_worthwhile, plain_head
 from striped_hf.optim import LayerwiseStripedAdamW
 from striped_hf.optim.backends import chunks
 from striped_hf.pretrained import new_model
@@ -180,7 +180,7 @@ class FakeTraining:
         with contextlib.ExitStack() as changes:
             head = plain_head(model) if setting.chunked_loss else None
             if head is not None and is_worthwhile(ids.numel(), len(head.weight)):
-                chunked = functools.partial(loss_from_hidden, head)
+                chunked = functools.partial(loss_from_hidden, head, is_untied(model, head))
                 changes.enter_context(head_in_loss(model, head, chunked))
             outputs = self._forward(input_ids=ids, labels=ids, use_cache=False)
         loss: Tensor = outputs["loss"]

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -102,6 +103,27 @@ def test_each_variant_removes_one_feature():
     assert sorted(map(sorted, taken)) == sorted([[name] for name in whole])
     cpu = training_step.variants(arguments(preset="cpu", device="cpu", variants=["recipe", "SDPA"]))
     assert [v.name for v in cpu] == ["recipe", "without SDPA (with eager attention)"]
+
+
+def test_optimizers_are_compared_on_one_step():
+    args = arguments(preset="layerwise", device="cpu", variants=None, steps_per_line=1)
+    listed = training_step.variants(args)
+    assert [variant.settings["optim"] for variant in listed] == list(training_step.LAYERWISE)
+    first, *others = [variant.settings | {"optim": None} for variant in listed]
+    assert all(other == first for other in others)
+    assert first["features"] == ["gelu", "sdpa"]
+    assert first["dtype"] == "bfloat16"
+
+
+@pytest.mark.slow
+def test_a_worker_trains_bfloat16_weights():
+    names = ["8bit_layerwise"]
+    args = arguments(preset="layerwise", device="cpu", variants=names, steps_per_line=1)
+    (variant,) = training_step.variants(args)
+    sizes = variant.settings["sizes"] | {"n_layer": 1, "n_embd": 96, "vocab_size": 1024}
+    command = training_step.worker(variant.settings | {"sizes": sizes, "memory": True})
+    printed = subprocess.run(command, cwd=turns.REPOSITORY, capture_output=True, text=True)
+    assert '"done": true' in printed.stdout, printed.stderr
 
 
 def test_an_unsteady_baseline_is_not_quoted():

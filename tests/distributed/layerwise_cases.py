@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from striped_hf import losses
 from striped_hf.optim import LayerwiseStripedAdamW, StripedAdamW
 from striped_hf.optim.momentum import MOMENTUM_DTYPES
 
@@ -168,6 +169,31 @@ def clipping(mesh: DeviceMesh, folder: Path) -> None:
     norms = train(model, optimizer, range(1))
     torch.testing.assert_close(norms, [norm], rtol=1e-5, atol=0)
     assert_same_model(model, whole, 2 * ROUNDING)
+
+
+def loss_in_chunks(mesh: DeviceMesh, folder: Path) -> None:
+    """The output layer's gradient is of the gathered weight: it arrives as a whole."""
+    losses._CHUNK_LOGITS = 16 * 100
+    torch.manual_seed(0)
+    hidden, labels = torch.randn(16, 256), torch.randint(513, (16,))
+    heads = []
+    for is_sharded in (False, True):
+        torch.manual_seed(1)
+        head = nn.Linear(256, 513, bias=False)
+        if is_sharded:
+            fully_shard(head, mesh=mesh)
+        optimizer = LayerwiseStripedAdamW(head.parameters(), lr=1e-2)
+        for _ in range(2):
+            weight = losses.whole_weight(head)
+            losses.linear_cross_entropy(hidden, weight, labels, untied=True).backward()
+            # whole parameters of several processes keep their gradients
+            assert (head.weight.grad is None) == is_sharded
+            optimizer.step()
+            optimizer.zero_grad()
+        heads.append(head)
+    whole, sharded = (head.weight for head in heads)
+    assert isinstance(sharded, DTensor)
+    assert_near(gathered(sharded), gathered(whole), 4 * ROUNDING, "weight")
 
 
 def resuming(mesh: DeviceMesh, folder: Path) -> None:

@@ -19,7 +19,8 @@ from transformers import (
     set_seed,
 )
 
-import striped_hf  # noqa: F401
+from striped_hf import losses
+from striped_hf.trainer.causal_lm import CausalLMTrainer
 
 WIDTH = 256
 
@@ -44,7 +45,9 @@ class Kept(TrainerCallback):
         self.counts.append(sum(p.grad is not None for p in large))
 
 
-def train(optim: str, max_grad_norm: float, accumulation: int) -> dict:
+def train(
+    optim: str, max_grad_norm: float, accumulation: int, trainer_class: type[Trainer] = Trainer
+) -> dict:
     set_seed(0)
     sizes = {"vocab_size": WIDTH, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH}
     config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0)
@@ -61,9 +64,11 @@ def train(optim: str, max_grad_norm: float, accumulation: int) -> dict:
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
+        remove_unused_columns=False,
     )
     kept = Kept()
-    trainer = Trainer(LlamaForCausalLM(config), args, train_dataset=Windows(), callbacks=[kept])
+    model = LlamaForCausalLM(config)
+    trainer = trainer_class(model, args, train_dataset=Windows(), callbacks=[kept])
     trainer.train()
     assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
     weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
@@ -85,6 +90,9 @@ def main() -> None:
             results[f"{optim} {max_grad_norm} {accumulation}"] = train(
                 optim, max_grad_norm, accumulation
             )
+    losses._CHUNK_LOGITS = 1 << 12
+    in_chunks = train("striped_adamw_layerwise", 0.0, 1, CausalLMTrainer)
+    results["striped_adamw_layerwise in chunks"] = in_chunks
     if dist.get_rank() == 0:
         print("RESULTS", json.dumps(results))
 

@@ -27,6 +27,11 @@ def test_ddp_trains_as_the_ordinary_optimizer_and_says_that_it_keeps_gradients(
         assert layerwise["losses"] == pytest.approx(ordinary["losses"], rel=1e-5)
         assert layerwise["norms"] == pytest.approx(ordinary["norms"], rel=1e-5)
     assert results["striped_adamw 0.0 1"]["kept"] == [9, 9, 9]
-    # once for both processes and all three runs
+    in_chunks = results["striped_adamw_layerwise in chunks"]
+    assert in_chunks["replicas agree"]
+    assert in_chunks["losses"] == pytest.approx(
+        results["striped_adamw_layerwise 0.0 1"]["losses"], rel=1e-4
+    )
+    # once for both processes and all four runs
     assert (out + err).count("whose buckets keep all gradients") == 1
     assert "use FSDP2" in err

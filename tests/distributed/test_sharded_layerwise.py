@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow
         (cases.master_bits, 3),
         (cases.accumulation, 2),
         (cases.clipping, 3),
+        (cases.loss_in_chunks, 2),
         (cases.resuming, 2),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),

@@ -21,6 +21,11 @@ from sharded_model import (
     train,
 )
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Shard
@@ -113,6 +118,11 @@ def master_bits(mesh: DeviceMesh, folder: Path) -> None:
         train(model, Follower(model, optimizer).step, range(3), mesh.get_rank())
         kept = [state.get("param_low_bits") for state in optimizer.state.values()]
         assert torch.int8 in {low.dtype for low in kept if low is not None}
+        # a whole state dict gathers every tensor
+        whole = StateDictOptions(full_state_dict=True)
+        saved = get_optimizer_state_dict(model, optimizer, options=whole)
+        set_optimizer_state_dict(model, optimizer, saved, options=whole)
+        adamw_state_dict(optimizer)
 
 
 def cpu_offload(mesh: DeviceMesh, folder: Path) -> None:

@@ -350,7 +350,7 @@ class Follower:
         is_kept = len(shape) < 2 or group["master_bits"] == 24
         assert (low is not None) == (p.dtype == torch.bfloat16 and is_kept), what
         if low is not None:
-            assert low.dtype == (torch.int16 if len(shape) < 2 else torch.int8), what
+            assert low.dtype == (torch.int32 if len(shape) < 2 else torch.int8), what
             half = 0.5 * spacing(actual, p.dtype)
             self._close(to_numpy(p).reshape(shape), actual, half, f"{what}: not the nearest")
         if p.dtype != torch.float32 and (low is None or low.dtype == torch.int8):

@@ -327,6 +327,77 @@ def test_many_passes_do_not_wear_out_a_coded_momentum(momentum_dtype: str) -> No
     assert error(actual) <= at_most[momentum_dtype]
 
 
+def test_four_bit_codes_are_freed_while_eight_bits_accumulate() -> None:
+    options = {"momentum_dtype": "int4", "gradient_accumulation": True}
+    model, optimizer = train(LayerwiseStripedAdamW, 2, 3, **options)
+
+    def kinds() -> list[dict[str, Any]]:
+        states = optimizer.state_dict()["state"].values()
+        return [{key: (v.dtype, v.shape) for key, v in state.items()} for state in states]
+
+    before = kinds()
+    assert before[0]["exp_avg"][0] == torch.uint8
+    codes = weakref.ref(optimizer.state[model.out.weight]["exp_avg"])
+    model(torch.zeros(1, 4, dtype=torch.long)).backward()
+    assert codes() is None
+    optimizer.step()
+    assert kinds() == before
+
+
+@pytest.mark.parametrize("error", ["in the backward pass", "in the step", "before the step"])
+def test_no_momentum_is_lost_by_an_error_while_eight_bits_accumulate(
+    error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"momentum_dtype": "int4", "gradient_accumulation": True}
+    model, optimizer = train(LayerwiseStripedAdamW, 2, 3, **options)
+    weight = model.out.weight
+    codes, _ = stored_momentum(optimizer.state[weight], WIDTH)
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("CUDA out of memory.")
+
+    if error == "in the backward pass":
+        model.embedding.weight.register_hook(fail)
+    elif error == "before the step":
+        optimizer.register_step_pre_hook(fail)
+    else:
+        monkeypatch.setattr(optimizer, "_update_matrices", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):  # noqa: PT012
+        (0 * model(torch.zeros(1, 4, dtype=torch.long))).backward()
+        optimizer.step()
+    assert "exp_avg" not in optimizer.state[weight]
+    with pytest.raises(RuntimeError, match=r"call step\(\) before"):
+        optimizer.state_dict()
+    optimizer.zero_grad()
+    kept, name = stored_momentum(optimizer.state[weight], WIDTH)
+    assert name == "int4"
+    # a gradient of zeros was added
+    assert np.abs(kept - 0.9 * codes).max() < 0.1 * np.abs(codes).max()
+    assert np.corrcoef(kept.ravel(), codes.ravel())[0, 1] > 0.98
+    assert optimizer.state_dict()["state"]
+
+
+def test_a_state_is_loaded_while_eight_bits_accumulate() -> None:
+    options = {"momentum_dtype": "int4", "gradient_accumulation": True}
+    model, optimizer = train(LayerwiseStripedAdamW, 2, 3, **options)
+    saved = optimizer.state_dict()
+    codes = saved["state"][0]["exp_avg"].clone()
+    model(torch.zeros(1, 4, dtype=torch.long)).backward()
+    optimizer.load_state_dict(saved)
+    optimizer.zero_grad()
+    assert_same_bits(optimizer.state_dict()["state"][0]["exp_avg"], codes)
+    run(model, optimizer, range(2, 4), 3)
+
+
+def test_a_momentum_dropped_while_eight_bits_accumulate_is_named() -> None:
+    options = {"momentum_dtype": "int4", "gradient_accumulation": True}
+    model, optimizer = train(LayerwiseStripedAdamW, 2, 3, **options)
+    model(torch.zeros(1, 4, dtype=torch.long)).backward()
+    del optimizer.state[model.out.weight]["exp_avg_sq_row"]
+    with pytest.raises(RuntimeError, match="'exp_avg_sq_row' is missing"):
+        optimizer.step()
+
+
 def test_a_second_pass_is_refused_without_accumulation() -> None:
     model = make_model()
     optimizer = LayerwiseStripedAdamW(model.parameters())

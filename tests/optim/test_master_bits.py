@@ -248,6 +248,18 @@ def test_a_model_that_becomes_float16_is_refused_at_its_next_step() -> None:
     assert_same_bits(p.detach(), before[0])
 
 
+@pytest.mark.parametrize(
+    "low", [torch.zeros(20, 150, dtype=torch.int16), torch.zeros(20, 149, dtype=torch.int8)]
+)
+def test_bits_that_do_not_fit_are_refused(low: torch.Tensor) -> None:
+    p, optimizer = matrix(2)
+    optimizer.state[p]["param_low_bits"] = low
+    before = p.detach().clone()
+    with pytest.raises(RuntimeError, match=r"'param_low_bits' is torch\.int"):
+        train(p, optimizer, range(2, 3))
+    assert_same_bits(p.detach(), before)
+
+
 def test_a_parameter_may_change_its_dtype_and_its_group_the_option() -> None:
     p, optimizer = matrix(5, torch.float32)
     assert "param_low_bits" not in optimizer.state[p]

@@ -72,6 +72,18 @@ def test_the_dict_has_only_tensors_numbers_and_strings(momentum_dtype: str) -> N
     assert plain(saved)
 
 
+def test_a_state_has_its_entries_in_one_order() -> None:
+    """In every process: the order of a set of strings differs from process to process."""
+    ps = [parameter(torch.randn(4, 6)), parameter(torch.randn(5))]
+    optimizer = StripedAdamW(ps, momentum_dtype="int8")
+    for p in ps:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    stripes = ["exp_avg_sq_row", "exp_avg_sq_col"]
+    assert list(optimizer.state[ps[0]]) == ["step", "exp_avg", "exp_avg_scale", *stripes]
+    assert list(optimizer.state[ps[1]]) == ["step", "exp_avg", "exp_avg_sq"]
+
+
 def test_the_dict_refers_to_the_state_without_copying() -> None:
     """As in torch: saving a checkpoint needs no second copy in memory."""
     ps = make_parameters()

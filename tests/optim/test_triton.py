@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -31,9 +32,10 @@ from triton_specs import (
     with_smoke_marks,
 )
 
+from benchmarks import gpu_kernels
 from striped_hf import StripedAdamW
 from striped_hf.optim import rounding
-from striped_hf.optim.backends.triton import tile_sizes
+from striped_hf.optim.backends.triton import arguments, tile_sizes
 from striped_hf.optim.backends.triton.codec import random_bits, step_key
 
 # on a GPU these tests run compiled kernels, and `pytest -m gpu` runs them
@@ -78,12 +80,43 @@ def test_subnormal_float16_is_rounded_as_in_the_reference(shape: tuple[int, ...]
         assert_agrees(ours, theirs)
 
 
-@pytest.mark.parametrize("shape", [(150, 2), (2, 150)], ids=str)
-def test_stripes_longer_than_one_block(
-    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Spec((150, 2)),
+        Spec((2, 150)),
+        Spec((300, 6), "int8", (2, 3)),
+        Spec((2, 70, 5), blocks=(1, 5), dtype=BF16),
+        Spec((150, 3), flags={"lagged": True}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("totals", [2, 64])
+def test_stripes_of_several_segments(
+    monkeypatch: pytest.MonkeyPatch, totals: int, spec: Spec
 ) -> None:
     monkeypatch.setattr(tile_sizes, "STRIPE_BLOCK", 64)
-    test_every_step_agrees_with_the_reference(Spec(shape))
+    monkeypatch.setattr(tile_sizes, "TOTALS_BLOCK", totals)
+    test_every_step_agrees_with_the_reference(spec)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Spec((140, 20)),
+        Spec((6, 450), "int8", (1, 3), flags={"lagged": True}),
+        Spec((5, 130), "int4", dtype=BF16),
+        Spec((5, 130), flags={"eps": 0.0, "weight_decay": 0.3}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tuning", gpu_kernels.TUNINGS, ids=str)
+def test_variants_that_a_gpu_may_prefer(
+    monkeypatch: pytest.MonkeyPatch, tuning: dict[str, Any], spec: Spec
+) -> None:
+    """They agree with the reference within the same tolerances."""
+    monkeypatch.setattr(arguments, "TUNING", arguments.TUNING._replace(**tuning))
+    test_every_step_agrees_with_the_reference(spec)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from triton_specs import (
 )
 
 from striped_hf import StripedAdamW
+from striped_hf.optim.backends.triton import kernels, tile_sizes
 from striped_hf.optim.options import settings_of
 
 # on a GPU these tests run compiled kernels, and `pytest -m gpu` runs them
@@ -70,6 +71,45 @@ def test_capturable_steps_equal_ordinary_steps(
     assert copy.deepcopy(capturable).capturable
     plain.load_state_dict(capturable.state_dict())
     assert all(state["step"].device.type == "cpu" for state in plain.state.values())
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_only_first_steps_do_the_work_of_first_steps(
+    monkeypatch: pytest.MonkeyPatch, late: int
+) -> None:
+    """A capturable lagged step always launches it, because only the device knows the step."""
+    monkeypatch.setattr(tile_sizes, "TILES_OF_FIRST_STEP", 4)
+    plain, capturable = (
+        StripedAdamW(
+            [parameter(torch.ones(s), device=DEVICE) for s in ((140, 300), (4, 130), (6, 260))],
+            lr=0.1,
+            backend="triton",
+            lagged=True,
+            capturable=is_capturable,
+        )
+        for is_capturable in (False, True)
+    )
+    sum_squares, summed = kernels.sum_squares, []
+
+    def recorded(*args: Any) -> None:
+        summed.append(args)
+        sum_squares(*args)
+
+    tiles = [6, 2, 3]  # of 128 columns; the first matrix has two programs one below another
+    for t in range(3):
+        for i, (p, q) in enumerate(zip(parameters(plain), parameters(capturable), strict=True)):
+            p.grad = torch.randn(p.shape).to(DEVICE) if (i, t) != (late, 0) else None
+            q.grad = p.grad
+        plain.step()
+        if not ON_GPU:
+            monkeypatch.setattr(kernels, "sum_squares", recorded)
+        capturable.step()
+        monkeypatch.setattr(kernels, "sum_squares", sum_squares)
+        if not ON_GPU:
+            assert len(summed) == (sum(tiles) - tiles[late], tiles[late], 0)[t]
+            summed.clear()
+        for p, q in zip(parameters(plain), parameters(capturable), strict=True):
+            assert_same_bits(p, q)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from machine_code_bounds import SPILLING, bound_of
 from optim_checks import (
     parameters,
     set_grad,
@@ -22,6 +28,7 @@ from triton_specs import (
     gradient_of,
     launch,
     optimizer_of,
+    triton,
 )
 
 from benchmarks.overlay import make_overlay
@@ -110,24 +117,130 @@ TESTS_OF_FOLDING = Path(__file__).with_name("test_triton_fold.py")
 REPOSITORY = Path(__file__).parents[2]
 
 
+PINNED, OLDER, OLDEST = triton.__version__, "3.6.0", "3.3.1"
+
+
+class Compiled(NamedTuple):
+    """What ``compile_kernels.py`` found with one version of Triton."""
+
+    version: str
+    rows: list[dict[str, Any]]
+
+    def described(self) -> list[dict[str, Any]]:
+        """The rows, if this Triton could read machine code."""
+        if not all("registers" in row for row in self.rows):
+            pytest.skip(f"triton {self.version} has no disassembler")
+        return self.rows
+
+
+@pytest.fixture(scope="module")
+def environments(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str | Path]:
+    """Returns a function from a version of Triton to the Python of an environment with it."""
+
+    @cache
+    def python_of(version: str) -> str | Path:
+        if version == PINNED:
+            return sys.executable
+        # their interpreters need an older NumPy
+        packages = (f"triton=={version}", "numpy<2.4")
+        folder = tmp_path_factory.mktemp("environment")
+        python = make_overlay(folder, packages, [str(REPOSITORY)])
+        found = f"import triton; assert triton.__version__ == {version!r}, triton.__version__"
+        run_python(python, "-c", found)
+        return python
+
+    return python_of
+
+
+@pytest.fixture(scope="module", params=[PINNED, pytest.param(OLDER, marks=pytest.mark.compat)])
+def compiled(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    environments: Callable[[str], str | Path],
+) -> Compiled:
+    """Every variant of every kernel, compiled for sm_80 and sm_90."""
+    folder = tmp_path_factory.mktemp("compiled")
+    rows = folder / "rows.json"
+    run_python(
+        environments(request.param),
+        COMPILE_KERNELS,
+        rows,
+        TRITON_CACHE_DIR=str(folder / "cache"),
+        PYTHONPATH=str(REPOSITORY),
+    )
+    return Compiled(request.param, json.loads(rows.read_text()))
+
+
+on_a_cpu = pytest.mark.skipif(ON_GPU, reason="the other tests compile the kernels for this GPU")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(ON_GPU, reason="the other tests compile them for this GPU")
-def test_the_kernels_compile_for_real_gpus(tmp_path: Path) -> None:
-    """PTX of sm_80 and sm_90, which needs no GPU, has vector loads and no local memory."""
-    run_python(sys.executable, COMPILE_KERNELS, TRITON_CACHE_DIR=str(tmp_path))
+@on_a_cpu
+def test_the_loops_spill_no_register(compiled: Compiled) -> None:
+    """Values that are needed only after the loop may wait in local memory: two at most."""
+    for row in compiled.described():
+        if row["name"] in SPILLING:
+            continue
+        assert row["spills_in_loop"] == 0, name_of(row)
+        assert row["spills"] <= 4, name_of(row)
+
+
+@pytest.mark.slow
+@on_a_cpu
+def test_tensors_are_read_and_written_in_vectors(compiled: Compiled) -> None:
+    """Addresses, roots, scales and sums are in memory, too, 4 or 8 bytes each."""
+    rows = [row for row in compiled.described() if row["reads"] or row["writes"]]
+    assert len(rows) > 50
+    for row in rows:
+        for expected, found in (("reads", "loads"), ("writes", "stores")):
+            assert not {"1", "2"} & row[found].keys(), (name_of(row), found, row[found])
+            for width, count in row[expected].items():
+                what = (name_of(row), found, row[found], row[expected])
+                assert row[found].get(width, 0) >= count, what
+
+
+@pytest.mark.slow
+@on_a_cpu
+def test_instructions_and_registers_are_within_bounds(compiled: Compiled) -> None:
+    beyond = {}
+    for row in compiled.described():
+        bound = bound_of(row["name"])
+        if (
+            row["instructions_per_element"] > bound.instructions_per_element
+            or row["registers"] > bound.registers
+        ):
+            found = (round(row["instructions_per_element"], 1), row["registers"])
+            beyond[name_of(row)] = f"{found} beyond {bound}"
+    assert not beyond
+
+
+@pytest.mark.slow
+@on_a_cpu
+def test_layouts_are_not_converted(compiled: Compiled) -> None:
+    """A conversion goes through shared memory. Some are allowed: of columns, scales and sums."""
+    if compiled.version == OLDER:
+        pytest.skip("Triton before 3.9 converts layouts of whole tiles, which costs time only")
+    for row in compiled.described():
+        if row["name"].startswith(("matrices", "fold")) and row["reads"]:
+            is_plain = not re.search("fold |fused|not one_block", row["name"])
+            assert row["shared_stores"] <= (4 if is_plain else 9), name_of(row)
+
+
+def name_of(row: dict[str, Any]) -> str:
+    return f"{row['name']}, sm_{row['capability']}"
 
 
 @pytest.mark.compat
 @pytest.mark.slow
-@pytest.mark.parametrize("version", ["3.3.1", "3.6.0"])
+@pytest.mark.parametrize("version", [OLDER, OLDEST])
 def test_other_versions_of_triton_compile_and_interpret_the_kernels(
-    version: str, tmp_path: Path
+    version: str, environments: Callable[[str], str | Path], tmp_path: Path
 ) -> None:
-    # their interpreters need an older NumPy
-    packages = (f"triton=={version}", "numpy<2.4")
-    python = make_overlay(tmp_path / "environment", packages, [str(REPOSITORY)])
-    found = f"import triton; assert triton.__version__ == {version!r}, triton.__version__"
-    run_python(python, "-c", found)
-    run_python(python, COMPILE_KERNELS, TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    python = environments(version)
+    if version == OLDEST:  # ``compiled`` has the other version
+        cache_folder = str(tmp_path)
+        run_python(
+            python, COMPILE_KERNELS, TRITON_CACHE_DIR=cache_folder, PYTHONPATH=str(REPOSITORY)
+        )
     pytest_options = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "5x130 or random_bits")
     run_python(python, *pytest_options, TESTS, TESTS_OF_FOLDING, TRITON_INTERPRET="1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from triton_specs import (
 
 from striped_hf import StripedAdamW
 from striped_hf.optim.backends import reference
+from striped_hf.optim.backends.triton import kernels
 from striped_hf.optim.options import settings_of
 
 # on a GPU these tests run compiled kernels, and `pytest -m gpu` runs them
@@ -132,6 +134,28 @@ def test_a_first_step_among_later_ones(late: int) -> None:
             optimizer.step()
         assert_agrees(ours, theirs)
         synchronise(ours, theirs)
+
+
+@pytest.mark.parametrize("blocks", [(1, 1), (1, 2), (1, 3), (2, 5)], ids=str)
+def test_a_lagged_step_reads_gradients_once(
+    monkeypatch: pytest.MonkeyPatch, blocks: tuple[int, int]
+) -> None:
+    """A border of blocks may lie within a tile. After the first step only the update sums."""
+    optimizer = optimizer_of(Spec((6, 690), "int8", blocks, flags={"lagged": True}), "triton")
+    [p] = parameters(optimizer)
+    launched = []
+    statistics_kernel = kernels.statistics_kernel
+
+    class Recorded:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            launched.append(grid)
+            return statistics_kernel[grid]
+
+    monkeypatch.setattr(kernels, "statistics_kernel", Recorded())
+    for t in range(3):
+        p.grad = gradient_of(Spec((6, 690)), t)
+        optimizer.step()
+    assert len(launched) == 1
 
 
 def test_a_lagged_step_equals_its_two_functions() -> None:

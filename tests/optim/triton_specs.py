@@ -87,6 +87,7 @@ SPECS = [
     *(Spec((6, 384), f, (1, 3)) for f in FORMATS),
     *(Spec((6, 192), f, (3, 2)) for f in ("float32", "int8")),
     *(Spec((6, 450), f, (1, 3)) for f in ("bfloat16", "int8", "int4")),
+    Spec((6, 640), "int8", (1, 4)),
     *(Spec((6, 9), f, (2, 3)) for f in ("float32", "int8", "int4")),
     *(Spec((2, 9, 7), f, (3, 1)) for f in ("float32", "int4")),
     *(Spec((201, 10), f, (3, 1)) for f in ("float32", "int8")),
@@ -116,7 +117,8 @@ SPECS = [
     *(Spec((7, 300), f, flags=LAGGED) for f in FORMATS),
     *(Spec((140, 20), f, flags=LAGGED) for f in ("float32", "int4")),
     *(Spec((6, 384), f, (2, 3), BF16, flags=LAGGED) for f in ("bfloat16", "int4")),
-    *(Spec((6, 450), f, (1, 3), flags=LAGGED) for f in ("int8", "int4")),
+    *(Spec((6, 450), f, (1, 3), flags=LAGGED) for f in FORMATS),
+    *(Spec((140, 640), f, (2, 4), flags=LAGGED) for f in ("int8", "int4")),
     Spec((6, 9), "int8", (2, 3), flags=LAGGED),
     Spec((201, 10), blocks=(3, 1), flags=LAGGED),
     Spec((2, 3, 7), "int8", flags={**LAGGED, "maximize": True, "nesterov": True}),
@@ -192,15 +194,14 @@ def assert_agrees(ours: StripedAdamW, theirs: StripedAdamW) -> None:
                 assert wrong.sum() <= max(1, TIPPED * wrong.numel()), key
             elif value.dtype != torch.int8:  # with the parameter
                 assert_same_bits(actual, value, key)
-        low = state.get("param_low_bits")
+        low, lr = state.get("param_low_bits"), float(ours.param_groups[0]["lr"])
         if low is not None and low.dtype == torch.int8:
             a, b = whole_values(p, state), whole_values(q, expected)
             unit = 2.0**-8 * spacing(np.maximum(np.abs(a), np.abs(b)), BF16)
-            assert (np.abs(a - b) <= 1.01 * unit).all()
+            assert (np.abs(a - b) <= 1.01 * unit + UPDATE * lr).all()
             # an error of a float32's last place is 1/256 of the unit
             assert (a != b).sum() <= max(2, 0.02 * a.size)
         elif p.dtype == F32:
-            lr = float(ours.param_groups[0]["lr"])
             torch.testing.assert_close(p, q, rtol=2.0**-22, atol=UPDATE * lr * 20)
         else:
             assert_nearly_the_same(p.detach().cpu(), q.detach().cpu(), "parameter")

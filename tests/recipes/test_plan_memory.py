@@ -134,7 +134,22 @@ def test_four_bits_accumulate_in_eight():
     config, way = small_config(), NAMES["striped_adamw_4bit_layerwise-bfloat16"]
     once = planned(config, way, Setting(1, 16))
     more = planned(config, way, Setting(1, 16, accumulation=4))
-    assert more.optimizer - once.optimizer == pytest.approx(1.06 * once.weights / 2, rel=0.1)
+    parameters = once.weights / 2
+    assert more.optimizer - once.optimizer == pytest.approx(1.06 * parameters, rel=0.1)
+    assert once.state - more.state == pytest.approx(0.53 * parameters, rel=0.05)
+
+
+def test_the_loss_in_chunks_never_holds_an_untied_heads_gradient():
+    config = load_config("llama-8b")
+    config.num_hidden_layers = 1
+    setting = Setting(gradient_checkpointing=True, chunked_loss=True)
+    of_embedding = 2 * config.vocab_size * config.hidden_size  # bytes
+    beside = {}
+    for optim in ("striped_adamw_8bit", "striped_adamw_8bit_layerwise"):
+        memory = planned(config, NAMES[f"{optim}-bfloat16"], setting)
+        beside[optim] = memory.total - memory.weights - memory.state
+    assert beside["striped_adamw_8bit_layerwise"] < 1.1 * of_embedding  # the input embedding's
+    assert beside["striped_adamw_8bit"] > 2 * of_embedding
 
 
 def test_attention_needs_no_matrix_of_weights():

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,8 +27,10 @@ from trainer_runs import (
 )
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
+import striped_hf.losses
 from striped_hf import LayerwiseStripedAdamW, StripedAdamW, optimizer_cls_and_kwargs
 from striped_hf.optim.blocks import is_marked
+from striped_hf.trainer.causal_lm import CausalLMTrainer
 from striped_hf.trainer.layerwise import extend_accelerator
 
 # the norm is above all norms here, so that nothing is clipped
@@ -106,6 +108,9 @@ feature("no clipping", max_grad_norm=0.0)(wide_model)
 feature("untied embeddings")(lambda: wide_model("llama"))
 feature("bf16 autocast", bf16=True)(wide_model)
 feature("bf16 weights")(lambda: wide_model("llama").to(torch.bfloat16))
+feature("bf16 weights and master_bits", optim_args="master_bits=24")(
+    lambda: wide_model("llama").to(torch.bfloat16)
+)
 feature("NEFTune", neftune_noise_alpha=5)(wide_model)
 for reentrant in (True, False):
     feature(
@@ -252,6 +257,75 @@ def test_the_first_step_is_clipped_to_the_norm(tmp_path: Path) -> None:
     assert norms(trainer)[0] > 1
     momenta = [state["exp_avg"] for state in optimizer_of(trainer).state.values()]
     assert torch.nn.utils.get_total_norm(momenta).item() / 0.1 == pytest.approx(0.1, rel=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------
+# the loss in chunks
+# -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_an_untied_heads_gradient_is_folded_as_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, passes: int
+) -> None:
+    monkeypatch.setattr(striped_hf.losses, "_CHUNK_LOGITS", 1 << 12)
+    blocks: list[int] = []  # rows of each
+    original = striped_hf.losses._weight_gradient
+
+    def counted(*args: Any) -> Iterator[tuple[slice, torch.Tensor]]:
+        for rows, block in original(*args):
+            blocks.append(len(block))
+            yield rows, block
+
+    monkeypatch.setattr(striped_hf.losses, "_weight_gradient", counted)
+    changes = {"remove_unused_columns": False, "gradient_accumulation_steps": passes, **EXACT}
+    whole = run(
+        tmp_path,
+        "striped_adamw_layerwise",
+        wide_model(kind),
+        trainer_class=WholeLogits,
+        **changes,
+    )
+    assert not blocks
+    kept = Kept()
+    in_chunks = run(
+        tmp_path,
+        "striped_adamw_layerwise",
+        wide_model(kind),
+        kept,
+        trainer_class=CausalLMTrainer,
+        **changes,
+    )
+    assert kept.names == [[], [], []]
+    # 3 steps, and in each backward pass blocks of 32 of the 256 rows
+    assert blocks == ([32] * 8 * 3 * passes if kind == "llama" else [])
+    assert losses(in_chunks) == pytest.approx(losses(whole), rel=1e-4)
+    assert norms(in_chunks) == pytest.approx(norms(whole), rel=1e-4)
+
+
+class WholeLogits(CausalLMTrainer):
+    chunked_loss = False
+
+
+def test_values_that_are_not_finite_are_counted_in_all_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(striped_hf.losses, "_CHUNK_LOGITS", 1 << 12)
+
+    def count(trainer_class: type[Trainer]) -> int:
+        model = wide_model("llama")
+        with torch.no_grad():
+            model.model.norm.weight[0] = float("nan")
+        changes = {"remove_unused_columns": False, "max_steps": 1, "learning_rate": 0.0}
+        optim = "striped_adamw_layerwise"
+        trainer = run(tmp_path, optim, model, trainer_class=trainer_class, **changes)
+        (found,) = (
+            e["nonfinite_values"] for e in trainer.state.log_history if "nonfinite_values" in e
+        )
+        return found
+
+    assert count(CausalLMTrainer) == count(WholeLogits) >= WIDE**2
 
 
 # -------------------------------------------------------------------------------------------------

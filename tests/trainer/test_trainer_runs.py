@@ -196,6 +196,20 @@ def test_a_resumed_run_equals_the_run_without_a_stop(tmp_path: Path, kind: str, 
     assert losses(rest) == losses(whole)
 
 
+def test_master_bits_of_a_bfloat16_model_are_resumed(tmp_path: Path) -> None:
+    changes = {"optim": "striped_adamw_8bit", "dtype": torch.bfloat16, "learning_rate": 1e-5}
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    whole = train("llama", tmp_path / "whole", **changes, **saving, optim_args="master_bits=24")
+    kept = [state["param_low_bits"] for state in optimizer_of(whole).state.values()]
+    assert any(low.dtype == torch.int8 and low.any() for low in kept)
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    rest = train("llama", tmp_path, checkpoint, **changes, optim_args="master_bits=24")
+    assert_same(weights(rest), weights(whole))
+    assert_same(optimizer_of(rest).state_dict(), optimizer_of(whole).state_dict())
+    with pytest.raises(ValueError, match=r"master_bits=24.*construct it with master_bits=24"):
+        train("llama", tmp_path, checkpoint, **changes)
+
+
 @pytest.mark.parametrize("other", ["striped_adamw_8bit", "striped_adamw_4bit"])
 def test_resuming_with_another_momentum_format_is_an_error(tmp_path: Path, other: str) -> None:
     train("gpt2", tmp_path, optim="striped_adamw", max_steps=2, save_strategy="steps", save_steps=1)

@@ -92,10 +92,14 @@ def arguments(output_dir: Path | str, **changes: Any) -> TrainingArguments:
 
 
 def train(
-    kind: str, output_dir: Path | str, resume_from: Path | None = None, **changes: Any
+    kind: str,
+    output_dir: Path | str,
+    resume_from: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
 ) -> Trainer:
     trainer = Trainer(
-        tiny_model(kind),
+        tiny_model(kind).to(dtype),
         arguments(output_dir, **changes),
         train_dataset=Counting(),
         eval_dataset=Counting(),

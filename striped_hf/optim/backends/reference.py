@@ -337,7 +337,7 @@ def _update_parameter(
         start: The row-major index of the chunk's first element in ``entry``'s parameter.
         entry: A description of each of the n parameters.
         settings: The param group's settings.
-        low: int16 or int8, the bits of the values that ``param`` in bfloat16 lacks; changed in
+        low: int32 or int8, the bits of the values that ``param`` in bfloat16 lacks; changed in
             place. int8: those after them are rounded away. None: rounded to ``param``'s dtype.
     """
     denominator = root.add_(settings.eps)

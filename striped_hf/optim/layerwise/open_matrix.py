@@ -1,11 +1,14 @@
 """A matrix between the first gradient of a step and the step."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from striped_hf.optim import momentum
 from striped_hf.optim.backends import reference
 from striped_hf.optim.backends.chunks import chunks
+from striped_hf.optim.checks import problem_of_state
 from striped_hf.optim.interface import Backend, Entry, Folded, Settings, State, Sums
 from striped_hf.optim.plain import has_values, plain_gradient, plain_parameter
 from striped_hf.optim.sharded.layout import Piece, is_sharded
@@ -22,8 +25,8 @@ class OpenMatrix:
 
     Attributes:
         description: The parameter's description.
-        momentum: ``exp_avg`` and perhaps ``exp_avg_scale``: the state's tensors, or an int8 copy
-            while an int4 momentum gets several gradients.
+        momentum: ``exp_avg`` and perhaps ``exp_avg_scale``: the state's tensors, or for an int4
+            momentum that gets several gradients an int8 copy.
         momentum_dtype: The format of ``momentum``.
         folded: The sums of the gradients.
         count: The number of folded gradients.
@@ -53,6 +56,15 @@ class OpenMatrix:
         self.folded = Folded(torch.zeros_like(row), torch.zeros_like(col), sketch)
 
     @property
+    def replaces_momentum(self) -> bool:
+        """Whether the state should not have the momentum until ``close``."""
+        return self._has_copy and self.description.layout is None
+
+    @property
+    def _has_copy(self) -> bool:
+        return self.momentum_dtype != self.description.momentum_dtype
+
+    @property
     def pieces(self) -> tuple[Piece, ...]:
         """The pieces that backends step as one tensor each; for a plain matrix the whole."""
         if self.description.layout is None:
@@ -66,20 +78,24 @@ class OpenMatrix:
         backend: Backend,
         settings: Settings,
         coefficient: Tensor | None,
+        rows: slice | None = None,
     ) -> None:
-        """Adds a gradient.
+        """Adds a gradient, or some rows of one. ``count`` is for the caller to change.
 
         Args:
-            grad: The gradient, with the parameter's shape.
+            grad: The gradient, with the parameter's shape, or the gradient of ``rows``.
             step: The number of the next step.
             backend: The backend that computes.
             settings: The param group's settings.
             coefficient: [] float32, a factor of the gradient; None: 1.
+            rows: Rows of a plain matrix without blocks; None: all rows of any matrix.
         """
-        layout = self.description.layout
+        layout, pieces = self.description.layout, self.pieces
         local = plain_gradient(grad) if layout is None else local_gradient(grad, layout)
-        for piece in self.pieces:
-            part = local[piece.index]
+        if rows is not None:
+            pieces = (Piece((rows,), (), (1, 1), rows.start * grad.shape[-1], 0),)
+        for piece in pieces:
+            part = local if rows is not None else local[piece.index]
             entry = Entry(
                 param=part,  # only its shape counts
                 grad=part,
@@ -92,7 +108,6 @@ class OpenMatrix:
             )
             folded = self._folded_of(piece)
             backend.fold(entry, folded, settings, self.count == 0, coefficient)
-        self.count += 1
 
     def square_norm(self) -> Tensor:
         """Returns the square of the norm of the sum of the added gradients: [] float32.
@@ -167,14 +182,32 @@ class OpenMatrix:
         entry = Entry(plain, None, rest, self.momentum_dtype, self.description.blocks, step)
         return self.entries([entry]), [] if plain is param else [(param, plain)]
 
+    def problem_of_state(self, param: Tensor, state: State) -> str | None:
+        """Explains why the parameter cannot be stepped by its state and its momentum; None: it can.
+
+        Args:
+            param: The parameter.
+            state: Its state.
+        """
+        description = self.description
+        if self.replaces_momentum:
+            state = {**state, **self.momentum}
+            description = replace(description, momentum_dtype=self.momentum_dtype)
+        return problem_of_state(param, state, description)
+
     def close(self, state: State) -> None:
         """Stores the momentum in the state if it was kept in another format."""
-        stored = self.description.momentum_dtype
-        if self.momentum_dtype == stored:
+        if not self._has_copy:
             return
-        columns = self.momentum["exp_avg"].shape[-1]
+        stored, columns = self.description.momentum_dtype, self.momentum["exp_avg"].shape[-1]
         for key, value in recoded(self.momentum, self.momentum_dtype, stored, columns).items():
-            _local(state[key]).copy_(value)
+            if key in state:
+                _local(state[key]).copy_(value)
+            else:
+                state[key] = value
+        # frees the copy before the next matrix needs memory
+        self.momentum_dtype = stored
+        self.momentum = {key: _local(state[key]) for key in _MOMENTUM}
 
     def _momentum_of(self, piece: Piece) -> State:
         return {key: value[piece.index] for key, value in self.momentum.items()}

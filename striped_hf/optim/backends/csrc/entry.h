@@ -42,7 +42,7 @@ typedef struct {
     float *exp_avg_scale;     /* [bands * block_rows, ceil(columns / 128)], integer codes only */
     float *exp_avg_sq_row;    /* [bands * block_rows, column_blocks]; a vector's exp_avg_sq */
     float *exp_avg_sq_col;    /* [bands, columns] */
-    void *param_low_bits;     /* rounding.py's join: int16 of a vector, int8 of a matrix; or NULL */
+    void *param_low_bits;     /* rounding.py's join: int32 of a vector, int8 of a matrix; or NULL */
     float *row_sums;          /* of squares, shaped as the stripes */
     float *col_sums;
     float *row_roots;         /* a and c, shaped as the stripes; striped_step allocates its own */

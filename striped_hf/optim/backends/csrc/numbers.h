@@ -44,10 +44,10 @@ INLINE uint16_t to_float16(float x)
 }
 
 /* Returns the float32 of a bfloat16 and the 16 bits that it lacks: rounding.py's join */
-INLINE float join(uint16_t high, int16_t low)
+INLINE float join(uint16_t high, int32_t low)
 {
-    int16_t added = (high & 0x7FFF) == 0 && low < 0 ? 0 : low;
-    return float_of(((uint32_t)high << 16) + (uint32_t)(int32_t)added);
+    int32_t added = (high & 0x7FFF) == 0 && low < 0 ? 0 : low;
+    return float_of(((uint32_t)high << 16) + (uint32_t)added);
 }
 
 INLINE int is_nan(uint32_t u) { return (u & 0x7FFFFFFF) > 0x7F800000; }

@@ -31,9 +31,9 @@ INLINE float *load_parameter(const Entry *e, int64_t offset, int64_t n, float *b
     const uint16_t *high = (const uint16_t *)e->param + offset;
     if (e->is_matrix) {
         const int8_t *low = (const int8_t *)e->param_low_bits + offset;
-        for (int64_t i = 0; i < n; i++) buffer[i] = join(high[i], (int16_t)(low[i] * 256));
+        for (int64_t i = 0; i < n; i++) buffer[i] = join(high[i], low[i] * 256);
     } else {
-        const int16_t *low = (const int16_t *)e->param_low_bits + offset;
+        const int32_t *low = (const int32_t *)e->param_low_bits + offset;
         for (int64_t i = 0; i < n; i++) buffer[i] = join(high[i], low[i]);
     }
     return buffer;
@@ -44,11 +44,11 @@ INLINE void store_vector_split(const float *restrict values, const Entry *e, int
                                int64_t n)
 {
     uint16_t *restrict high = (uint16_t *)e->param + offset;
-    int16_t *restrict low = (int16_t *)e->param_low_bits + offset;
+    int32_t *restrict low = (int32_t *)e->param_low_bits + offset;
     for (int64_t i = 0; i < n; i++) {
         uint32_t u = bits_of(values[i]);
         high[i] = split_high(u);
-        low[i] = (int16_t)(is_nan(u) ? 0 : u & 0xFFFF);
+        low[i] = is_nan(u) ? 0 : (int16_t)(u & 0xFFFF);
     }
 }
 

@@ -18,6 +18,20 @@ OPTIONS = {"enable_fp_fusion": True}
 # ---------------------------------------------------------------------------------------------
 
 
+class Tuning(NamedTuple):
+    """Constants of the kernels of matrices whose best values only a GPU can tell."""
+
+    # With 2, the loads of the next tile are in flight while a program works on a tile (cp.async,
+    # into shared memory). With 1, the assembler moves each load to its use.
+    stages: Any = 1
+    # The update multiplies by an approximate reciprocal: 2 instructions instead of 8, with an error
+    # of 2 units in the last place, too. A root above 2^126 has the reciprocal 0.
+    approximate_reciprocal: Any = False
+
+
+TUNING = Tuning()  # what the launches use; ``benchmarks/gpu_kernels.py`` tries the others
+
+
 class Buffers(NamedTuple):
     """Device memory that the kernels share: tensors on the host, pointers in a kernel."""
 
@@ -25,6 +39,7 @@ class Buffers(NamedTuple):
     shapes: Any  # [entries, 14] int64, rows of ``EntryShape``
     sums: Any  # float32: row and column sums; during the update the roots are in their places
     inverse_rms: Any  # [blocks of all matrices] float32: 1 / sqrt(mean(row))
+    totals: Any  # float32: the sums of row stripes' segments that have not all rows of a block
     scalars: Any  # [entries, 4] int32, rows of ``EntryScalars``
     partials: Any  # float32: partial sums, one of every row and column of a program
 
@@ -56,6 +71,7 @@ class UpdateFlags(NamedTuple):
     maximize: Any
     nesterov: Any
     stochastic_rounding: Any  # False for a parameter in float32
+    from_start: Any  # 1 - beta1 < 0.5, see ``functions.lerp``
 
 
 class StatisticsVariant(NamedTuple):
@@ -86,9 +102,10 @@ class MatrixVariant(NamedTuple):
     qmax: Any  # the largest momentum code; 0 where the momentum has no codes
     aligned: Any
     transposed: Any
+    one_block: Any  # no tile has columns of two blocks
     narrow: Any  # a block of the matrix has fewer columns than a tile
     large: Any  # the parameter has more than 2^32 elements
-    fused_statistics: Any  # the update computes the statistics; no tile has two blocks' columns
+    fused_statistics: Any  # the update computes the statistics
     folded: Any  # the momentum has the gradient already
     low_bits: Any  # the state has the 8 bits after the parameter's
 
@@ -112,6 +129,7 @@ class FoldVariant(NamedTuple):
     large: Any
     one_block: Any  # no tile has columns of two blocks
     maximize: Any
+    from_start: Any  # as in ``UpdateFlags``
     is_first: Any  # the momentum decays
     has_coefficient: Any
     has_sketch: Any

@@ -87,7 +87,7 @@ def round_to_24_bits(values, bits):  # float32, uint32 -> float32
 
 
 @triton.jit
-def join(high, low):  # bfloat16, int16 or int8 -> float32
+def join(high, low):  # bfloat16, int32 or int8 -> float32
     """``rounding.join``."""
     high_bits = high.to(tl.uint16, bitcast=True).to(tl.uint32)
     added = low.to(tl.int32)
@@ -99,17 +99,14 @@ def join(high, low):  # bfloat16, int16 or int8 -> float32
 
 
 @triton.jit
-def split(values, DTYPE: tl.constexpr):  # float32 -> bfloat16, DTYPE: int16 or int8
+def split(values, DTYPE: tl.constexpr):  # float32 -> bfloat16, DTYPE: int32 or int8
     """``rounding.split``."""
     bits = values.to(tl.uint32, bitcast=True)
     is_nan = values != values
     high = tl.where(is_nan, 0x7FC0, (bits + 0x8000) >> 16)
-    low = tl.where(is_nan, 0, bits & 0xFFFF)
-    if DTYPE == tl.int8:
-        low = (low >> 8).to(tl.uint8)
-    else:
-        low = low.to(tl.uint16)
-    return high.to(tl.uint16).to(tl.bfloat16, bitcast=True), low.to(DTYPE, bitcast=True)
+    low = (bits << 16).to(tl.int32, bitcast=True) >> (24 if DTYPE == tl.int8 else 16)
+    low = tl.where(is_nan, 0, low).to(DTYPE)
+    return high.to(tl.uint16).to(tl.bfloat16, bitcast=True), low
 
 
 # ---------------------------------------------------------------------------------------------

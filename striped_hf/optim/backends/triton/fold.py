@@ -63,6 +63,7 @@ def launch_fold(
         large=is_large(rows, entry.whole_start, whole_stride),
         one_block=geometry.one_block,
         maximize=settings.maximize,
+        from_start=1 - settings.beta1 < 0.5,
         is_first=is_first,
         has_coefficient=coefficient is not None,
         has_sketch=sketch is not None,

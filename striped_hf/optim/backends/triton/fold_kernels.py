@@ -72,7 +72,7 @@ def fold_tile(m, rows, in_rows, index, inside, gradient, variant):
     if variant.has_coefficient:
         g = g * gradient.coefficient
     if variant.is_first:
-        m = lerp(m, g, gradient.one_minus_beta1)
+        m = lerp(m, g, gradient.one_minus_beta1, variant.from_start)
     else:
         m = m + gradient.one_minus_beta1 * g
     if variant.has_sketch:

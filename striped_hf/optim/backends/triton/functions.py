@@ -5,11 +5,13 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from striped_hf.optim.backends.triton import INTERPRETED
 from striped_hf.optim.backends.triton.arguments import (
     COLUMN_PARTIALS,
     DECAY,
     FLOOR,
     KEY,
+    POINTERS,
     ROW_PARTIALS,
     STEP_POINTER,
     STEP_SIZE,
@@ -22,6 +24,8 @@ from striped_hf.optim.backends.triton.codec import (
     split,
     stochastic_round,
 )
+
+_INTERPRETED = tl.constexpr(INTERPRETED)  # the interpreter runs no PTX
 
 # ---------------------------------------------------------------------------------------------
 # named tuples
@@ -102,7 +106,7 @@ def aligned_pointer(address, DTYPE: tl.constexpr, aligned):
     pointer = address.to(tl.pointer_type(DTYPE))
     if aligned:
         # not DTYPE.primitive_bitwidth // 2: Triton 3.3 reads no attribute of a constexpr
-        if DTYPE == tl.float32:
+        if DTYPE == tl.float32 or DTYPE == tl.int32:
             pointer = tl.multiple_of(pointer, 16)
         elif DTYPE == tl.bfloat16 or DTYPE == tl.float16:
             pointer = tl.multiple_of(pointer, 8)
@@ -119,6 +123,13 @@ def load_step(pointers, step, on_device):  # int32
     else:
         current = (tl.load(pointers + STEP_POINTER) + step).to(tl.int32)
     return current
+
+
+@triton.jit
+def load_steps(buffers, entries):  # integers -> float32
+    """Returns the steps of entries, from 1, which only the device knows."""
+    addresses = tl.load(buffers.pointers + entries.to(tl.int64) * POINTERS + STEP_POINTER)
+    return tl.load(addresses.to(tl.pointer_type(tl.float32)))
 
 
 @triton.jit
@@ -157,18 +168,50 @@ def momentum_floor(step, hyper, nesterov):  # float32
 
 
 @triton.jit
-def lerp(start, end, weight):
-    """Computes ``torch.lerp`` from the nearer end, so that weights of 0 and 1 are exact."""
+def inverse_rms_of(total, rows):  # float32, integer -> float32
+    """Returns 1 / sqrt(total / rows), from the sum of a block's row stripe."""
+    mean = tl.div_rn(total, rows.to(tl.float32))
+    inverse_rms = tl.div_rn(1.0, tl.sqrt_rn(mean))
+    # 0/0 is an all-zero gradient, which must change nothing; an Inf must give NaN, as in AdamW
+    return tl.where(mean == 0.0, 0.0, tl.where(mean == float("inf"), float("nan"), inverse_rms))
+
+
+@triton.jit
+def lerp(start, end, weight, from_start):
+    """Computes ``torch.lerp`` from the nearer end, so that weights of 0 and 1 are exact.
+
+    ``from_start`` is a constant: whether the weight is below a half.
+    """
     difference = end - start
-    return tl.where(weight < 0.5, start + weight * difference, end - difference * (1 - weight))
+    if from_start:
+        value = start + weight * difference
+    else:
+        value = end - difference * (1 - weight)
+    return value
 
 
 @triton.jit
 def numerator_of(m, g, one_minus_beta1, flags):
     """Returns the momentum, or Nesterov's momentum."""
     if flags.nesterov:
-        m = lerp(m, g, one_minus_beta1)
+        m = lerp(m, g, one_minus_beta1, flags.from_start)
     return m
+
+
+@triton.jit
+def divide(numerator, denominator, tuning):
+    """Divides, with an error of up to 2 units in the last place."""
+    if tuning.approximate_reciprocal:
+        if _INTERPRETED:
+            reciprocal = 1.0 / denominator
+        else:
+            reciprocal = tl.inline_asm_elementwise(
+                "rcp.approx.ftz.f32 $0, $1;", "=f,f", [denominator], tl.float32, True, 1
+            )
+        quotient = numerator * reciprocal
+    else:
+        quotient = numerator / denominator
+    return quotient
 
 
 @triton.jit
@@ -209,11 +252,13 @@ def element_offsets(rows, columns, region, transposed):  # [r], [c] -> [r, c] in
 
 
 @triton.jit
-def partial_sum_pointers(partials, shape, region, TILE_COLUMNS: tl.constexpr):
+def partial_sum_pointers(partials, shape, region, fused_statistics, TILE_COLUMNS: tl.constexpr):
     """Returns pointers to a program's partial sums of row 0 and of column 0.
 
-    The entry's partial sums of rows are [tiles side by side, rows]. Its partial sums of columns are
-    [programs one below another, columns].
+    The entry's partial sums of columns are [programs one below another, columns]. Its partial sums
+    of rows are [tiles side by side, rows]. With ``fused_statistics``, tiles begin at multiples of
+    TILE_COLUMNS: the sums over the columns that tile q and block b share are at index q + b, which
+    no two such pairs have in common. The sums at the next index are of the block to the right.
     """
     row_block = region.first_row // region.block_rows
     column_block = region.first_column // region.block_columns
@@ -222,11 +267,12 @@ def partial_sum_pointers(partials, shape, region, TILE_COLUMNS: tl.constexpr):
         row_block * programs
         + (region.first_row - row_block * region.block_rows) // region.summed_rows
     )
-    tiles = (region.block_columns + TILE_COLUMNS - 1) // TILE_COLUMNS
-    tile = (
-        column_block * tiles
-        + (region.first_column - column_block * region.block_columns) // TILE_COLUMNS
-    )
+    if fused_statistics:
+        tile = column_block + region.first_column // TILE_COLUMNS
+    else:
+        tiles = (region.block_columns + TILE_COLUMNS - 1) // TILE_COLUMNS
+        in_block = region.first_column - column_block * region.block_columns
+        tile = column_block * tiles + in_block // TILE_COLUMNS
     row_partials = partials + tl.load(shape + ROW_PARTIALS) + tile * region.rows
     column_partials = partials + tl.load(shape + COLUMN_PARTIALS) + program * region.columns
     return row_partials, column_partials
@@ -250,6 +296,19 @@ def add_distant_rows(squares, HEIGHT: tl.constexpr):  # [r, c] -> [HEIGHT, c]
     rows: tl.constexpr = squares.shape[0]
     columns: tl.constexpr = squares.shape[1]
     return tl.sum(tl.reshape(squares, [rows // HEIGHT, HEIGHT, columns]), axis=0)
+
+
+@triton.jit
+def sum_squares_of_rows(squares, index, matrix, one_block):  # [r, c], [c] -> [r], [r]
+    """Returns each row's sums of squares in the columns of ``Matrix.block``, and of the next."""
+    if one_block:
+        sums = tl.sum(squares, axis=1)
+        next_sums = sums  # unused
+    else:
+        in_first = (index < (matrix.block + 1) * matrix.region.block_columns)[None, :]
+        sums = tl.sum(tl.where(in_first, squares, 0.0), axis=1)
+        next_sums = tl.sum(tl.where(in_first, 0.0, squares), axis=1)
+    return sums, next_sums
 
 
 # ---------------------------------------------------------------------------------------------
@@ -290,7 +349,7 @@ def _load_row_roots(rows, in_rows, columns, mask, matrix, variant):  # [r, 1] or
     """Returns a_i for every element of a tile."""
     row_roots = matrix.row_roots + rows.to(tl.int64) * matrix.column_blocks
     block_columns = matrix.region.block_columns
-    if variant.fused_statistics:  # all columns are of one block
+    if variant.one_block:
         a = tl.load(row_roots + matrix.block, mask=in_rows, other=0.0) * columns.inverse_rms
         a = a[:, None]
     elif variant.narrow:
@@ -308,7 +367,7 @@ def _load_row_roots(rows, in_rows, columns, mask, matrix, variant):  # [r, 1] or
 
 
 @triton.jit
-def update_tile(m, rows, in_rows, columns, matrix, step, variant, flags):
+def update_tile(m, rows, in_rows, columns, matrix, step, variant, flags, tuning):
     """Updates a tile of a matrix.
 
     Args:
@@ -321,6 +380,7 @@ def update_tile(m, rows, in_rows, columns, matrix, step, variant, flags):
         step: ``StepScalars``.
         variant: ``MatrixVariant``.
         flags: ``UpdateFlags``.
+        tuning: ``Tuning``.
 
     Returns:
         The new momentum and the squares of the gradient, both [r, c] float32. For a folded gradient
@@ -341,7 +401,7 @@ def update_tile(m, rows, in_rows, columns, matrix, step, variant, flags):
         g = tl.load(matrix.grad + offsets, mask=mask, other=0.0).to(tl.float32)
         if flags.maximize:
             g = -g
-        m = lerp(m, g, step.one_minus_beta1)
+        m = lerp(m, g, step.one_minus_beta1, flags.from_start)
         numerator = numerator_of(m, g, step.one_minus_beta1, flags)
         squares = g * g
 
@@ -353,7 +413,7 @@ def update_tile(m, rows, in_rows, columns, matrix, step, variant, flags):
     index_low, index_high = indices_in_whole(
         rows, columns.index, matrix.whole_start, matrix.whole_stride, variant.large
     )
-    value = value * step.decay - step.step_size * numerator / (root + step.eps)
+    value = value * step.decay - divide(step.step_size * numerator, root + step.eps, tuning)
     if variant.low_bits:
         bits = tl.full([1, 1], 0x80, tl.uint32)
         if flags.stochastic_rounding:

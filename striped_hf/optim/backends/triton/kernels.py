@@ -54,16 +54,19 @@ from striped_hf.optim.backends.triton.functions import (
     bias_correction,
     decay_and_step_size,
     element_offsets,
+    inverse_rms_of,
     lerp,
     load_aligned_pointer,
     load_columns,
     load_pointer,
     load_step,
     load_step_scalars,
+    load_steps,
     momentum_floor,
     numerator_of,
     partial_sum_pointers,
     round_parameter,
+    sum_squares_of_rows,
     update_tile,
 )
 from striped_hf.optim.backends.triton.tile_sizes import UPDATED_ROWS
@@ -76,24 +79,13 @@ _BLOCK_SIZE = tl.constexpr(momentum.BLOCK_SIZE)  # columns of a quantization blo
 # ---------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["step"])
-def statistics_kernel(
-    tiles,  # [programs, 3] int32: entry, first row, first column
-    buffers,  # ``Buffers``
-    step,
-    variant,  # ``StatisticsVariant``
-    STEP_ON_DEVICE: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
+@triton.jit
+def sum_squares(
+    tile, buffers, variant, tuning, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr
 ):
     """Adds up the squares of some rows of one block, at most TILE_COLUMNS wide."""
-    tile = tiles + tl.program_id(0).to(tl.int64) * 3
     entry = tl.load(tile).to(tl.int64)
     pointers = buffers.pointers + entry * POINTERS
-    if variant.fused_statistics:
-        current = load_step(pointers, step, STEP_ON_DEVICE)
-        if current > 1:
-            return
     first_row = tl.load(tile + 1)
     first_column = tl.load(tile + 2)
     shape = buffers.shapes + entry * SHAPES
@@ -122,14 +114,16 @@ def statistics_kernel(
     )
     end_row = tl.minimum(first_row + summed_rows, (first_row // block_rows + 1) * block_rows)
     end_column = (first_column // block_columns + 1) * block_columns
+    if variant.fused_statistics:  # a tile of the update, cut at the borders of blocks
+        end_column = tl.minimum(end_column, (first_column // TILE_COLUMNS + 1) * TILE_COLUMNS)
     row_partials, column_partials = partial_sum_pointers(
-        buffers.partials, shape, region, TILE_COLUMNS
+        buffers.partials, shape, region, variant.fused_statistics, TILE_COLUMNS
     )
 
     column_indices = first_column + tl.arange(0, TILE_COLUMNS)
     in_columns = column_indices < end_column
     column_sums = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
-    for row in range(first_row, end_row, TILE_ROWS):
+    for row in tl.range(first_row, end_row, TILE_ROWS, num_stages=tuning.stages):
         row_indices = row + tl.arange(0, TILE_ROWS)
         in_rows = row_indices < end_row
         offsets = element_offsets(row_indices, column_indices, region, variant.transposed)
@@ -141,15 +135,29 @@ def statistics_kernel(
     tl.store(column_partials + column_indices, tl.sum(column_sums, axis=0), mask=in_columns)
 
 
-@triton.jit
-def combine_kernel(
-    reductions,  # [programs, 6] int64: rows of ``plan.reductions``
+@triton.jit(do_not_specialize=["step"])
+def statistics_kernel(
+    tiles,  # [programs, 3] int32: entry, first row, first column
     buffers,  # ``Buffers``
-    PARTIALS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    step,
+    variant,  # ``StatisticsVariant``
+    tuning,  # ``Tuning``
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
 ):
+    """Computes the partial sums of squares of a tile of the gradient."""
+    tile = tiles + tl.program_id(0).to(tl.int64) * 3
+    if variant.fused_statistics:
+        pointers = buffers.pointers + tl.load(tile).to(tl.int64) * POINTERS
+        current = load_step(pointers, step, False)
+        if current > 1:
+            return
+    sum_squares(tile, buffers, variant, tuning, TILE_ROWS, TILE_COLUMNS)
+
+
+@triton.jit
+def add_reduction(reduction, buffers, PARTIALS: tl.constexpr, WIDTH: tl.constexpr):
     """Adds up partial sums, always in the same order."""
-    reduction = reductions + tl.program_id(0).to(tl.int64) * 6
     source = buffers.partials + tl.load(reduction)
     count = tl.load(reduction + 1).to(tl.int32)
     stride = tl.load(reduction + 2)
@@ -162,9 +170,70 @@ def combine_kernel(
     tl.store(target + lanes * target_stride, total, mask=inside)
 
 
+@triton.jit
+def combine_kernel(
+    reductions,  # [programs, 7] int64: rows of ``Workspace.reductions``
+    buffers,  # ``Buffers``
+    PARTIALS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Adds up the partial sums of a reduction."""
+    reduction = reductions + tl.program_id(0).to(tl.int64) * 7
+    add_reduction(reduction, buffers, PARTIALS, WIDTH)
+
+
+# A CUDA graph of a lagged step has the kernels of a first step, because only the device knows
+# whether the step is an entry's first. The next two kernels do their work then, and otherwise end
+# at once: a program looks at many entries' steps together.
+
+
+@triton.jit(do_not_specialize=["count"])
+def first_statistics_kernel(
+    tiles,  # [count, 3] int32: as for ``statistics_kernel``
+    count,
+    buffers,  # ``Buffers``
+    variant,  # ``StatisticsVariant``
+    tuning,  # ``Tuning``
+    TILES: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+):
+    """Computes the partial sums of squares of TILES tiles whose entries are in their first step."""
+    first = tl.program_id(0) * TILES
+    numbers = tl.minimum(first + tl.arange(0, TILES), count - 1)
+    entries = tl.load(tiles + numbers.to(tl.int64) * 3)
+    if tl.min(load_steps(buffers, entries), axis=0) > 1:
+        return
+    for number in range(first, tl.minimum(first + TILES, count)):
+        tile = tiles + tl.cast(number, tl.int64) * 3
+        if load_steps(buffers, tl.load(tile)) <= 1:
+            sum_squares(tile, buffers, variant, tuning, TILE_ROWS, TILE_COLUMNS)
+
+
+@triton.jit(do_not_specialize=["count"])
+def first_combine_kernel(
+    reductions,  # [count, 7] int64: as for ``combine_kernel``
+    count,
+    buffers,  # ``Buffers``
+    REDUCTIONS: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Adds up the partial sums of REDUCTIONS reductions whose entries are in their first step."""
+    first = tl.program_id(0) * REDUCTIONS
+    numbers = tl.minimum(first + tl.arange(0, REDUCTIONS), count - 1)
+    entries = tl.load(reductions + numbers.to(tl.int64) * 7 + 6)
+    if tl.min(load_steps(buffers, entries), axis=0) > 1:
+        return
+    for number in range(first, tl.minimum(first + REDUCTIONS, count)):
+        reduction = reductions + tl.cast(number, tl.int64) * 7
+        if load_steps(buffers, tl.load(reduction + 6)) <= 1:
+            add_reduction(reduction, buffers, PARTIALS, WIDTH)
+
+
 @triton.jit(do_not_specialize=["step"])
 def stripes_kernel(
-    segments,  # [programs, 7] int64: rows of ``plan.segments``
+    segments,  # [programs, 8] int64: rows of ``Workspace.segments``
     buffers,  # ``Buffers``
     hyper,  # ``Hyperparameters``
     step,
@@ -174,14 +243,15 @@ def stripes_kernel(
 ):
     """Averages sums into a segment of a stripe, and writes the roots that the update needs.
 
-    A segment of a row stripe has all rows of one block, so that the program can compute their mean.
-    Before the update, sqrt(row) and sqrt(col / (1 - beta2^t)) replace the sums, and
-    1 / sqrt(mean(row)) goes to ``inverse_rms``.
+    A segment has at most BLOCK elements. Before the update, sqrt(row) and
+    sqrt(col / (1 - beta2^t)) replace the sums. If a segment of a row stripe has all rows of a block
+    of the matrix, 1 / sqrt(mean(row)) goes to ``inverse_rms``; else its sum goes to ``totals``, for
+    ``means_kernel``.
 
     If the update computes the statistics, this kernel runs twice. Before the update it writes the
     roots into the places of the update's sums. After the update it averages the sums.
     """
-    segment = segments + tl.program_id(0).to(tl.int64) * 7
+    segment = segments + tl.program_id(0).to(tl.int64) * 8
     entry = tl.load(segment)
     is_column = tl.load(segment + 1) != 0
     start = tl.load(segment + 2)
@@ -189,6 +259,7 @@ def stripes_kernel(
     size = tl.load(segment + 4).to(tl.int32)
     averaged = tl.load(segment + 5).to(tl.float32)
     block = tl.load(segment + 6)
+    total_index = tl.load(segment + 7)  # -1: the segment has all rows of the block
     shape = buffers.shapes + entry * SHAPES
     pointers = buffers.pointers + entry * POINTERS
     first_block = tl.load(shape + FIRST_BLOCK)
@@ -213,38 +284,33 @@ def stripes_kernel(
     bias_correction2 = bias_correction(corrected, hyper.log_beta2).to(tl.float32)
     correction = tl.div_rn(1.0, tl.sqrt_rn(tl.where(is_column, bias_correction2, 1.0)))
     weight = tl.div_rn(hyper.one_minus_beta2, averaged)
-    total = tl.zeros([BLOCK], tl.float32)
+    total = 0.0
     if not variant.has_roots:
-        for first in range(0, size, BLOCK):
-            lanes = first + tl.arange(0, BLOCK)
-            inside = lanes < size
-            offsets = lanes.to(tl.int64) * stride
-            has_sum = lanes < summed
-            before = tl.load(stripe + offsets, mask=inside, other=0.0)
-            value = hyper.beta2 * before
-            value += weight * tl.load(sums + offsets, mask=has_sum, other=0.0)
-            tl.store(stripe + offsets, value, mask=has_sum)
-            if variant.before_update:
-                if variant.lagged:
-                    value = tl.where(is_first_step, value, before)
-                root = tl.sqrt_rn(value) * correction
-                tl.store(sums + offsets, root, mask=inside)
-                total += value
+        lanes = tl.arange(0, BLOCK)
+        inside = lanes < size
+        offsets = lanes.to(tl.int64) * stride
+        has_sum = lanes < summed
+        before = tl.load(stripe + offsets, mask=inside, other=0.0)
+        value = hyper.beta2 * before
+        value += weight * tl.load(sums + offsets, mask=has_sum, other=0.0)
+        tl.store(stripe + offsets, value, mask=has_sum)
+        if variant.before_update:
+            if variant.lagged:
+                value = tl.where(is_first_step, value, before)
+            root = tl.sqrt_rn(value) * correction
+            tl.store(sums + offsets, root, mask=inside)
+            total = tl.sum(value, axis=0)
 
     if variant.before_update:
         is_row = is_column == 0
         if is_row:
-            mean = tl.div_rn(tl.sum(total, axis=0), size.to(tl.float32))
-            inverse_rms = tl.div_rn(1.0, tl.sqrt_rn(mean))
-            # 0/0 is an all-zero gradient, which must change nothing; an Inf must give NaN, as in
-            # AdamW
-            inverse_rms = tl.where(
-                mean == 0.0, 0.0, tl.where(mean == float("inf"), float("nan"), inverse_rms)
-            )
             if variant.has_roots:
-                inverse_rms = 1.0
-            tl.store(buffers.inverse_rms + block, inverse_rms)
-            if block == first_block:
+                tl.store(buffers.inverse_rms + block, 1.0)
+            elif total_index < 0:
+                tl.store(buffers.inverse_rms + block, inverse_rms_of(total, size))
+            else:
+                tl.store(buffers.totals + total_index, total)
+            if block == first_block:  # several programs may write the same numbers
                 decay, step_size = decay_and_step_size(current, hyper, on_device)
                 scalars = buffers.scalars + entry * SCALARS
                 tl.store(scalars + DECAY, decay.to(tl.int32, bitcast=True))
@@ -252,6 +318,25 @@ def stripes_kernel(
                 tl.store(scalars + KEY, step_key(current).to(tl.int32, bitcast=True))
                 floor = momentum_floor(current, hyper, variant.nesterov)
                 tl.store(scalars + FLOOR, floor.to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def means_kernel(
+    means,  # [programs, 4] int64: rows of ``Workspace.means``
+    buffers,  # ``Buffers``
+    BLOCK: tl.constexpr,
+):
+    """Computes 1 / sqrt(mean(row)) of a block whose row stripe has several segments."""
+    mean = means + tl.program_id(0).to(tl.int64) * 4
+    block = tl.load(mean)
+    totals = buffers.totals + tl.load(mean + 1)
+    count = tl.load(mean + 2).to(tl.int32)
+    rows = tl.load(mean + 3)
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, count, BLOCK):
+        lanes = first + tl.arange(0, BLOCK)
+        total += tl.load(totals + lanes, mask=lanes < count, other=0.0)
+    tl.store(buffers.inverse_rms + block, inverse_rms_of(tl.sum(total, axis=0), rows))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -267,6 +352,7 @@ def matrices_kernel(
     eps,
     variant,  # ``MatrixVariant``
     flags,  # ``UpdateFlags``
+    tuning,  # ``Tuning``
     TILE_ROWS: tl.constexpr,
 ):
     """Updates momentum and parameter in some rows, in the columns of one quantization block.
@@ -337,7 +423,7 @@ def matrices_kernel(
     )
     if variant.fused_statistics:
         row_partials, column_partials = partial_sum_pointers(
-            buffers.partials, shape, region, _BLOCK_SIZE
+            buffers.partials, shape, region, True, _BLOCK_SIZE
         )
         # 128 threads with four columns each have HEIGHT rows at a time
         HEIGHT: tl.constexpr = 512 // WIDTH
@@ -388,23 +474,31 @@ def matrices_kernel(
         code_index=code_index,
     )
 
-    for row in range(first_row, end_row, TILE_ROWS):
+    for row in tl.range(first_row, end_row, TILE_ROWS, num_stages=tuning.stages):
         rows = row + tl.arange(0, TILE_ROWS)
         in_rows = rows < end_row
         m, high_m = load_momentum(
             stored, rows, in_rows, low_columns.inside, high_columns.inside, variant.qmax
         )
-        m, squares = update_tile(m, rows, in_rows, low_columns, matrix, step, variant, flags)
+        m, squares = update_tile(
+            m, rows, in_rows, low_columns, matrix, step, variant, flags, tuning
+        )
         if variant.fused_statistics:
             column_sums += add_distant_rows(squares, HEIGHT)
-            row_sums = tl.sum(squares, axis=1)
+            row_sums, next_row_sums = sum_squares_of_rows(
+                squares, low_columns.index, matrix, variant.one_block
+            )
         if variant.qmax == 7:
             high_m, squares = update_tile(
-                high_m, rows, in_rows, high_columns, matrix, step, variant, flags
+                high_m, rows, in_rows, high_columns, matrix, step, variant, flags, tuning
             )
             if variant.fused_statistics:
                 high_column_sums += add_distant_rows(squares, HEIGHT)
-                row_sums += tl.sum(squares, axis=1)
+                high_row_sums, next_high_row_sums = sum_squares_of_rows(
+                    squares, high_columns.index, matrix, variant.one_block
+                )
+                row_sums += high_row_sums
+                next_row_sums += next_high_row_sums
         if not variant.folded:
             store_momentum(
                 m,
@@ -419,6 +513,9 @@ def matrices_kernel(
             )
         if variant.fused_statistics:
             tl.store(row_partials + rows, row_sums, mask=in_rows)
+            if not variant.one_block:
+                next_partials = row_partials + region.rows
+                tl.store(next_partials + rows, next_row_sums, mask=in_rows)
 
     if variant.fused_statistics:
         tl.store(
@@ -465,7 +562,7 @@ def vectors_kernel(
     g = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
     value = tl.load(param + offsets, mask=mask, other=0.0)
     if variant.low_bits:
-        low_bits = load_aligned_pointer(pointers, LOW_BITS_POINTER, tl.int16, variant.aligned)
+        low_bits = load_aligned_pointer(pointers, LOW_BITS_POINTER, tl.int32, variant.aligned)
         value = join(value, tl.load(low_bits + offsets, mask=mask, other=0))
     else:
         value = value.to(tl.float32)
@@ -473,7 +570,7 @@ def vectors_kernel(
     v = tl.load(exp_avg_sq + offsets, mask=mask, other=0.0)
     if flags.maximize:
         g = -g
-    m = lerp(m, g, hyper.one_minus_beta1)
+    m = lerp(m, g, hyper.one_minus_beta1, flags.from_start)
     v = v * hyper.beta2 + hyper.one_minus_beta2 * g * g
     tl.store(exp_avg + offsets, m, mask=mask)
     tl.store(exp_avg_sq + offsets, v, mask=mask)
@@ -485,7 +582,7 @@ def vectors_kernel(
     numerator = numerator_of(m, g, hyper.one_minus_beta1, flags)
     value = value * decay - tl.div_rn(step_size * numerator, denominator)
     if variant.low_bits:
-        rounded, low = split(value, tl.int16)
+        rounded, low = split(value, tl.int32)
         tl.store(low_bits + offsets, low, mask=mask)
     else:
         index = whole_start + offsets

@@ -2,10 +2,13 @@
 
 A step over any number of matrices has four launches. They compute partial sums of squares over
 tiles of each gradient, the sums of the partial sums in a fixed order, the stripes, and the update.
+The stripes have one more launch if one program cannot average all rows of a block, and the update
+has one more if some tiles have columns of two blocks.
 A lagged step computes the roots of the stripes, an update that also computes partial sums of
-squares, their sums, and the stripes. In a lagged step, only first steps, and blocks whose columns
-are not whole tiles, need the statistics before the update. 0-D and 1-D parameters have one more
-launch.
+squares, their sums, and the stripes. In a lagged step, only first steps, and blocks that are
+narrower than a tile, need the statistics before the update. If only the device knows whether a step
+is the first, the kernels of a first step are launched, and end at once in other steps. 0-D and 1-D
+parameters have one more launch.
 
 Folding a gradient (``fold.py``) has two launches for each matrix. The step over folded matrices
 copies their sums, and computes the stripes and the update, for all matrices together.
@@ -32,7 +35,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from striped_hf.optim.backends import reference
-from striped_hf.optim.backends.triton import INTERPRETED, kernels, tile_sizes
+from striped_hf.optim.backends.triton import INTERPRETED, arguments, kernels, tile_sizes
 from striped_hf.optim.backends.triton.arguments import (
     OPTIONS,
     Buffers,
@@ -44,7 +47,7 @@ from striped_hf.optim.backends.triton.arguments import (
 )
 from striped_hf.optim.backends.triton.fold import can_fold, launch_fold
 from striped_hf.optim.backends.triton.plan import Plan, is_supported, strides_of
-from striped_hf.optim.backends.triton.workspace import tile_columns
+from striped_hf.optim.backends.triton.workspace import ceil_div, tile_columns
 from striped_hf.optim.interface import LOW_BITS, Entry, Folded, Roots, Settings, Sums
 
 logger = logging.getLogger(__name__)
@@ -250,19 +253,38 @@ def _launch_statistics(plan: Plan, entries: list[Entry]) -> None:
         fused = variant.fused_statistics
         if fused not in launched:
             continue
-        kernels.statistics_kernel[(len(tiles),)](
-            tiles=tiles,
-            buffers=buffers,
-            step=step,
-            variant=constants(variant),
-            STEP_ON_DEVICE=fused and step == 0,
-            TILE_ROWS=tile_sizes.STATISTICS_TILE_ROWS,
-            TILE_COLUMNS=tile_columns(fused),
-            num_warps=4,
-            **OPTIONS,
-        )
+        sizes = {
+            "TILE_ROWS": tile_sizes.STATISTICS_TILE_ROWS,
+            "TILE_COLUMNS": tile_columns(fused),
+        }
+        if fused and step == 0:
+            kernels.first_statistics_kernel[_programs_of_first_step(tiles)](
+                tiles=tiles,
+                count=len(tiles),
+                buffers=buffers,
+                variant=constants(variant),
+                tuning=constants(arguments.TUNING),
+                TILES=tile_sizes.TILES_OF_FIRST_STEP,
+                **sizes,
+                num_warps=4,
+                **OPTIONS,
+            )
+        else:
+            kernels.statistics_kernel[(len(tiles),)](
+                tiles=tiles,
+                buffers=buffers,
+                step=step,
+                variant=constants(variant),
+                tuning=constants(arguments.TUNING),
+                **sizes,
+                num_warps=4,
+                **OPTIONS,
+            )
     for fused in launched:
-        _launch_combine(plan, buffers, fused)
+        if fused and step == 0:
+            _launch_first_combine(plan, buffers)
+        else:
+            _launch_combine(plan, buffers, fused)
 
 
 def _launch_update(
@@ -299,6 +321,14 @@ def _launch_update(
 
     for fused_statistics in workspace.segments:
         launch_stripes(fused_statistics, before_update=True)
+    if workspace.means is not None and not has_roots:
+        kernels.means_kernel[(len(workspace.means),)](
+            means=workspace.means,
+            buffers=buffers,
+            BLOCK=tile_sizes.TOTALS_BLOCK,
+            num_warps=1,
+            **OPTIONS,
+        )
     for matrix, tiles in plan.tiles.matrices.items():
         kernels.matrices_kernel[(len(tiles),)](
             tiles=tiles,
@@ -307,6 +337,7 @@ def _launch_update(
             eps=hyper.eps,
             variant=constants(matrix),
             flags=_update_flags(settings, matrix.param_dtype),
+            tuning=constants(arguments.TUNING),
             TILE_ROWS=tile_sizes.UPDATE_TILE_ROWS,
             num_warps=4,
             **OPTIONS,
@@ -341,6 +372,24 @@ def _launch_combine(plan: Plan, buffers: Buffers, fused_statistics: bool) -> Non
     )
 
 
+def _launch_first_combine(plan: Plan, buffers: Buffers) -> None:
+    reductions = plan.workspace.reductions[True]
+    kernels.first_combine_kernel[_programs_of_first_step(reductions)](
+        reductions=reductions,
+        count=len(reductions),
+        buffers=buffers,
+        REDUCTIONS=tile_sizes.TILES_OF_FIRST_STEP,
+        PARTIALS=tile_sizes.COMBINED_PARTIALS,
+        WIDTH=tile_sizes.COMBINED_WIDTH,
+        num_warps=4,
+        **OPTIONS,
+    )
+
+
+def _programs_of_first_step(work: Tensor) -> tuple[int]:
+    return (ceil_div(len(work), tile_sizes.TILES_OF_FIRST_STEP),)
+
+
 def _buffers(plan: Plan, partials: bool) -> Buffers:
     """The buffers of a step, with a new one for partial sums if ``partials``."""
     workspace = plan.workspace
@@ -349,6 +398,7 @@ def _buffers(plan: Plan, partials: bool) -> Buffers:
         shapes=workspace.device_shapes,
         sums=workspace.sums,
         inverse_rms=workspace.inverse_rms,
+        totals=workspace.totals,
         scalars=workspace.scalars,
         partials=workspace.new_partials() if partials else workspace.sums,
     )
@@ -374,6 +424,7 @@ def _update_flags(settings: Settings, param_dtype: tl.dtype) -> UpdateFlags:
             maximize=settings.maximize,
             nesterov=settings.nesterov,
             stochastic_rounding=settings.stochastic_rounding and param_dtype != tl.float32,
+            from_start=1 - settings.beta1 < 0.5,
         )
     )
 

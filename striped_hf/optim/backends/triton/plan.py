@@ -20,6 +20,7 @@ from striped_hf.optim.backends.triton import arguments, tile_sizes
 from striped_hf.optim.backends.triton.addresses import Addresses
 from striped_hf.optim.backends.triton.arguments import (
     EntryPointers,
+    EntryShape,
     MatrixVariant,
     StatisticsVariant,
     VectorVariant,
@@ -123,34 +124,41 @@ def _list_tiles(
             "fused_statistics": fused,
         }
         first_rows = np.arange(0, shape.rows, shape.block_rows)[:, None]
-        first_columns = np.arange(0, shape.columns, shape.block_columns)[:, None]
+        columns = np.arange(0, shape.columns, momentum.BLOCK_SIZE)
+        first_columns = np.arange(0, shape.columns, shape.block_columns)
+        if fused:  # the update's tiles, cut at the borders of blocks
+            first_columns = np.union1d(columns, first_columns)
+        else:
+            in_block = np.arange(0, shape.block_columns, tile_columns(fused))
+            first_columns = (first_columns[:, None] + in_block).ravel()
         statistics[StatisticsVariant(grad_dtype=grad_dtype, **layout)].append(
             _combinations(
                 number,
                 (first_rows + np.arange(0, shape.block_rows, shape.summed_rows)).ravel(),
-                (first_columns + np.arange(0, shape.block_columns, tile_columns(fused))).ravel(),
+                first_columns,
             )
-        )
-        matrix = MatrixVariant(
-            param_dtype=param_dtype,
-            grad_dtype=grad_dtype,
-            momentum_dtype=MOMENTUM_DTYPES[entry.momentum_dtype],
-            qmax=momentum.QMAX.get(entry.momentum_dtype, 0),
-            narrow=shape.column_blocks > 1 and shape.block_columns < momentum.BLOCK_SIZE,
-            large=is_large(shape.rows, shape.whole_start, shape.whole_stride),
-            folded=entry.grad is None,
-            low_bits=LOW_BITS in entry.state,
-            **layout,
         )
         # with more rows per program there are fewer partial sums
         updated_rows = shape.summed_rows if fused else tile_sizes.UPDATED_ROWS.value
-        matrices[matrix].append(
-            _combinations(
-                number,
-                (first_rows + np.arange(0, shape.block_rows, updated_rows)).ravel(),
-                np.arange(0, shape.columns, momentum.BLOCK_SIZE),
+        rows_of_programs = (first_rows + np.arange(0, shape.block_rows, updated_rows)).ravel()
+        narrow = shape.column_blocks > 1 and shape.block_columns < momentum.BLOCK_SIZE
+        in_one_block = _are_in_one_block(columns, shape) & (not narrow)
+        for one_block in np.unique(in_one_block).tolist():
+            matrix = MatrixVariant(
+                param_dtype=param_dtype,
+                grad_dtype=grad_dtype,
+                momentum_dtype=MOMENTUM_DTYPES[entry.momentum_dtype],
+                qmax=momentum.QMAX.get(entry.momentum_dtype, 0),
+                one_block=one_block,
+                narrow=narrow,
+                large=is_large(shape.rows, shape.whole_start, shape.whole_stride),
+                folded=entry.grad is None,
+                low_bits=LOW_BITS in entry.state,
+                **layout,
             )
-        )
+            matrices[matrix].append(
+                _combinations(number, rows_of_programs, columns[in_one_block == one_block])
+            )
     # in reverse order: the cache still has the gradients that the statistics read last
     reverse = {key: [every[::-1] for every in reversed(tiles)] for key, tiles in matrices.items()}
     return Tiles(
@@ -158,6 +166,12 @@ def _list_tiles(
         matrices=copy_each(dict(reversed(reverse.items())), device, np.int32),
         vectors=copy_each(vectors, device, np.int32),
     )
+
+
+def _are_in_one_block(first_columns: np.ndarray, shape: EntryShape) -> np.ndarray:
+    """Returns, for each tile of the update, whether all its columns are of one block."""
+    last_columns = np.minimum(first_columns + momentum.BLOCK_SIZE, shape.columns) - 1
+    return first_columns // shape.block_columns == last_columns // shape.block_columns
 
 
 def is_large(rows: int, whole_start: int, whole_stride: int) -> bool:

@@ -4,9 +4,10 @@ import triton.language as tl
 
 # A warp of the update reads a row of 128 columns. A lane reads the same four elements of every
 # tensor, 16 bytes in float32, so that Triton converts no layout. A thread has 16 elements (update)
-# or 32 (statistics) of every tensor at a time. The code asks for all of them before it uses one.
-# But their loads are not in flight together: the assembler moves each load to its use. The number
-# of warps hides the latency of memory; a program has four.
+# or 32 (statistics) of every tensor at a time. The statistics of float32 have all of these loads in
+# flight together. The update has not: the assembler moves each load to its use, so that a warp
+# waits for memory 2 to 7 times in each tile (``python -m benchmarks.gpu_static``). The other warps
+# of a multiprocessor, 16 to 32, work meanwhile. ``arguments.Tuning`` has the alternative.
 STATISTICS_TILE_ROWS, STATISTICS_TILE_COLUMNS = 16, 256
 UPDATE_TILE_ROWS = 16
 # Rows that one program of the update works on, tile by tile. The data that it reads once (its
@@ -19,9 +20,14 @@ SUMMED_ROWS_OF_SMALL_MODELS, SUMMED_ROWS_OF_LARGE_MODELS = 128, 256
 LARGE_MODEL = 1 << 29  # elements of all matrices
 # Partial sums that one program reads at a time: the number for each sum, and the number of sums.
 COMBINED_PARTIALS, COMBINED_WIDTH = 32, 64
-# Elements of a stripe at a time. One program averages all rows of a block of a matrix: 50,257 rows
-# are 13 iterations.
-STRIPE_BLOCK = 4096
+# Tiles, and additions of partial sums, that one program skips if their entries are not in their
+# first step (in a lagged step whose number only the device knows).
+TILES_OF_FIRST_STEP = 32
+# Elements of a stripe that one program averages, 8 for each thread: with 16 it spills registers. A
+# block with more rows has several programs (25 for 50,257 rows), and one more launch adds up their
+# sums.
+STRIPE_BLOCK = 2048
+TOTALS_BLOCK = 64  # sums of segments that one program adds up at a time
 VECTOR_BLOCK = 1024  # elements of a 0-D or 1-D parameter
 
 

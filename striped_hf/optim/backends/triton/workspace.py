@@ -26,9 +26,10 @@ class Workspace:
     Attributes:
         shapes: The shape of each entry.
         fused_statistics: For each entry, whether its update computes the statistics.
-        device_shapes, sums, inverse_rms, scalars: As in ``arguments.Buffers``.
-        reductions: [programs, 6] int64, the work of ``combine_kernel``, by ``fused_statistics``.
-        segments: [programs, 7] int64, the work of ``stripes_kernel``, by ``fused_statistics``.
+        device_shapes, sums, inverse_rms, totals, scalars: As in ``arguments.Buffers``.
+        reductions: [programs, 7] int64, the work of ``combine_kernel``, by ``fused_statistics``.
+        segments: [programs, 8] int64, the work of ``stripes_kernel``, by ``fused_statistics``.
+        means: [programs, 4] int64, the work of ``means_kernel``; None if there is none.
     """
 
     def __init__(self, entries: list[Entry], lagged: bool, device: torch.device) -> None:
@@ -41,14 +42,21 @@ class Workspace:
         self.device_shapes = copy_to_device(np.array(self.shapes, dtype=np.int64), device)
         reductions: dict[bool, list[np.ndarray]] = defaultdict(list)
         segments: dict[bool, list[np.ndarray]] = defaultdict(list)
+        means: list[np.ndarray] = []
+        totals = 0
         for number, (shape, fused) in enumerate(
             zip(self.shapes, self.fused_statistics, strict=True)
         ):
             if shape.rows:
-                reductions[fused] += _reductions(shape, tile_columns(fused))
-                segments[fused] += [_row_segments(number, shape), _column_segments(number, shape)]
+                reductions[fused] += _reductions(number, shape, fused)
+                of_rows, of_blocks = _row_segments(number, shape, totals)
+                segments[fused] += [of_rows, _column_segments(number, shape)]
+                means.append(of_blocks)
+                totals += of_blocks[:, 2].sum()
         self.reductions = copy_each(reductions, device)
         self.segments = copy_each(segments, device)
+        self.totals = torch.zeros(totals, dtype=torch.float32, device=device)
+        self.means = copy_to_device(np.concatenate(means), device) if totals else None
 
     def new_partials(self) -> Tensor:
         """Allocates the buffer of a step's partial sums."""
@@ -67,11 +75,11 @@ class Workspace:
 
 
 def _can_fuse_statistics(entry: Entry) -> bool:
-    """Whether no tile of the update has columns of two blocks."""
+    """Whether no tile of the update has columns of more than two blocks."""
     if entry.param.dim() < 2:
         return False
     column_blocks = entry.blocks[1]
-    return column_blocks == 1 or entry.param.shape[-1] // column_blocks % momentum.BLOCK_SIZE == 0
+    return column_blocks == 1 or entry.param.shape[-1] // column_blocks >= momentum.BLOCK_SIZE
 
 
 def tile_columns(fused_statistics: bool) -> int:
@@ -112,8 +120,12 @@ def _place(
         )
         row_blocks = shape.rows // shape.block_rows  # of all matrices
         programs = ceil_div(shape.block_rows, summed_rows)
-        tiles = ceil_div(shape.block_columns, tile_columns(fused))
-        column_partials = partials + shape.column_blocks * tiles * shape.rows
+        if fused:
+            # a tile that has columns of two blocks has two sums for each row
+            parts = ceil_div(columns, momentum.BLOCK_SIZE) + shape.column_blocks - 1
+        else:
+            parts = shape.column_blocks * ceil_div(shape.block_columns, tile_columns(fused))
+        column_partials = partials + parts * shape.rows
         column_sums = _padded(sums + shape.rows * shape.column_blocks)
         shapes.append(
             shape._replace(
@@ -129,14 +141,25 @@ def _place(
     return shapes, partials, sums, blocks
 
 
-def _reductions(shape: EntryShape, columns_of_tile: int) -> Iterator[np.ndarray]:
+def _row_parts(shape: EntryShape, fused: bool, block: int) -> range:
+    """Returns the places of a block's partial sums of rows, see ``partial_sum_pointers``."""
+    width = tile_columns(fused)
+    if fused:
+        first, last = block * shape.block_columns, (block + 1) * shape.block_columns - 1
+        return range(first // width + block, last // width + block + 1)
+    tiles = ceil_div(shape.block_columns, width)
+    return range(block * tiles, (block + 1) * tiles)
+
+
+def _reductions(number: int, shape: EntryShape, fused: bool) -> Iterator[np.ndarray]:
     """Yields the work of ``combine_kernel`` on one entry."""
-    tiles = ceil_div(shape.block_columns, columns_of_tile)
     for block in range(shape.column_blocks):  # [tiles, rows] to [rows]
+        parts = _row_parts(shape, fused, block)
         yield _reduction(
+            entry=number,
             size=shape.rows,
-            source=shape.row_partials + block * tiles * shape.rows,
-            count=tiles,
+            source=shape.row_partials + parts.start * shape.rows,
+            count=len(parts),
             stride=shape.rows,
             target=shape.row_sums + block,
             target_stride=shape.column_blocks,
@@ -149,6 +172,7 @@ def _reductions(shape: EntryShape, columns_of_tile: int) -> Iterator[np.ndarray]
     )
     for i in range(vectors):
         yield _reduction(
+            entry=number,
             size=size,
             source=shape.column_partials + i * programs * size,
             count=programs,
@@ -159,47 +183,67 @@ def _reductions(shape: EntryShape, columns_of_tile: int) -> Iterator[np.ndarray]
 
 
 def _reduction(
-    size: int, source: int, count: int, stride: int, target: int, target_stride: int
+    entry: int, size: int, source: int, count: int, stride: int, target: int, target_stride: int
 ) -> np.ndarray:
-    """Returns [programs, 6]: additions of ``count`` vectors of ``size`` sums, ``stride`` apart.
+    """Returns [programs, 7]: additions of ``count`` vectors of ``size`` sums, ``stride`` apart.
 
     The columns are the first partial sum, ``count``, ``stride``, the number of sums, the first sum,
-    and the distance of two sums.
+    the distance of two sums, and the entry.
     """
     first = np.arange(0, size, tile_sizes.COMBINED_WIDTH)
-    reduction = np.empty((len(first), 6), dtype=np.int64)
+    reduction = np.empty((len(first), 7), dtype=np.int64)
     reduction[:, 0] = source + first
     reduction[:, 1] = count
     reduction[:, 2] = stride
     reduction[:, 3] = np.minimum(size - first, tile_sizes.COMBINED_WIDTH)
     reduction[:, 4] = target + first * target_stride
     reduction[:, 5] = target_stride
+    reduction[:, 6] = entry
     return reduction
 
 
-def _row_segments(number: int, shape: EntryShape) -> np.ndarray:
-    """Returns [blocks, 7]: the segments of row [..., R, bc], one for each block of the entry.
+def _row_segments(
+    number: int, shape: EntryShape, first_total: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the segments of row [..., R, bc], and the means of blocks with several segments.
 
-    The columns are the entry, whether the stripe is col, the first element, the distance of two
-    elements, their number, the number of squares in each mean, and the block.
+    Args:
+        number: The entry's number.
+        shape: Its shape.
+        first_total: The index of the first sum of a segment in ``Buffers.totals``.
+
+    Returns:
+        [segments, 8]: the entry, whether the stripe is col, the first element, the distance of two
+        elements, their number, the number of squares in each mean, the block, and the index of the
+        segment's sum, or -1 if the block has no other segment.
+
+        [blocks, 4]: the block, the index of its first sum, their number, and the number of rows.
     """
     row_blocks = shape.rows // shape.block_rows
-    row, column = (axis.ravel() for axis in np.indices((row_blocks, shape.column_blocks)))
-    segments = np.zeros((len(row), 7), dtype=np.int64)
+    size = tile_sizes.STRIPE_BLOCK
+    parts = ceil_div(shape.block_rows, size)
+    axes = np.indices((row_blocks, shape.column_blocks, parts))
+    row, column, part = (axis.ravel() for axis in axes)
+    block = shape.first_block + row * shape.column_blocks + column
+    totals = first_total + np.arange(len(block))
+    segments = np.zeros((len(block), 8), dtype=np.int64)
     segments[:, 0] = number
-    segments[:, 2] = row * shape.block_rows * shape.column_blocks + column
+    segments[:, 2] = (row * shape.block_rows + part * size) * shape.column_blocks + column
     segments[:, 3] = shape.column_blocks
-    segments[:, 4] = shape.block_rows
+    segments[:, 4] = np.minimum(shape.block_rows - part * size, size)
     segments[:, 5] = shape.block_columns
-    segments[:, 6] = shape.first_block + row * shape.column_blocks + column
-    return segments
+    segments[:, 6] = block
+    segments[:, 7] = totals if parts > 1 else -1
+    first = np.flatnonzero(part == 0) if parts > 1 else np.arange(0)
+    means = np.stack([block, totals, np.full_like(block, parts)], axis=1)[first]
+    return segments, np.insert(means, 3, shape.block_rows, axis=1)
 
 
 def _column_segments(number: int, shape: EntryShape) -> np.ndarray:
-    """Returns [programs, 7]: the segments of col [..., br, C], in ``_row_segments``'s columns."""
+    """Returns [programs, 8]: the segments of col [..., br, C], in ``_row_segments``'s columns."""
     size = shape.rows // shape.block_rows * shape.columns
     first = np.arange(0, size, tile_sizes.STRIPE_BLOCK)
-    segments = np.zeros((len(first), 7), dtype=np.int64)
+    segments = np.zeros((len(first), 8), dtype=np.int64)
     segments[:, 0] = number
     segments[:, 1] = 1
     segments[:, 2] = first
