@@ -1,5 +1,7 @@
 """The recipes' Trainer warns of 16-bit weights that are rounded to nearest."""
 
+import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,8 @@ import pytest
 import torch
 from trainer_runs import Counting, arguments, tiny_model
 
+from benchmarks import weight_rounding
+from benchmarks.small_trainings import ADAMW, same_but_seed
 from striped_hf.trainer.causal_lm import CausalLMTrainer
 
 
@@ -49,6 +53,25 @@ def test_rounding_to_nearest_is_warned_of_once(tmp_path, caplog, optim, optim_ar
     assert warning.startswith(f"{name} rounds new bfloat16 weights")
     assert "--optim striped_adamw_8bit" in warning
     assert "--dtype float32" in warning
+
+
+def test_the_losses_in_the_warning_are_those_of_the_results_file(tmp_path, caplog):
+    path = Path(weight_rounding.__file__).parents[1] / weight_rounding.RESULTS
+    measured = json.loads(path.read_text(encoding="utf-8"))
+
+    def mean(optim: str, dtype: str) -> str:
+        (rows,) = (
+            rows
+            for rows in same_but_seed(measured)
+            if (rows[0]["task"], rows[0]["learning_rate"]) == (weight_rounding.FINETUNE, 3e-5)
+            and (rows[0]["optim"], rows[0]["dtype"], rows[0]["options"]) == (optim, dtype, {})
+        )
+        return f"{statistics.mean(row['eval_loss'] for row in rows):.2f}"
+
+    (warning,) = warnings(tmp_path, caplog, torch.bfloat16, optim="adamw_torch_fused")
+    exact, lost = mean(ADAMW, "float32"), mean(ADAMW, "bfloat16")
+    assert f"loss of {exact} with float32 weights and of {lost} with bfloat16 weights" in warning
+    assert f"reached {mean('striped_adamw_8bit', 'bfloat16')} with bfloat16 weights" in warning
 
 
 @pytest.mark.parametrize(
