@@ -13,12 +13,13 @@ class ForwardClipping:
     that are folded into the momentum one by one are multiplied by min(1, max_norm / assumed). After
     the last one the norm is known. If it is at most twice the assumed one, the difference stays:
     the scale of a gradient changes AdamW's update only by the gradient's share in the averages. If
-    it is larger, as in a spike, ``correction`` reduces the gradient's share to the share that
-    clipping would have given.
+    it is larger, as in a spike, ``correction`` is a factor of the whole momentum, which no longer
+    keeps this gradient apart from earlier ones. So the momentum shrinks with a spike and takes some
+    steps to grow again.
 
     The next step assumes this step's norm, but at most twice the norm that this step assumed, or
-    twice max_norm if that is larger. So a spike does not shrink the step after it, and norms that
-    stay larger are reached in a few steps.
+    twice max_norm if that is larger. So a spike does not change how the step after it is clipped,
+    and norms that stay larger are reached in a few steps.
 
     ``max_norm`` may change at any time. The first gradient of a step decides the coefficient of all
     its gradients.
