@@ -414,7 +414,7 @@ def fold(
 
     Squares of gradients do not add up to the square of their sum S, but y is linear in them, and
     the expectation of y_iq^2 is the sum of S_ij^2 over block q (Alon, Matias and Szegedy 1996,
-    "The space complexity of approximating the frequency moments"). ``squares_of_sum`` uses it.
+    "The space complexity of approximating the frequency moments"). ``whole_sums`` uses it.
     """
     (sums,) = statistics([entry])
     assert sums is not None
@@ -460,28 +460,14 @@ def step_folded(entries: list[Entry], sums: list[Sums], settings: Settings) -> N
     update(entries, stripes(entries, sums, settings), settings)
 
 
-def squares_of_sum(folded: Folded, blocks: Blocks) -> Tensor:
-    """Estimates the sum of squares of the sum of folded gradients, in each block of a matrix.
-
-    A block of 128 columns counts for the block of the matrix in which it begins.
-
-    Returns:
-        [..., br, bc] float32.
-    """
-    assert folded.sketch is not None
-    squares = folded.sketch.square().unflatten(-2, (blocks[0], -1)).sum(-2)
-    columns, widths = folded.col_sums.shape[-1], squares.shape[-1]
-    begins = torch.arange(widths, device=squares.device) * momentum.BLOCK_SIZE
-    of_block = begins * blocks[1] // columns
-    result = squares.new_zeros(*squares.shape[:-1], blocks[1])
-    return result.index_add_(-1, of_block, squares)
-
-
 def whole_sums(folded: Folded, blocks: Blocks, count: int) -> Sums:
     """Returns the sums of squares of the sum of the folded gradients, by row and by column.
 
-    For more than one gradient they are an estimate: the sums of the gradients' squares, multiplied
-    in each block of the matrix by a ratio that the sketch gives for the whole block.
+    For more than one gradient they are estimates from the sketch y and the sums of the gradients'
+    squares, in each block of the matrix alone. For row i, sum_q y_iq^2 has no bias. Its noise
+    averages out in the row stripe. A block of 128 columns counts for the block of the matrix in
+    which it begins. The sums by column are the sums of the gradients' squares, multiplied by the
+    ratio of the rows' estimates to the rows' sums.
 
     Args:
         folded: The sums of the gradients of a step.
@@ -491,14 +477,29 @@ def whole_sums(folded: Folded, blocks: Blocks, count: int) -> Sums:
     row_sums, col_sums = folded.row_sums, folded.col_sums
     if count == 1:
         return row_sums, col_sums
-    row_grid = row_sums.unflatten(-2, (blocks[0], -1))
-    ratio = squares_of_sum(folded, blocks) / row_grid.sum(-2)
-    # 0/0 is a block of zeros; by Cauchy-Schwarz no ratio is above the number of gradients
-    ratio = torch.where(ratio > count, count, ratio).nan_to_num(nan=1.0, posinf=torch.inf)
-    return (
-        (row_grid * ratio.unsqueeze(-2)).flatten(-3, -2),
-        (col_sums.unflatten(-1, (blocks[1], -1)) * ratio.unsqueeze(-1)).flatten(-2),
+    assert folded.sketch is not None
+    squares, given = folded.sketch.square(), row_sums
+    columns, widths = col_sums.shape[-1], squares.shape[-1]
+    if columns < blocks[1] * momentum.BLOCK_SIZE:  # no block of columns begins in some blocks
+        squares, given = squares.sum(-1, keepdim=True), row_sums.sum(-1, keepdim=True)
+    else:
+        begins = torch.arange(widths, device=squares.device) * momentum.BLOCK_SIZE
+        block = begins * blocks[1] // columns
+        squares = torch.zeros_like(row_sums).index_add_(-1, block, squares)
+    by_row = _ratio(squares, given, count * momentum.BLOCK_SIZE)
+    of_block, given_of_block = (
+        each.unflatten(-2, (blocks[0], -1)).sum(-2) for each in (squares, given)
     )
+    by_block = _ratio(of_block, given_of_block, count)
+    cols = col_sums.unflatten(-1, (blocks[1], -1)) * by_block.unsqueeze(-1)
+    return row_sums * by_row, cols.flatten(-2)
+
+
+def _ratio(squares: Tensor, given: Tensor, largest: int) -> Tensor:
+    """Divides squares of a sum by the sum of squares; the result is bounded by Cauchy-Schwarz."""
+    ratio = squares / given
+    # 0/0 belongs to zeros
+    return torch.where(ratio > largest, largest, ratio).nan_to_num(nan=1.0)
 
 
 def _gradient(grad: Tensor, settings: Settings) -> Tensor:
