@@ -165,7 +165,7 @@ def test_statistics_and_update_do_what_step_does(
     settings = [{}, {"lagged": True}]
     whole = [run("cpu", momentum_dtype, **each)[0] for each in settings]
 
-    def step(entries: list[Entry], settings: Settings) -> None:
+    def step(entries: list[Entry], settings: Settings, known: object = None) -> None:
         roots = reference.stripes(entries, cpu.statistics(entries), settings)
         for entry in entries:  # a part of a sharded matrix has no stripes
             for key in ("exp_avg_sq_row", "exp_avg_sq_col"):
