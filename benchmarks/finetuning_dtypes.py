@@ -5,8 +5,9 @@ SmolLM2-135M-Instruct on tiny Shakespeare in its own tokens, by recipes/compare_
     python data_scripts/shakespeare.py --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct \\
         --output_dir data/shakespeare_smollm2
     flags="--model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \\
-        --data_dir data/shakespeare_smollm2 --max_steps 40 --gradient_accumulation_steps 1 \\
-        --gradient_checkpointing true --per_device_eval_batch_size 1 --eval_strategy no \\
+        --data_dir data/shakespeare_smollm2 --max_steps 30 --gradient_accumulation_steps 1 \\
+        --gradient_checkpointing true --per_device_eval_batch_size 1 \\
+        --eval_strategy no --eval_on_start false \\
         --save_strategy no --load_best_model_at_end false"
     python recipes/compare_optimizers.py recipes/finetune_shakespeare.py \\
         --optim adamw_torch_fused --output_dir out/float32 -- $flags
