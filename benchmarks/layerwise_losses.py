@@ -10,6 +10,7 @@ second part one step in a hundred sees noise, whose gradient is large, and the r
 they clip it. A run that was stopped goes on where it was.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -59,34 +60,33 @@ def trainings() -> list[Training]:
 
 def render_accumulation(results: dict[str, Any]) -> str:
     """Makes the Markdown table of the losses by the number of micro-batches."""
-    header = ("optimizer", "micro-batches of a step", "train loss", "val loss")
-    rows = [
-        (
-            f"`{rows[0]['optim']}`",
-            str(rows[0]["micro_batches"]) if rows[0]["optim"].endswith("_layerwise") else "any",
-            mean_and_range(rows, "train_loss"),
-            mean_and_range(rows, "eval_loss"),
-        )
-        for rows in same_but_seed(results)
-        if rows[0]["task"] == ACCUMULATION
-    ]
-    return markdown_table(header, rows)
+    return _render(results, ACCUMULATION, "micro-batches of a step", _micro_batches_of)
 
 
 def render_spikes(results: dict[str, Any]) -> str:
     """Makes the Markdown table of the losses by the kind of clipping."""
-    header = ("optimizer", "clipping", "train loss", "val loss")
+    return _render(results, SPIKES, "clipping", _clipping_of)
+
+
+def _render(
+    results: dict[str, Any], task: str, title: str, cell_of: Callable[[dict[str, Any]], str]
+) -> str:
+    """Makes the Markdown table of one task, with a column that tells the trainings apart."""
     rows = [
         (
             f"`{rows[0]['optim']}`",
-            _clipping_of(rows[0]),
+            cell_of(rows[0]),
             mean_and_range(rows, "train_loss"),
             mean_and_range(rows, "eval_loss"),
         )
         for rows in same_but_seed(results)
-        if rows[0]["task"] == SPIKES
+        if rows[0]["task"] == task
     ]
-    return markdown_table(header, rows)
+    return markdown_table(("optimizer", title, "train loss", "val loss"), rows)
+
+
+def _micro_batches_of(row: dict[str, Any]) -> str:
+    return str(row["micro_batches"]) if row["optim"].endswith("_layerwise") else "any"
 
 
 def _clipping_of(row: dict[str, Any]) -> str:

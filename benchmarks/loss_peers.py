@@ -4,7 +4,6 @@ A peer imports its package when it is built: a package that is not installed cos
 Every optimizer has the task's betas and weight decay, and otherwise its own defaults.
 """
 
-import importlib.metadata
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.optimizer_peers import ChainedOptimizer, states
+from benchmarks.optimizer_peers import ChainedOptimizer, installed_version, states
 from striped_hf.optim import StripedAdamW
 from striped_hf.trainer import param_groups
 from striped_hf.trainer.memory import tensor_bytes
@@ -50,10 +49,7 @@ class Peer:
         """
         if self.package == "striped_hf":
             return _optimizer_commit()
-        try:
-            return importlib.metadata.version(self.package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
+        return installed_version(self.package)
 
 
 def _optimizer_commit() -> str:

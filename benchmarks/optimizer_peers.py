@@ -44,10 +44,15 @@ class Peer:
 
     def version(self) -> str | None:
         """Returns the installed version of the package; None if it is not installed."""
-        try:
-            return importlib.metadata.version(self.package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
+        return installed_version(self.package)
+
+
+def installed_version(package: str) -> str | None:
+    """Returns the version of an installed distribution; None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 class ChainedOptimizer:
