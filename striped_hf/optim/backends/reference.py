@@ -74,18 +74,19 @@ def step(entries: list[Entry], settings: Settings, known: Known | None = None) -
     Args:
         entries: The entries of one param group.
         settings: The param group's settings.
+        known: Not used.
     """
     update(entries, stripes(entries, statistics(entries), settings), settings)
-
-
-# -------------------------------------------------------------------------------------------------
-# sums of squares
-# -------------------------------------------------------------------------------------------------
 
 
 def step_known(known: Known, steps: list[int], settings: Settings) -> bool:
     """Does nothing; this backend needs the entries."""
     return False
+
+
+# -------------------------------------------------------------------------------------------------
+# sums of squares
+# -------------------------------------------------------------------------------------------------
 
 
 def statistics(entries: list[Entry]) -> list[Sums | None]:
