@@ -246,8 +246,12 @@ def test_gradients_that_are_gone_have_the_figures_of_others(tmp_path, passes):
         train, ("striped_adamw_layerwise", "striped_adamw")
     )
     assert layerwise.keys() == ordinary.keys()
-    rel = 0.1 if passes > 1 else 1e-4  # accumulated, the norm and the second moment are estimates
     for key in layerwise.keys() - {"tokens_per_second", "mfu", "peak_memory_mib"}:
+        rel = 1e-4
+        if passes > 1:  # the norm and the second moment are estimates
+            # After 3 steps a row's second moment is a mean of 6 squares of random sums: 2 blocks of
+            # 128 columns a step. The mean of its inverse root is 1.15 of that of the true moment.
+            rel = 0.3 if key.startswith("update_ratio") else 0.1
         assert layerwise[key] == pytest.approx(ordinary[key], rel=rel), key
     for key in ("nonfinite_steps", "nonfinite_values"):
         assert after[key] == expected[key]
