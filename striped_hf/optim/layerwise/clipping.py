@@ -7,22 +7,25 @@ _LARGEST_RATIO = 2.0  # the ratio of a norm to the assumed norm
 
 
 class ForwardClipping:
-    """Clips the gradients of a step to a norm, by the norm of the step before.
+    """Clips the gradients of a step to a norm that is known only after them.
 
     ``torch.nn.utils.clip_grad_norm_`` multiplies gradients by min(1, max_norm / norm). Gradients
-    that are folded into the momentum one by one are multiplied by min(1, max_norm / assumed). After
-    the last one the norm is known. If it is at most twice the assumed one, the difference stays:
-    the scale of a gradient changes AdamW's update only by the gradient's share in the averages. If
-    it is larger, as in a spike, ``correction`` is a factor of the whole momentum, which no longer
-    keeps this gradient apart from earlier ones. So the momentum shrinks with a spike and takes some
-    steps to grow again.
+    that are folded into the momentum one by one are multiplied by min(1, max_norm / assumed). The
+    assumed norm is the norm of the step before. If an estimate by the gradients so far
+    (``norm_estimate``) is more than twice as large, as in a spike, the estimate takes its place.
+
+    After the last gradient the norm is known. If a gradient's factor is at most twice the right
+    one, the difference stays: the scale of a gradient changes AdamW's update only by the gradient's
+    share in the averages. If it is larger, ``corrections`` has a factor of the whole momentum,
+    which no longer keeps this gradient apart from earlier ones. Then the momentum shrinks and takes
+    some steps to grow again.
 
     The next step assumes this step's norm, but at most twice the norm that this step assumed, or
     twice max_norm if that is larger. So a spike does not change how the step after it is clipped,
     and norms that stay larger are reached in a few steps.
 
-    ``max_norm`` may change at any time. The first gradient of a step decides the coefficient of all
-    its gradients.
+    ``max_norm`` may change at any time. The first gradient of a step decides whether its gradients
+    are clipped, and to which norm.
 
     No number is read from the device.
     """
@@ -30,37 +33,55 @@ class ForwardClipping:
     def __init__(self, max_norm: float | None) -> None:
         self.max_norm = max_norm
         self.assumed: Tensor | None = None  # [] float32
+        self.is_exact = False  # whether the assumed norm is the norm of this step
         self._has_begun = False
-        self._used: Tensor | None = None  # [] float32, this step's coefficient
+        self._max_norm_of_step: float | None = None  # None: this step's gradients are not clipped
 
     def begin_step(self) -> None:
-        """Forgets the coefficient of the step before."""
-        self._has_begun, self._used = False, None
+        """Forgets what the step before decided."""
+        self.is_exact, self._has_begun, self._max_norm_of_step = False, False, None
 
-    def coefficient(self, device: torch.device) -> Tensor | None:
-        """Returns the factor of this step's folded gradients; None: 1."""
-        if not self._has_begun and self.max_norm is not None and self.assumed is not None:
-            self._used = self.clip(self.assumed)
-        self._has_begun = True
-        return None if self._used is None else self._used.to(device)
+    @property
+    def is_active(self) -> bool:
+        """Whether this step's folded gradients have coefficients."""
+        if not self._has_begun:
+            self._has_begun = True
+            if self.assumed is not None:
+                self._max_norm_of_step = self.max_norm
+        return self._max_norm_of_step is not None
+
+    def coefficient(self, device: torch.device, estimate: Tensor | None = None) -> Tensor:
+        """Returns the factor of a gradient that is folded: [] float32.
+
+        Args:
+            device: Of the result.
+            estimate: [] float32, an estimate of the norm of all gradients; None: there is none.
+        """
+        assert self.assumed is not None
+        assert self._max_norm_of_step is not None
+        norm = self.assumed.to(device)
+        if estimate is not None:
+            is_spike = (estimate > _LARGEST_RATIO * norm) & estimate.isfinite()
+            norm = torch.where(is_spike, estimate.to(device), norm)
+        return _clip(norm, self._max_norm_of_step)
 
     def clip(self, norm: Tensor) -> Tensor:
         """Returns min(1, max_norm / norm), as ``torch.nn.utils.clip_grad_norm_`` computes it."""
         assert self.max_norm is not None
-        return (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        return _clip(norm, self.max_norm)
 
     def assume(self, norm: Tensor) -> None:
-        """Sets the norm that this step assumes. Call it before the first ``fold``."""
-        self.assumed = norm
+        """Sets the norm of this step. Call it before the first gradient is folded."""
+        self.assumed, self.is_exact = norm, True
 
-    def correction(self, norm: Tensor) -> Tensor:
-        """Returns a second factor for the folded gradients, after the first one: [] float32.
+    def corrections(self, norm: Tensor, used: Tensor) -> Tensor:
+        """Returns second factors for folded gradients, after the first ones: [n] float32.
 
         Args:
             norm: [] float32, the norm of all gradients of the step, before clipping.
+            used: [n] float32, the first factors.
         """
-        used = torch.ones_like(norm) if self._used is None else self._used.to(norm.device)
-        ratio = self.clip(norm) / used
+        ratio = self.clip(norm).to(used.device) / used
         return torch.where(ratio * _LARGEST_RATIO < 1, ratio, torch.ones_like(ratio))
 
     def end_step(self, norm: Tensor) -> None:
@@ -72,3 +93,7 @@ class ForwardClipping:
         before = self.assumed.to(norm.device)
         following = torch.minimum(norm, _LARGEST_RATIO * before.clamp(min=self.max_norm))
         self.assumed = torch.where(norm.isfinite(), following, before)
+
+
+def _clip(norm: Tensor, max_norm: float) -> Tensor:
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)

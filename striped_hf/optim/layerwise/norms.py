@@ -18,7 +18,10 @@ def square_norms_of_gradients(grads: list[Tensor]) -> list[Tensor]:
 
 
 def square_norms_of_folded(opened: dict[Tensor, OpenMatrix]) -> list[Tensor]:
-    """Returns the squares of the norms of the folded gradients, [] each, over all processes."""
+    """Returns the squares of the norms of the folded gradients, [] each, over all processes.
+
+    The gradients count as they were before clipping.
+    """
     plain: dict[torch.device, list[Tensor]] = {}
     sharded: dict[tuple[DeviceMesh, tuple[Placement, ...]], list[Tensor]] = {}
     for param, matrix in opened.items():

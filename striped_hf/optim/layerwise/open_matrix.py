@@ -30,6 +30,7 @@ class OpenMatrix:
         momentum_dtype: The format of ``momentum``.
         folded: The sums of the gradients.
         count: The number of folded gradients.
+        coefficient: [] float32, the factor with which gradients are folded; None: 1.
     """
 
     def __init__(self, description: Description, state: State, accumulates: bool) -> None:
@@ -44,6 +45,7 @@ class OpenMatrix:
         self.momentum_dtype = description.momentum_dtype
         self.momentum = {key: _local(state[key]) for key in _MOMENTUM if key in state}
         self.count = 0
+        self.coefficient: Tensor | None = None
         # re-encoding 4-bit codes for each gradient would add up to errors larger than the momentum
         if accumulates and self.momentum_dtype == "int4":
             self.momentum_dtype = "int8"
@@ -77,7 +79,6 @@ class OpenMatrix:
         step: int,
         backend: Backend,
         settings: Settings,
-        coefficient: Tensor | None,
         rows: slice | None = None,
     ) -> None:
         """Adds a gradient, or some rows of one. ``count`` is for the caller to change.
@@ -87,7 +88,6 @@ class OpenMatrix:
             step: The number of the next step.
             backend: The backend that computes.
             settings: The param group's settings.
-            coefficient: [] float32, a factor of the gradient; None: 1.
             rows: Rows of a plain matrix without blocks; None: all rows of any matrix.
         """
         layout, pieces = self.description.layout, self.pieces
@@ -107,17 +107,19 @@ class OpenMatrix:
                 whole_stride=piece.whole_stride,
             )
             folded = self._folded_of(piece)
-            backend.fold(entry, folded, settings, self.count == 0, coefficient)
+            backend.fold(entry, folded, settings, self.count == 0, self.coefficient)
 
     def square_norm(self) -> Tensor:
-        """Returns the square of the norm of the sum of the added gradients: [] float32.
+        """Returns the square of the norm of the sum of the gradients before clipping: [] float32.
 
         For several gradients it is an estimate. For a sharded matrix it is this process's part.
         """
         if self.count == 1:
-            return self.folded.row_sums.sum()
-        assert self.folded.sketch is not None
-        return self.folded.sketch.square().sum()
+            square = self.folded.row_sums.sum()
+        else:
+            assert self.folded.sketch is not None
+            square = self.folded.sketch.square().sum()
+        return square if self.coefficient is None else square / self.coefficient.square()
 
     def multiply(self, factor: Tensor) -> None:
         """Multiplies the momentum and the gradients in the sums.

@@ -1,7 +1,7 @@
 """LayerwiseStripedAdamW: StripedAdamW without stored gradients."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple, overload
@@ -18,9 +18,10 @@ from striped_hf.optim.checks import (
     problem_of_shards,
     problem_of_state,
 )
-from striped_hf.optim.interface import Entry, Group, Sums
+from striped_hf.optim.interface import Entry, Group, State, Sums
 from striped_hf.optim.layerwise.clipping import ForwardClipping
 from striped_hf.optim.layerwise.hooks import GradientHooks, RowBlocks, RowConsumer
+from striped_hf.optim.layerwise.norm_estimate import NormEstimate
 from striped_hf.optim.layerwise.norms import square_norms_of_folded, square_norms_of_gradients
 from striped_hf.optim.layerwise.open_matrix import OpenMatrix
 from striped_hf.optim.options import settings_of
@@ -109,6 +110,7 @@ class LayerwiseStripedAdamW(StripedAdamW):
         self._open: dict[Tensor, OpenMatrix] = {}  # since the last step
         self._places: dict[int, _Place] | None = None
         self._norm: Tensor | None = None
+        self._norm_estimate: NormEstimate | None = None  # of this step
         self._hooks = GradientHooks(self._on_gradient, self._row_consumer)
         super().__init__(params, *args, **options)
 
@@ -211,13 +213,49 @@ class LayerwiseStripedAdamW(StripedAdamW):
         step = self._next_step(self.state[param])
         settings = settings_of(self._place_of(param).group, False)
         backend = self._backend(param.device.type)
-        coefficient = self._clipping.coefficient(param.device)
+        is_decided = opened.count > 0
         for rows, grad in blocks:
             if self.gradient_hook is not None:
                 self.gradient_hook(param, grad)
-            opened.fold(grad, step, backend, settings, coefficient, rows)
+            if not is_decided:
+                opened.coefficient = self._coefficient(param, rows, grad)
+                is_decided = True
+            opened.fold(grad, step, backend, settings, rows)
         opened.count += 1
+        if opened.count == 1 and self._norm_estimate is not None:
+            self._norm_estimate.add(param, opened.square_norm())
         self._norm = None
+
+    def _coefficient(self, param: Tensor, rows: slice | None, grad: Tensor) -> Tensor | None:
+        """Returns the factor with which clipping folds a matrix's gradients; None: 1.
+
+        Args:
+            param: The matrix.
+            rows: The rows that the first of its gradients has; None: all.
+            grad: That gradient.
+        """
+        if not self._clipping.is_active:
+            return None
+        estimate = None
+        if not (is_sharded(param) or self._clipping.is_exact):
+            if self._norm_estimate is None:
+                self._norm_estimate = NormEstimate(self._known_matrices())
+            estimate = self._norm_estimate.norm()
+            if estimate is None:
+                estimate = self._norm_estimate.norm_by(param, self.state[param], rows, grad)
+        return self._clipping.coefficient(param.device, estimate)
+
+    def _known_matrices(self) -> Iterator[tuple[Tensor, State, float]]:
+        """Yields what ``NormEstimate`` needs of the plain matrices that had a step."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if not param.requires_grad or is_sharded(param) or not _is_large(param):
+                    continue
+                state = self.state.get(param)
+                if state and "exp_avg_sq_row" in state and self._is_folded(param):
+                    step = self._next_step(state) - 1
+                    if step > 0:
+                        yield param, state, 1 - group["betas"][1] ** step
 
     def _opened(self, param: Tensor, grad: Tensor | None) -> OpenMatrix:
         """Returns a matrix that is open for a gradient.
@@ -346,9 +384,7 @@ class LayerwiseStripedAdamW(StripedAdamW):
 
     def _compute_norm(self) -> Tensor:
         squares = square_norms_of_gradients(self._kept_gradients())
-        for square in square_norms_of_folded(self._open):
-            coefficient = self._clipping.coefficient(square.device)
-            squares.append(square if coefficient is None else square / coefficient.square())
+        squares += square_norms_of_folded(self._open)
         if not squares:
             return torch.zeros(())
         return torch.stack([each.to(squares[-1].device) for each in squares]).sum().sqrt()
@@ -376,9 +412,15 @@ class LayerwiseStripedAdamW(StripedAdamW):
         for grad in self._kept_gradients():
             local = grad.to_local() if is_sharded(grad) else grad
             local.mul_(coefficient.to(local.device))
-        correction = self._clipping.correction(norm)
+        of_device: dict[torch.device, list[OpenMatrix]] = {}
         for param, opened in self._open.items():
-            opened.multiply(correction.to(param.device))
+            of_device.setdefault(param.device, []).append(opened)
+        for device, some in of_device.items():
+            one = torch.ones((), device=device)
+            used = [one if each.coefficient is None else each.coefficient for each in some]
+            corrections = self._clipping.corrections(norm, torch.stack(used))
+            for each, correction in zip(some, corrections.unbind(), strict=True):
+                each.multiply(correction)
         self._clipping.end_step(norm)
 
     def _folded_of(self, param: Tensor) -> OpenMatrix | None:
@@ -429,7 +471,7 @@ class LayerwiseStripedAdamW(StripedAdamW):
 
     def _forget_step(self) -> None:
         self._open.clear()
-        self._norm = None
+        self._norm = self._norm_estimate = None
         self._clipping.begin_step()
         self._places = None  # other code may change the groups until the next step
 
