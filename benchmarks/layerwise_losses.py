@@ -92,7 +92,7 @@ def _micro_batches_of(row: dict[str, Any]) -> str:
 def _clipping_of(row: dict[str, Any]) -> str:
     if row["max_grad_norm"] is None:
         return "none"
-    assumed = "the step before's norm, corrected after a spike"
+    assumed = "the step before's norm, or a larger estimate by the first gradients"
     return assumed if row["optim"].endswith("_layerwise") else "the norm of all gradients"
 
 

@@ -140,8 +140,8 @@ def blocks(monkeypatch):
     monkeypatch.setattr(losses, "_CHUNK_LOGITS", 90 * 11)
 
 
-def optimizer_of(weight, **options):
-    return LayerwiseStripedAdamW([weight], lr=1e-2, **options)
+def optimizer_of(weight, lr=1e-2, **options):
+    return LayerwiseStripedAdamW([weight], lr=lr, **options)
 
 
 def train(untied, dtype, passes=1, **options):
@@ -167,7 +167,12 @@ def train(untied, dtype, passes=1, **options):
 @pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"momentum_dtype": "int8"}, {"maximize": True, "max_grad_norm": 0.5}],
+    [
+        {},
+        {"momentum_dtype": "int8"},
+        # steps so small that no block of rows says that the norm has grown
+        {"maximize": True, "max_grad_norm": 0.5, "lr": 1e-4},
+    ],
     ids=str,
 )
 def test_folding_rows_is_folding_the_whole_gradient(backend, dtype, passes, options):
@@ -180,6 +185,27 @@ def test_folding_rows_is_folding_the_whole_gradient(backend, dtype, passes, opti
         within = 0.005 if dtype == torch.float32 else 0.02
     for key, value in whole.items():
         assert (in_rows[key] - value).norm() < within * value.norm(), key
+
+
+@pytest.mark.usefixtures("blocks")
+def test_the_first_block_of_rows_tells_that_a_step_is_a_spike():
+    hidden, weight, labels = (x.detach() for x in tensors(torch.float32, **LARGE))
+    labels = torch.arange(90) * 7 % 700  # every block has its share of the gradient
+    momenta = []
+    for untied in (False, True):
+        param = torch.nn.Parameter(0.1 * weight)
+        optimizer = optimizer_of(param, lr=0.0, max_grad_norm=200.0)
+        for factor in (1.0, 1.0, 1.0, 100.0):
+            loss = linear_cross_entropy(hidden, param, labels, untied=untied)
+            (factor * loss).backward()
+            norm = optimizer.grad_norm().item() / factor
+            optimizer.step()
+        momenta.append(optimizer.state[param]["exp_avg"].norm().item() / (0.1 * norm))
+    # three gradients that are not clipped, and one that is clipped to a norm of 200
+    assert norm < 200
+    exact = 0.9 + 0.9**2 + 0.9**3 + 200 / norm
+    assert momenta[0] == pytest.approx(exact, rel=0.01)
+    assert momenta[1] == pytest.approx(exact, rel=0.3)
 
 
 @pytest.mark.usefixtures("blocks")

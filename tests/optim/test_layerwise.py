@@ -510,6 +510,35 @@ def test_a_spike_weighs_no_more_than_clipping_lets_it() -> None:
         assert optimizer.state[param]["exp_avg"].norm() < 0.3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_spike_leaves_the_momentum_of_earlier_steps(dtype: torch.dtype) -> None:
+    """The first gradients of a step tell that it is a spike, before they are folded."""
+    states = []
+    for cls in (StripedAdamW, LayerwiseStripedAdamW):
+        torch.manual_seed(6)
+        params = [
+            parameter(torch.zeros(shape, dtype=dtype))
+            for shape in ((256, 512), (4, 256, 256), (512, 256), (300, 256))
+        ]
+        is_layerwise = cls is LayerwiseStripedAdamW
+        options: dict[str, Any] = {"max_grad_norm": 1.0} if is_layerwise else {}
+        optimizer = cls([{"params": params[:2]}, {"params": params[2:]}], lr=0.0, **options)
+        for step in range(8):
+            scale = 100.0 if step == 7 else 0.9
+            grads = [torch.randn(p.shape) for p in params]
+            for grad, share in zip(grads, (1.0, 0.1, 5.0, 0.01), strict=True):
+                grad *= scale * share / (26**0.5) / grad.norm()
+            loss = sum((p * grad).sum() for p, grad in zip(params[:-1], grads[:-1], strict=True))
+            (loss if step == 3 else loss + (params[-1] * grads[-1]).sum()).backward()
+            if not is_layerwise:
+                torch.nn.utils.clip_grad_norm_(params, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        states.append([optimizer.state[p]["exp_avg"] for p in params])
+    for exact, folded in zip(*states, strict=True):
+        assert (folded - exact).norm() < 0.05 * exact.norm()
+
+
 def test_norms_that_grow_for_good_are_followed() -> None:
     torch.manual_seed(4)
     param = nn.Parameter(torch.zeros(256, 256))

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-_LARGEST_RATIO = 2.0  # the ratio of a norm to the assumed norm
+_LARGEST_RATIO = 2.0  # of a norm to the assumed norm
+_SPIKE_RATIO = 1.3  # estimates are mostly within 30% of the norm
 
 
 class ForwardClipping:
@@ -12,7 +13,7 @@ class ForwardClipping:
     ``torch.nn.utils.clip_grad_norm_`` multiplies gradients by min(1, max_norm / norm). Gradients
     that are folded into the momentum one by one are multiplied by min(1, max_norm / assumed). The
     assumed norm is the norm of the step before. If an estimate by the gradients so far
-    (``norm_estimate``) is more than twice as large, as in a spike, the estimate takes its place.
+    (``norm_estimate``) is over 1.3 times as large, as in a spike, the estimate takes its place.
 
     After the last gradient the norm is known. If a gradient's factor is at most twice the right
     one, the difference stays: the scale of a gradient changes AdamW's update only by the gradient's
@@ -61,7 +62,7 @@ class ForwardClipping:
         assert self._max_norm_of_step is not None
         norm = self.assumed.to(device)
         if estimate is not None:
-            is_spike = (estimate > _LARGEST_RATIO * norm) & estimate.isfinite()
+            is_spike = (estimate > _SPIKE_RATIO * norm) & estimate.isfinite()
             norm = torch.where(is_spike, estimate.to(device), norm)
         return _clip(norm, self._max_norm_of_step)
 
