@@ -32,7 +32,7 @@ import transformers
 from tqdm import tqdm
 
 from benchmarks.loss_grid import RateAndSeed, wanted
-from benchmarks.loss_peers import PEERS, Peer
+from benchmarks.loss_peers import DEFAULTS, PEERS, Peer
 from benchmarks.loss_tables import render
 from benchmarks.loss_tasks import TASKS, Run, Task, check_device, train
 from striped_hf.cli import UserError, run
@@ -128,9 +128,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--model", default="", help="folder or name of the pretrained model; for novels: gpt2"
     )
-    parser.add_argument(
-        "--optimizers", nargs="+", choices=PEERS, default=list(PEERS), metavar="NAME"
-    )
+    parser.add_argument("--optimizers", nargs="+", choices=PEERS, default=DEFAULTS, metavar="NAME")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--processes", type=int, default=2, help="runs side by side")
     parser.add_argument(
