@@ -129,26 +129,6 @@ def striped(momentum_dtype: str, model: Any, lr: float, betas: Betas, weight_dec
     return StripedAdamW(groups, lr=lr, betas=betas, momentum_dtype=momentum_dtype)
 
 
-def partly_exact(part: str, model: Any, lr: float, betas: Betas, weight_decay: float) -> Any:
-    """StripedAdamW with float32 momentum, but AdamW for the matrices of one part."""
-    chosen = {
-        id(p)
-        for name, p in model.named_parameters()
-        if p.dim() == 2 and any(module in name for module in PARTS[part])
-    }
-    exact, rest = [], []
-    for group in param_groups(model, weight_decay):
-        pairs = [(id(p) in chosen, name, p) for name, p in group["params"]]
-        if inside := [p for is_chosen, _, p in pairs if is_chosen]:
-            exact.append({"params": inside, "weight_decay": group["weight_decay"]})
-        if others := [(name, p) for is_chosen, name, p in pairs if not is_chosen]:
-            rest.append({**group, "params": others})
-    return ChainedOptimizer(
-        torch.optim.AdamW(exact, lr=lr, betas=betas, fused=True),
-        StripedAdamW(rest, lr=lr, betas=betas),
-    )
-
-
 def bitsandbytes_adamw8bit(model: Any, lr: float, betas: Betas, weight_decay: float) -> Any:
     from bitsandbytes.optim import AdamW8bit
 
@@ -251,13 +231,6 @@ def muon(model: Any, lr: float, betas: Betas, weight_decay: float) -> Any:
     )
 
 
-# the parts of GPT-2 and of Llama, each with what the names of its matrices contain
-PARTS = {
-    "embeddings": ("wte", "wpe", "embed_tokens"),
-    "attention": ("attn.",),
-    "mlp_in": ("mlp.c_fc", "mlp.gate_proj", "mlp.up_proj"),
-    "mlp_out": ("mlp.c_proj", "mlp.down_proj"),
-}
 BASELINE = "adamw"
 _PEERS = (
     Peer(BASELINE, "torch", adamw, 0),
@@ -286,10 +259,4 @@ _PEERS = (
     Peer("adam_mini", "adam-mini", adam_mini, 2),
     Peer("muon", "torch", muon, 2),
 )
-# they show which matrices the stripes cost something, and are no optimizers to choose from
-_STUDIES = tuple(
-    Peer(f"striped_float32_exact_{part}", "striped_hf", partial(partly_exact, part), 3)
-    for part in PARTS
-)
-PEERS = {peer.name: peer for peer in (*_PEERS, *_STUDIES)}
-DEFAULTS = [peer.name for peer in _PEERS]
+PEERS = {peer.name: peer for peer in _PEERS}

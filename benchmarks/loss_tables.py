@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.loss_grid import wanted
 from benchmarks.loss_peers import BASELINE, PEERS
+from benchmarks.loss_studies import STUDIES
 from benchmarks.loss_tasks import TASKS
 from striped_hf.results import loss_text, markdown_table
 
@@ -68,9 +69,11 @@ def _best_table(results: Results) -> str:
         *("val loss, range", "seeds", "rates", "row"),
     )
     rows = []
-    for name in PEERS:
+    for name in PEERS | STUDIES:
         rates = runs_by_rate(results, name)
         best = best_rate(rates)
+        if name in STUDIES and not rates:
+            continue
         if name in results["reasons"]:
             rows.append((f"`{name}`", *[""] * 7, f"cannot run: {results['reasons'][name]}"))
         elif best is None:
@@ -94,11 +97,11 @@ def _best_table(results: Results) -> str:
 
 
 def _equal_table(results: Results) -> list[str]:
-    """Compares the first group of optimizers with AdamW at equal rates, over their common seeds."""
+    """Compares StripedAdamW with AdamW at equal rates, over their common seeds."""
     baseline = runs_by_rate(results, BASELINE)
     rows = []
-    for name, peer in PEERS.items():
-        if peer.group or name == BASELINE:
+    for name, peer in (PEERS | STUDIES).items():
+        if peer.package != "striped_hf":
             continue
         for rate, runs in runs_by_rate(results, name).items():
             by_seed = {run["seed"]: run for run in baseline.get(rate, [])}

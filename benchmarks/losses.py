@@ -32,7 +32,8 @@ import transformers
 from tqdm import tqdm
 
 from benchmarks.loss_grid import RateAndSeed, wanted
-from benchmarks.loss_peers import DEFAULTS, PEERS, Peer
+from benchmarks.loss_peers import PEERS, Peer
+from benchmarks.loss_studies import STUDIES
 from benchmarks.loss_tables import render
 from benchmarks.loss_tasks import TASKS, Run, Task, check_device, train
 from striped_hf.cli import UserError, run
@@ -65,7 +66,7 @@ def compare(args: argparse.Namespace) -> Results:
     task = TASKS[args.task]
     if args.trial:
         task = replace(task, steps=3, evaluated=4)
-    peers = [PEERS[name] for name in args.optimizers]
+    peers = [(PEERS | STUDIES)[name] for name in args.optimizers]
     settings = {**task.settings(), "model": args.model, "runs": []}
     results = begin_results(args.results, settings, resume=True, device_type=args.device)
     results["reasons"] = {}  # a missing package may be installed now
@@ -128,7 +129,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--model", default="", help="folder or name of the pretrained model; for novels: gpt2"
     )
-    parser.add_argument("--optimizers", nargs="+", choices=PEERS, default=DEFAULTS, metavar="NAME")
+    parser.add_argument(
+        "--optimizers", nargs="+", choices=PEERS | STUDIES, default=list(PEERS), metavar="NAME"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--processes", type=int, default=2, help="runs side by side")
     parser.add_argument(

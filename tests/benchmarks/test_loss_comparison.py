@@ -11,7 +11,10 @@ import torch
 from benchmarks import loss_peers, loss_tables, loss_tasks
 from benchmarks.loss_grid import MOST_RATES, wanted
 from benchmarks.loss_peers import PEERS
+from benchmarks.loss_studies import PARTS, STUDIES, CodedMomentum
+from benchmarks.momentum_codes import CODES
 from striped_hf.cli import UserError
+from striped_hf.optim import StripedAdamW
 
 SCRIPT = "benchmarks.losses"
 RATES, SEEDS = (2.0, 4.0, 8.0), (1, 2, 3)
@@ -89,9 +92,9 @@ def test_every_parameter_is_in_one_group(model):
     assert not any("rank" in group for group in others)
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", PEERS | STUDIES)
 def test_a_peer_trains_every_parameter(name: str, model):
-    peer = PEERS[name]
+    peer = (PEERS | STUDIES)[name]
     if peer.version() is None:
         pytest.skip(f"{peer.package} is not installed")
     if peer.package == "torchao":
@@ -212,6 +215,40 @@ def test_other_settings_do_not_continue_a_results_file(ran: Path, run_script):
 
 
 # -------------------------------------------------------------------------------------------------
+# the variants
+# -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_has_an_exact_second_moment(part: str, model):
+    optimizer = STUDIES[f"striped_float32_exact_{part}"].build(model, 0.1, (0.9, 0.99), 0.1)
+    exact, striped = (
+        {p for group in each.param_groups for p in group["params"]} for each in optimizer.optimizers
+    )
+    assert exact
+    assert exact | striped == set(model.parameters())
+    assert not exact & striped
+
+
+def test_a_coded_momentum_is_that_of_the_format():
+    """The code of int4, in a float32 momentum, trains as int4 does."""
+    weights = []
+    for build in (
+        lambda groups: StripedAdamW(groups, momentum_dtype="int4", lr=0.01),
+        lambda groups: CodedMomentum(CODES["int4"], groups, lr=0.01),
+    ):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((64, 128), (64,))]
+        optimizer = build(params)
+        for _ in range(5):
+            for p in params:
+                p.grad = torch.randn(p.shape)
+            optimizer.step()
+        weights.append(params)
+    for first, second in zip(*weights, strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
+
+
 # the tables
 # -------------------------------------------------------------------------------------------------
 

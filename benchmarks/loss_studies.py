@@ -1,0 +1,77 @@
+"""Variants of StripedAdamW that show where its losses come from; no optimizers to choose from.
+
+``losses.py --optimizers`` accepts them beside the others. Each has one part of the state in another
+way: the second moment of some matrices as in AdamW, or the levels of int4 with another rounding.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.loss_peers import Betas, Peer
+from benchmarks.momentum_codes import CODES, Code
+from benchmarks.optimizer_peers import ChainedOptimizer
+from striped_hf.optim import StripedAdamW
+from striped_hf.trainer import param_groups
+
+# the parts of GPT-2 and of Llama, each with what the names of its matrices contain
+PARTS = {
+    "embeddings": ("wte", "wpe", "embed_tokens"),
+    "attention": ("attn.",),
+    "mlp_in": ("mlp.c_fc", "mlp.gate_proj", "mlp.up_proj"),
+    "mlp_out": ("mlp.c_proj", "mlp.down_proj"),
+}
+
+
+def partly_exact(part: str, model: Any, lr: float, betas: Betas, weight_decay: float) -> Any:
+    """StripedAdamW with float32 momentum, but AdamW for the matrices of one part."""
+    chosen = {
+        id(p)
+        for name, p in model.named_parameters()
+        if p.dim() == 2 and any(module in name for module in PARTS[part])
+    }
+    exact, rest = [], []
+    for group in param_groups(model, weight_decay):
+        pairs = [(id(p) in chosen, name, p) for name, p in group["params"]]
+        if inside := [p for is_chosen, _, p in pairs if is_chosen]:
+            exact.append({"params": inside, "weight_decay": group["weight_decay"]})
+        if others := [(name, p) for is_chosen, name, p in pairs if not is_chosen]:
+            rest.append({**group, "params": others})
+    return ChainedOptimizer(
+        torch.optim.AdamW(exact, lr=lr, betas=betas, fused=True),
+        StripedAdamW(rest, lr=lr, betas=betas),
+    )
+
+
+class CodedMomentum(StripedAdamW):
+    """StripedAdamW whose float32 momentum holds the values of a code after each step."""
+
+    def __init__(self, code: Code, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.code = code
+        self.generator = torch.Generator().manual_seed(0)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for state in self.state.values():
+            if "exp_avg_sq_row" in state:  # vectors have no codes
+                kept = state["exp_avg"]
+                kept.copy_(self.code(kept, self.generator))
+        return loss
+
+
+def coded(code: str, model: Any, lr: float, betas: Betas, weight_decay: float) -> Any:
+    return CodedMomentum(CODES[code], param_groups(model, weight_decay), lr=lr, betas=betas)
+
+
+_STUDIES = (
+    *(
+        Peer(f"striped_float32_exact_{part}", "striped_hf", partial(partly_exact, part), 3)
+        for part in PARTS
+    ),
+    Peer("striped_int4_nearest_value", "striped_hf", partial(coded, "int4, nearest value"), 3),
+    Peer("striped_int4_at_random", "striped_hf", partial(coded, "int4, at random"), 3),
+)
+STUDIES = {peer.name: peer for peer in _STUDIES}
