@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.loss_peers import Betas, Peer
+from benchmarks.loss_peers import BASELINE, PEERS, Betas, Build, Peer
 from benchmarks.momentum_codes import CODES, Code
 from benchmarks.optimizer_peers import ChainedOptimizer
 from striped_hf.optim import StripedAdamW
@@ -44,26 +44,27 @@ def partly_exact(part: str, model: Any, lr: float, betas: Betas, weight_decay: f
     )
 
 
-class CodedMomentum(StripedAdamW):
-    """StripedAdamW whose float32 momentum holds the values of a code after each step."""
+class CodedMomentum:
+    """An optimizer whose float32 momentum of matrices is a value of a code after each step."""
 
-    def __init__(self, code: Code, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.code = code
+    def __init__(self, optimizer: torch.optim.Optimizer, code: Code) -> None:
+        self.optimizer, self.code = optimizer, code
         self.generator = torch.Generator().manual_seed(0)
+        self.param_groups, self.state = optimizer.param_groups, optimizer.state
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        loss = super().step(closure)
-        for state in self.state.values():
-            if "exp_avg_sq_row" in state:  # vectors have no codes
+    def step(self) -> None:
+        self.optimizer.step()
+        for param, state in self.state.items():
+            if param.dim() >= 2:  # vectors have no codes
                 kept = state["exp_avg"]
                 kept.copy_(self.code(kept, self.generator))
-        return loss
 
 
-def coded(code: str, model: Any, lr: float, betas: Betas, weight_decay: float) -> Any:
-    return CodedMomentum(CODES[code], param_groups(model, weight_decay), lr=lr, betas=betas)
+def coded(
+    of: Build, code: str, model: Any, lr: float, betas: Betas, weight_decay: float
+) -> CodedMomentum:
+    return CodedMomentum(of(model, lr, betas, weight_decay), CODES[code])
 
 
 _STUDIES = (
@@ -71,7 +72,14 @@ _STUDIES = (
         Peer(f"striped_float32_exact_{part}", "striped_hf", partial(partly_exact, part), 3)
         for part in PARTS
     ),
-    Peer("striped_int4_nearest_value", "striped_hf", partial(coded, "int4, nearest value"), 3),
-    Peer("striped_int4_at_random", "striped_hf", partial(coded, "int4, at random"), 3),
+    # the levels of int4 with another rounding, and AdamW with the momentum of int4
+    *(
+        Peer(name, package, partial(coded, PEERS[of].build, code), 3)
+        for name, package, of, code in (
+            ("striped_int4_nearest_value", "striped_hf", "striped_float32", "int4, nearest value"),
+            ("striped_int4_at_random", "striped_hf", "striped_float32", "int4, at random"),
+            ("adamw_int4_momentum", "torch", BASELINE, "int4"),
+        )
+    ),
 )
 STUDIES = {peer.name: peer for peer in _STUDIES}

@@ -101,7 +101,7 @@ def _equal_table(results: Results) -> list[str]:
     baseline = runs_by_rate(results, BASELINE)
     rows = []
     for name, peer in (PEERS | STUDIES).items():
-        if peer.package != "striped_hf":
+        if peer.package != "striped_hf" and name not in STUDIES:
             continue
         for rate, runs in runs_by_rate(results, name).items():
             by_seed = {run["seed"]: run for run in baseline.get(rate, [])}

@@ -235,7 +235,7 @@ def test_a_coded_momentum_is_that_of_the_format():
     weights = []
     for build in (
         lambda groups: StripedAdamW(groups, momentum_dtype="int4", lr=0.01),
-        lambda groups: CodedMomentum(CODES["int4"], groups, lr=0.01),
+        lambda groups: CodedMomentum(StripedAdamW(groups, lr=0.01), CODES["int4"]),
     ):
         torch.manual_seed(0)
         params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((64, 128), (64,))]
