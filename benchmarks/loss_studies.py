@@ -1,7 +1,8 @@
 """Variants of StripedAdamW that show where its losses come from; no optimizers to choose from.
 
 ``losses.py --optimizers`` accepts them beside the others. Each has one part of the state in another
-way: the second moment of some matrices as in AdamW, or the levels of int4 with another rounding.
+way: the second moment of some matrices as in AdamW, the levels of int4 with another rounding, or
+noise in the momentum. One is AdamW with the momentum of int4.
 """
 
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 from benchmarks.loss_peers import BASELINE, PEERS, Betas, Build, Peer
 from benchmarks.momentum_codes import CODES, Code
 from benchmarks.optimizer_peers import ChainedOptimizer
-from striped_hf.optim import StripedAdamW
+from striped_hf.optim import StripedAdamW, momentum
 from striped_hf.trainer import param_groups
 
 # the parts of GPT-2 and of Llama, each with what the names of its matrices contain
@@ -62,9 +63,24 @@ class CodedMomentum:
 
 
 def coded(
-    of: Build, code: str, model: Any, lr: float, betas: Betas, weight_decay: float
+    of: Build, code: Code, model: Any, lr: float, betas: Betas, weight_decay: float
 ) -> CodedMomentum:
-    return CodedMomentum(of(model, lr, betas, weight_decay), CODES[code])
+    return CodedMomentum(of(model, lr, betas, weight_decay), code)
+
+
+def noisy(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Adds noise without bias, of the magnitude of the random rounding between int4's levels.
+
+    Args:
+        values: The momentum, [R, C].
+        generator: For the noise.
+    """
+    blocks = momentum.in_blocks(values)
+    scale = blocks.abs().amax(-1, keepdim=True)
+    # two levels around x are about 2 sqrt(x scale) / qmax apart
+    spacing = 2 * (blocks.abs() * scale).sqrt() / momentum.QMAX["int4"]
+    noise = torch.rand(blocks.shape, generator=generator) - 0.5
+    return (blocks + spacing * noise).flatten(-2)[..., : values.shape[-1]]
 
 
 _STUDIES = (
@@ -72,13 +88,18 @@ _STUDIES = (
         Peer(f"striped_float32_exact_{part}", "striped_hf", partial(partly_exact, part), 3)
         for part in PARTS
     ),
-    # the levels of int4 with another rounding, and AdamW with the momentum of int4
     *(
         Peer(name, package, partial(coded, PEERS[of].build, code), 3)
         for name, package, of, code in (
-            ("striped_int4_nearest_value", "striped_hf", "striped_float32", "int4, nearest value"),
-            ("striped_int4_at_random", "striped_hf", "striped_float32", "int4, at random"),
-            ("adamw_int4_momentum", "torch", BASELINE, "int4"),
+            (
+                "striped_int4_nearest_value",
+                "striped_hf",
+                "striped_float32",
+                CODES["int4, nearest value"],
+            ),
+            ("striped_int4_at_random", "striped_hf", "striped_float32", CODES["int4, at random"]),
+            ("striped_float32_noise", "striped_hf", "striped_float32", noisy),
+            ("adamw_int4_momentum", "torch", BASELINE, CODES["int4"]),
         )
     ),
 )
