@@ -6,7 +6,7 @@ backend depend, and compares them in few calls for all tensors of a param group.
 numbers, not tensors: it keeps no gradient, parameter or state alive.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import repeat
 from operator import itemgetter
@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, UntypedStorage
 
+from striped_hf.optim.checked import Checked
 from striped_hf.optim.checks import any_flattened
-from striped_hf.optim.interface import Backend, Entry, Group, Known, Settings, State
+from striped_hf.optim.interface import Backend, Batch, Entry, Group, Known, Settings, State
 from striped_hf.optim.options import OPTIONS
+from striped_hf.optim.sharded.layout import is_sharded
 from striped_hf.optim.state import Description
-from striped_hf.optim.views import entry_of
+from striped_hf.optim.views import entry_of, is_viewed
 
 try:  # torch.compile's comparison of tensors: a private part of torch
     from torch._C._dynamo.guards import TensorGuards as _TensorGuards
@@ -158,6 +160,85 @@ class Recognized(NamedTuple):
         for i, description in self.known.reshaped:
             entries[i] = entry_of(params[i], grads[i], states[i], description, steps[i])
         return entries
+
+
+class KnownGroups:
+    """The known entries of an optimizer's param groups."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, bool], KnownEntries] = {}  # by group index and ``capturable``
+        self._stepped: dict[int, list[int]] = {}  # ids of parameters, by group index
+
+    def __len__(self) -> int:
+        """The number of groups that may be recognized."""
+        return len(self._known)
+
+    def forget(self) -> None:
+        """Forgets all groups: the next steps check and describe everything."""
+        self._known.clear()
+        self._stepped.clear()
+
+    def recognize(
+        self, group_index: int, group: Group, states: Mapping[Tensor, State], capturable: bool
+    ) -> Recognized | None:
+        """Returns the tensors of a param group if nothing but values has changed in them.
+
+        Args:
+            group_index: The group's position.
+            group: The group.
+            states: The optimizer's states, by parameter.
+            capturable: Whether the optimizer is capturable.
+        """
+        known = self._known.get((group_index, capturable))
+        if known is None:
+            return None
+        params: list[Tensor] = group["params"]
+        grads: list[Any] = [param.grad for param in params]
+        if type(None) in set(map(type, grads)):
+            if any(map(is_sharded, params)):  # another process may have a gradient
+                return None
+            params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
+            grads = [grad for grad in grads if grad is not None]
+        found: list[Any] = list(map(states.get, params))
+        return known.recognize(group, params, grads, found) if all(found) else None
+
+    def remember(
+        self,
+        group_index: int,
+        group: Group,
+        stepped: list[Checked],
+        states: list[State],
+        batches: list[Batch],
+        capturable: bool,
+    ) -> None:
+        """Remembers the tensors of a param group that is stepped twice with the same gradients.
+
+        Args:
+            group_index: The group's position.
+            group: The group.
+            stepped: Its parameters with a gradient, all of which this process steps without other
+                processes.
+            states: Their states.
+            batches: Their batches.
+            capturable: Whether the optimizer is capturable.
+        """
+        ids = [id(each.param) for each in stepped]
+        is_repeated = self._stepped.get(group_index) == ids
+        self._stepped[group_index] = ids
+        self._known.pop((group_index, capturable), None)
+        if (
+            is_repeated
+            and len(batches) == 1
+            and all(each.ordinary for each in stepped)
+            and all(map(is_viewed, batches[0].entries))
+        ):
+            self._known[group_index, capturable] = KnownEntries(
+                group,
+                [each.param for each in stepped],
+                [each.grad for each in stepped],
+                states,
+                [each.description for each in stepped],
+            )
 
 
 def _storage_sizes(tensors: list[Tensor]) -> list[int]:

@@ -1,85 +1,30 @@
 """StripedAdamW: AdamW whose second moment is the row means and the column means of a matrix."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from striped_hf.optim import backends
-from striped_hf.optim.backends import reference
+from striped_hf.optim.batches import Collected, collect
 from striped_hf.optim.blocks import ParameterBlocks
 from striped_hf.optim.capture import is_capturing
+from striped_hf.optim.checked import CheckedGroup, check_params
 from striped_hf.optim.checkpoint import prepare_state_dict
-from striped_hf.optim.checks import (
-    check_blocks,
-    check_group,
-    is_ordinary,
-    problem_of_gradient,
-    problem_of_shape,
-    problem_of_shards,
-    problem_of_state,
-)
-from striped_hf.optim.interface import (
-    LOW_BITS,
-    Backend,
-    Batch,
-    BlocksOption,
-    Entry,
-    Group,
-    Settings,
-    State,
-)
-from striped_hf.optim.known import KnownEntries, Recognized
+from striped_hf.optim.checks import check_blocks, check_group
+from striped_hf.optim.interface import LOW_BITS, Backend, BlocksOption, Group, Settings, State
+from striped_hf.optim.known import KnownGroups, Recognized
 from striped_hf.optim.options import OPTIONS, check_options, settings_of
-from striped_hf.optim.plain import (
-    has_values,
-    plain_gradient,
-    plain_parameter,
-    problem_of_wrapper,
-)
 from striped_hf.optim.sharded import state as sharded_state
 from striped_hf.optim.sharded import step as sharded_step
 from striped_hf.optim.sharded.agreement import Agreement, Item
-from striped_hf.optim.sharded.layout import exchanged_placements, is_elsewhere, is_sharded
+from striped_hf.optim.sharded.layout import exchanged_placements, is_sharded
 from striped_hf.optim.sharded.matrix import FoldedGradients, ShardedParameter
 from striped_hf.optim.state import Description, description_of, known_name, name_of, zero_state
-from striped_hf.optim.views import entry_of, is_viewed, step_batch
-
-_ONE = torch.tensor(1.0, dtype=torch.float32, device="cpu")
-
-
-class _Checked(NamedTuple):
-    """A parameter that can be stepped by its gradient.
-
-    Attributes:
-        ordinary: Whether all of its tensors are plain, fit each other, and have values.
-        sharded: The argument of ``sharded_step`` if the parameter is sharded, else None.
-    """
-
-    param: Tensor
-    grad: Tensor
-    description: Description
-    ordinary: bool = True
-    sharded: ShardedParameter | None = None
-
-
-class _Group(NamedTuple):
-    """The parameters of one param group that a step updates.
-
-    Attributes:
-        settings: The group's settings.
-        alone: Parameters that this process steps without other processes.
-        together: Sharded parameters of which the processes exchange a tensor, with or without a
-            gradient in this process.
-        recognized: All of the group's parameters instead, if nothing but values has changed.
-    """
-
-    settings: Settings
-    alone: list[_Checked]
-    together: list[ShardedParameter]
-    recognized: Recognized | None = None
+from striped_hf.optim.steps import add_one, count_step, counter_device, next_step, next_steps
+from striped_hf.optim.views import step_batch
 
 
 class StripedAdamW(Optimizer):
@@ -166,8 +111,7 @@ class StripedAdamW(Optimizer):
         self._blocks = ParameterBlocks()
         self._agreement = Agreement()
         self._backends: dict[tuple[str, str], Backend] = {}
-        self._known: dict[tuple[int, bool], KnownEntries] = {}  # by group index and ``capturable``
-        self._stepped: dict[int, list[int]] = {}  # ids of parameters, by group index
+        self._known = KnownGroups()
         defaults = {name: arguments[name] for name in OPTIONS}
         check_options(defaults)
         super().__init__(params, defaults)
@@ -181,8 +125,8 @@ class StripedAdamW(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_blocks", ParameterBlocks())
         self.__dict__.setdefault("_agreement", Agreement())
-        for name in ("_backends", "_known", "_stepped"):
-            self.__dict__.setdefault(name, {})
+        self.__dict__.setdefault("_backends", {})
+        self.__dict__.setdefault("_known", KnownGroups())
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a param group.
@@ -237,156 +181,108 @@ class StripedAdamW(Optimizer):
 
     @torch.compiler.disable  # a compiled training step calls it between two of its graphs
     def _update(self) -> None:
-        groups = self._check()
+        recognized = [
+            self._known.recognize(i, group, self.state, self.capturable)
+            for i, group in enumerate(self.param_groups)
+        ]
+        groups = self._check(recognized)
         together = [sharded for group in groups for sharded in group.together]
         new: list[Tensor] = []  # parameters that get a state
 
         def state_of(each: ShardedParameter) -> tuple[State, int]:
             is_placed = not each.item.has_moved
             state = self._state_of(each.param, each.description, is_placed, new)
-            return state, self._next_step(state)
+            return state, next_step(state, self.capturable)
 
         try:
-            batches, states, copies = self._collect(groups, new)
+            collected = [self._collect(i, each, new) for i, each in enumerate(groups) if each.alone]
             exchanged = sharded_step.exchange(together, self._agreement, self.state, state_of)
         except BaseException:
             self._forget(new)
             raise
+        batches = [batch for each in collected for batch in each.batches] + exchanged.batches
+        states = [state for each in collected for state in each.states] + exchanged.states
+        copies = [pair for each in collected for pair in each.copies] + exchanged.copies
         # from here on tensors change
         unused = set(map(id, exchanged.unused))
         self._forget([param for param in new if id(param) in unused])
-        self._count_step(states + exchanged.states)
-        for batch in batches + exchanged.batches:
+        count_step(states, self.capturable)
+        for batch in batches:
             step_batch(batch)
-        recognized = [param for group in groups for param in self._step_recognized(group)]
+        for group, found in zip(groups, recognized, strict=True):
+            if found is not None:
+                self._step_recognized(found, group.settings)
         sharded_step.update(exchanged)
-        for target, copy in copies + exchanged.copies:
+        for target, copy in copies:
             target.copy_(copy)
         # kernels write without torch, which must learn that values saved for backward have changed
-        whole = [entry.param for batch in batches + exchanged.batches for entry in batch.entries]
+        whole = [entry.param for batch in batches for entry in batch.entries]
         parts = [matrix.local for matrix in exchanged.matrices]
-        torch.autograd.graph.increment_version(whole + parts + recognized)
+        params = [param for found in recognized if found is not None for param in found.params]
+        torch.autograd.graph.increment_version(whole + parts + params)
 
-    def _step_recognized(self, group: _Group) -> list[Tensor]:
-        """Steps the parameters of a group that was recognized, and returns them."""
-        recognized = group.recognized
-        if recognized is None:
-            return []
-        counters = recognized.counters
-        steps = [0] * len(counters)
-        if not self.capturable:
-            before = list(map(Tensor.item, counters))
-            if before.count(before[0]) == len(before):
-                steps = [int(before[0]) + 1] * len(before)
-            else:
-                steps = [int(step) + 1 for step in before]
-        self._add_one(counters)
-        recognized.step(self._backend(recognized.known.device.type), group.settings, steps)
-        return recognized.params
-
-    def _forget(self, params: list[Tensor]) -> None:
-        for param in params:
-            self.state.pop(param, None)
-
-    def _check(self) -> list[_Group]:
+    def _check(self, recognized: list[Recognized | None]) -> list[CheckedGroup]:
         """Checks everything that the step will read or write, and changes none of it.
 
+        Args:
+            recognized: For each param group its tensors, if they were recognized.
+
         Returns:
-            For each param group, the parameters to step.
+            For each param group its settings, and the parameters to step if it was not recognized.
         """
-        recognized = list(map(self._recognize, range(len(self.param_groups))))
         self._check_capture(recognized)
         if not all(recognized):
             self._refresh_groups()
-        groups: list[_Group] = []
+        groups: list[CheckedGroup] = []
         first_problem: str | None = None
-        for group_index, group in enumerate(self.param_groups):
-            found = recognized[group_index]
-            groups.append(_Group(settings_of(group, self.capturable), [], [], found))
+        for group_index, (group, found) in enumerate(
+            zip(self.param_groups, recognized, strict=True)
+        ):
+            settings = settings_of(group, self.capturable)
             if found is not None:
+                groups.append(CheckedGroup(settings, [], []))
                 self._backend(found.known.device.type)
                 continue
-            for i, param in enumerate(group["params"]):
-                grad = param.grad
-                # another process may have a gradient of a sharded parameter
-                is_waited_for = param.requires_grad and is_sharded(param)
-                if (grad is None and not is_waited_for) or is_elsewhere(param):
-                    continue
-                description, state = description_of(group, i), self.state.get(param, {})
-                # a kernel's state has another shape than the kernel, and may fit by accident
-                is_kernel = len(description.stepped) != len(description.shape)
-                first_shape = self._blocks.first_shape(param) if is_kernel else description.shape
-                is_resized = bool(state) and first_shape != description.shape
-                if (
-                    grad is not None
-                    and not is_resized
-                    and is_ordinary(param, grad, state, description)
-                ):
-                    groups[-1].alone.append(_Checked(param, grad, description))
-                    continue
-                problem = (
-                    problem_of_gradient(param, grad, self.capturable)
-                    or problem_of_wrapper(param)
-                    or problem_of_state(param, state, description)
-                    or (problem_of_shards(param, state) if is_sharded(param) else None)
-                    or (problem_of_shape(first_shape) if is_resized else None)
-                )
-                if problem is not None:
-                    # a sharded parameter is still listed: the other processes wait for this one
-                    first_problem = first_problem or f"{name_of(group, i, group_index)} {problem}"
-                sharded = self._sharded(groups[-1].settings, group, i, problem is None)
-                if sharded is not None and sharded.mesh_dims:
-                    groups[-1].together.append(sharded)
-                elif grad is not None:
-                    groups[-1].alone.append(_Checked(param, grad, description, False, sharded))
-            for device_type in {param.device.type for param, *_ in groups[-1].alone}:
+            checked, problem = check_params(
+                group,
+                group_index,
+                settings=settings,
+                states=self.state,
+                blocks=self._blocks,
+                capturable=self.capturable,
+                sharded_of=self._sharded,
+            )
+            groups.append(checked)
+            first_problem = first_problem or problem
+            for device_type in {param.device.type for param, *_ in checked.alone}:
                 self._backend(device_type)
         if first_problem is not None:
             together = [sharded for group in groups for sharded in group.together]
             self._agreement.fail(first_problem, sharded_step.plan_of(together))
         return groups
 
-    def _recognize(self, group_index: int) -> Recognized | None:
-        """Returns the tensors of a param group if nothing but values has changed in them."""
-        known = self._known.get((group_index, self.capturable))
-        if known is None:
-            return None
-        group = self.param_groups[group_index]
-        params: list[Tensor] = group["params"]
-        grads: list[Any] = [param.grad for param in params]
-        if type(None) in set(map(type, grads)):
-            if any(map(is_sharded, params)):  # another process may have a gradient
-                return None
-            params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
-            grads = [grad for grad in grads if grad is not None]
-        states: list[Any] = list(map(self.state.get, params))
-        return known.recognize(group, params, grads, states) if all(states) else None
-
-    def _remember(self, group_index: int, alone: list[_Checked], batches: list[Batch]) -> None:
-        """Remembers the tensors of a param group that was stepped twice with the same gradients.
-
-        Args:
-            group_index: The group's position.
-            alone: Its parameters, all of which this process steps without other processes.
-            batches: Their batches.
-        """
-        stepped = [id(each.param) for each in alone]
-        is_repeated = self._stepped.get(group_index) == stepped
-        self._stepped[group_index] = stepped
-        self._known.pop((group_index, self.capturable), None)
-        if (
-            is_repeated
-            and len(batches) == 1
-            and all(each.ordinary for each in alone)
-            and all(map(is_viewed, batches[0].entries))
-        ):
-            self._known[group_index, self.capturable] = KnownEntries(
+    def _collect(self, group_index: int, checked: CheckedGroup, new: list[Tensor]) -> Collected:
+        collected = collect(checked, new, self._state_of, self._backend, self.capturable)
+        if not checked.together:
+            self._known.remember(
+                group_index,
                 self.param_groups[group_index],
-                [each.param for each in alone],
-                [each.grad for each in alone],
-                [self.state[each.param] for each in alone],
-                [each.description for each in alone],
+                checked.alone,
+                states=collected.states,
+                batches=collected.batches,
+                capturable=self.capturable,
             )
+        return collected
+
+    def _step_recognized(self, recognized: Recognized, settings: Settings) -> None:
+        counters = recognized.counters
+        steps = next_steps(counters, self.capturable)
+        add_one(counters, self.capturable)
+        recognized.step(self._backend(recognized.known.device.type), settings, steps)
+
+    def _forget(self, params: list[Tensor]) -> None:
+        for param in params:
+            self.state.pop(param, None)
 
     def _sharded(
         self, settings: Settings, group: Group, position: int, is_valid: bool
@@ -414,57 +310,6 @@ class StripedAdamW(Optimizer):
         """Returns the sums of a sharded matrix's folded gradients, in LayerwiseStripedAdamW."""
         return None
 
-    def _collect(
-        self, groups: list[_Group], new: list[Tensor]
-    ) -> tuple[list[Batch], list[State], list[tuple[Tensor, Tensor]]]:
-        """Collects the parameters that this process steps alone, and creates missing state.
-
-        Args:
-            groups: The result of ``_check``.
-            new: A list to which the parameters without a state are added.
-
-        Returns:
-            A batch for each param group that was not recognized and each device of its parameters;
-            the states; and pairs of a tensor that no kernel can step and the copy that is stepped
-            in its place.
-        """
-        batches: list[Batch] = []
-        states: list[State] = []
-        copies: list[tuple[Tensor, Tensor]] = []
-        for group_index, (settings, alone, together, _) in enumerate(groups):
-            entries: dict[tuple[torch.device, bool], list[Entry]] = {}
-            for param, grad, description, ordinary, sharded in alone:
-                state = self._state_of(param, description, ordinary, new)
-                states.append(state)
-                if param.numel() == 0:
-                    continue
-                step = self._next_step(state)
-                real = ordinary or has_values(param)
-                of_device = entries.setdefault((param.device, real), [])
-                if ordinary:
-                    of_device.append(entry_of(param, grad, state, description, step))
-                    continue
-                if len(state) > 1 + len(description.tensors):  # other code's entries
-                    state = {key: state[key] for key in ("step", *description.keys)}
-                if sharded is not None:
-                    pieces, _, copied = sharded_step.localize(sharded, state, step)
-                    of_device += pieces
-                    copies += copied
-                    continue
-                plain = plain_parameter(param)
-                of_device.append(entry_of(plain, plain_gradient(grad), state, description, step))
-                if plain is not param:
-                    copies.append((param, plain))
-            of_devices = [
-                Batch(self._backend(device.type) if real else reference, settings, of_device)
-                for (device, real), of_device in entries.items()
-                if of_device
-            ]
-            if alone and not together:
-                self._remember(group_index, alone, of_devices)
-            batches += of_devices
-        return batches, states, copies
-
     def _state_of(
         self, param: Tensor, description: Description, is_placed: bool, new: list[Tensor]
     ) -> State:
@@ -484,46 +329,10 @@ class StripedAdamW(Optimizer):
         if len(description.stepped) == 1 < len(description.shape) and not is_sharded(param):
             for key in description.keys:  # backends get views [n], which not every layout has
                 state[key] = state[key].contiguous()
-        if state["step"].device.type != self._step_device(param).type:
-            state["step"] = state["step"].to(self._step_device(param))
+        device = counter_device(param, self.capturable)
+        if state["step"].device.type != device.type:
+            state["step"] = state["step"].to(device)
         return state
-
-    def _next_step(self, state: State) -> int:
-        """Returns the number of this step; 0 if only the device may know it."""
-        if self.capturable:
-            return 0
-        step = state["step"]
-        if (type(step) is not Tensor and not has_values(step)) or step.is_meta:
-            return 1  # any number will do: such a step is for shapes and memory
-        return int(step.item()) + 1
-
-    def _count_step(self, states: list[State]) -> None:
-        """Adds one to the step of every state."""
-        steps = [state["step"] for state in states]
-        if any(type(step) is not Tensor or step.is_meta for step in steps):
-            torch._foreach_add_(steps, 1)
-        elif steps:
-            self._add_one(steps)
-
-    def _add_one(self, steps: list[Tensor]) -> None:
-        """Adds one to plain tensors."""
-        if self.capturable:
-            torch._foreach_add_(steps, 1)
-            return
-        # step - (-1) * 1: on a CPU, SGD is the only sum that torch computes in one call
-        torch._fused_sgd_(
-            *(steps, [_ONE] * len(steps), []),
-            lr=-1.0,
-            weight_decay=0.0,
-            momentum=0.0,
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-            is_first_step=False,
-        )
-
-    def _step_device(self, param: Tensor) -> torch.device:
-        return param.device if self.capturable or param.is_meta else torch.device("cpu")
 
     def _backend(self, device_type: str) -> Backend:
         backend = self._backends.get((self.backend, device_type))
@@ -617,7 +426,7 @@ class StripedAdamW(Optimizer):
                 )
             device = param.device
             if key == "step":
-                device = self._step_device(param)
+                device = counter_device(param, self.capturable)
             elif is_sharded(param):
                 value = sharded_state.place_state(key, value, param, description)
             elif is_sharded(value):

@@ -43,8 +43,7 @@ def give_gradients(optimizer: StripedAdamW, t: int) -> None:
 
 
 def forget(optimizer: StripedAdamW) -> None:
-    optimizer._known.clear()
-    optimizer._stepped.clear()
+    optimizer._known.forget()
 
 
 def try_step(optimizer: StripedAdamW) -> str:
@@ -336,10 +335,9 @@ def test_recognized_steps_build_no_entries(
     recognized = []
     check = type(optimizer)._check
 
-    def watched(self: StripedAdamW) -> Any:
-        groups = check(self)
-        recognized.append([group.recognized is not None for group in groups])
-        return groups
+    def watched(self: StripedAdamW, found: list[Any]) -> Any:
+        recognized.append([each is not None for each in found])
+        return check(self, found)
 
     monkeypatch.setattr(type(optimizer), "_check", watched)
     for t in range(6):

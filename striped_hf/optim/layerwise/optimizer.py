@@ -29,6 +29,7 @@ from striped_hf.optim.plain import problem_of_wrapper
 from striped_hf.optim.sharded import step as sharded_step
 from striped_hf.optim.sharded.layout import is_sharded
 from striped_hf.optim.state import description_of, name_of
+from striped_hf.optim.steps import count_step, next_step
 from striped_hf.optim.striped_adamw import StripedAdamW
 
 logger = logging.getLogger(__name__)
@@ -210,7 +211,7 @@ class LayerwiseStripedAdamW(StripedAdamW):
         opened: OpenMatrix,
         blocks: Iterable[tuple[slice | None, Tensor]],
     ) -> None:
-        step = self._next_step(self.state[param])
+        step = next_step(self.state[param], capturable=False)
         settings = settings_of(self._place_of(param).group, False)
         backend = self._backend(param.device.type)
         is_decided = opened.count > 0
@@ -253,7 +254,7 @@ class LayerwiseStripedAdamW(StripedAdamW):
                     continue
                 state = self.state.get(param)
                 if state and "exp_avg_sq_row" in state and self._is_folded(param):
-                    step = self._next_step(state) - 1
+                    step = next_step(state, capturable=False) - 1
                     if step > 0:
                         yield param, state, 1 - group["betas"][1] ** step
 
@@ -441,7 +442,7 @@ class LayerwiseStripedAdamW(StripedAdamW):
             copies: list[tuple[Tensor, Tensor]] = []
             states = [self.state[param] for param in params]
             for param, state in zip(params, states, strict=True):
-                opened, step = self._open[param], self._next_step(state)
+                opened, step = self._open[param], next_step(state, capturable=False)
                 if is_sharded(param):
                     group, position, _ = self._place_of(param)
                     sharded = self._sharded(settings, group, position, is_valid=True)
@@ -454,7 +455,7 @@ class LayerwiseStripedAdamW(StripedAdamW):
                     entries += pieces
                     sums.append(opened.sums())
                 copies += copied
-            self._count_step(states)
+            count_step(states, capturable=False)
             self._backend(device.type).step_folded(entries, sums, settings)
             for target, copy in copies:
                 target.copy_(copy)
