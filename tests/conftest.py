@@ -24,7 +24,10 @@ Script = Callable[..., subprocess.CompletedProcess[str]]
 
 
 # the longest files, and the folders with long files; the other files come after them
-LONGEST = ("test_docs.py", "distributed", "recipes", "benchmarks", "trainer")
+LONGEST = (
+    *("test_docs.py", "test_wheel.py", "distributed", "recipes", "benchmarks", "trainer", "optim"),
+    *("test_hub.py", "test_evaluation.py"),
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
