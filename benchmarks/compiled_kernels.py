@@ -56,6 +56,7 @@ TYPES: dict[str, Any] = {
     "buffers": BUFFERS,
     "hyper": NUMBERS,
     "step": "i32",
+    "first_step": "i32",
     "count": "i32",
     "one_minus_beta1": "fp32",
     "eps": "fp32",

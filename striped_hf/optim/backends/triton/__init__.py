@@ -7,6 +7,7 @@
 - ``kinds.py`` has the facts about an entry on which all of these depend.
 - ``plan.py`` lists the work of each program, and with ``workspace.py`` allocates the buffers.
 - ``addresses.py`` keeps the tensors' addresses on the device up to date.
+- ``counters.py`` remembers on the host which entries have had their first step.
 
 The import of the package raises ImportError if no kernel can run. With TRITON_INTERPRET=1 Triton
 interprets the kernels on CPU tensors, for tests only.

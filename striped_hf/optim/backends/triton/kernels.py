@@ -182,9 +182,9 @@ def combine_kernel(
     add_reduction(reduction, buffers, PARTIALS, WIDTH)
 
 
-# A CUDA graph of a lagged step has the kernels of a first step, because only the device knows
-# whether the step is an entry's first. The next two kernels do their work then, and otherwise end
-# at once: a program looks at many entries' steps together.
+# Where only the device knows whether a lagged step is an entry's first, the step has the next two
+# kernels. They do their work then, and otherwise end at once: a program looks at many entries'
+# steps together.
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -231,12 +231,13 @@ def first_combine_kernel(
             add_reduction(reduction, buffers, PARTIALS, WIDTH)
 
 
-@triton.jit(do_not_specialize=["step"])
+@triton.jit(do_not_specialize=["step", "first_step"])
 def stripes_kernel(
     segments,  # [programs, 8] int64: rows of ``Workspace.segments``
     buffers,  # ``Buffers``
     hyper,  # ``Hyperparameters``
     step,
+    first_step,  # 1; 0 if the sums of a first step are there after the update only
     on_device,  # ``OnDevice``
     variant,  # ``StripesVariant``
     BLOCK: tl.constexpr,
@@ -250,6 +251,9 @@ def stripes_kernel(
 
     If the update computes the statistics, this kernel runs twice. Before the update it writes the
     roots into the places of the update's sums. After the update it averages the sums.
+
+    In a first step without sums before the update, the stripes and their roots are 0. Then
+    ``momentum_floor`` is the root, and the step is AdamW's.
     """
     segment = segments + tl.program_id(0).to(tl.int64) * 8
     entry = tl.load(segment)
@@ -271,7 +275,7 @@ def stripes_kernel(
     stripe = address.to(tl.pointer_type(tl.float32)) + start
 
     current = load_step(pointers, step, on_device.step)
-    is_first_step = current <= 1
+    is_first_step = current <= first_step
     summed = size  # the number of sums
     if variant.fused_statistics:
         if variant.before_update:

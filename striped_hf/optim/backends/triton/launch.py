@@ -7,8 +7,8 @@ has one more if some tiles have columns of two blocks.
 A lagged step computes the roots of the stripes, an update that also computes partial sums of
 squares, their sums, and the stripes. In a lagged step, only first steps, and blocks that are
 narrower than a tile, need the statistics before the update. If only the device knows whether a step
-is the first, the kernels of a first step are launched, and end at once in other steps. 0-D and 1-D
-parameters have one more launch.
+is the first, the kernels of a first step are launched, and end at once in other steps, unless
+``Counters`` remembers an earlier step of all entries. 0-D and 1-D parameters have one more launch.
 
 Folding a gradient (``fold.py``) has two launches for each matrix. The step over folded matrices
 copies their sums, and computes the stripes and the update, for all matrices together.
@@ -46,11 +46,13 @@ from striped_hf.optim.backends.triton.arguments import (
     UpdateFlags,
     constants,
 )
+from striped_hf.optim.backends.triton.counters import Counters
 from striped_hf.optim.backends.triton.fold import can_fold, launch_fold
 from striped_hf.optim.backends.triton.kinds import kind_of, pointers_of
 from striped_hf.optim.backends.triton.plan import Plan, Plans, Programs, launching_on
 from striped_hf.optim.backends.triton.prepared import Prepared
 from striped_hf.optim.backends.triton.workspace import ceil_div, tile_columns
+from striped_hf.optim.capture import is_capturing
 from striped_hf.optim.interface import Entry, Folded, Known, Roots, Settings, Sums
 
 logger = logging.getLogger(__name__)
@@ -108,6 +110,7 @@ class TritonBackend:
 
     def __init__(self) -> None:
         self._plans: dict[tuple[torch.device, bool], Plans] = {}
+        self._counters = Counters()
 
     def step(self, entries: list[Entry], settings: Settings, known: Known | None = None) -> None:
         """Performs ``reference.step``. A lagged step reads most gradients only once."""
@@ -118,7 +121,10 @@ class TritonBackend:
             if known is not None and prepared.can_update:
                 prepared.learn(known)
                 known.prepared[settings.lagged] = prepared
-            _launch_step(_placed(prepared, [entry.step for entry in entries]), settings)
+            placed = _placed(prepared, [entry.step for entry in entries])
+            if settings.lagged and placed.step == 0:
+                placed = placed._replace(has_first_step=self._may_have_first_step(entries))
+            _launch_step(placed, settings)
         if prepared.fallback:
             reference.step([entries[i] for i in prepared.fallback], settings)
 
@@ -207,6 +213,11 @@ class TritonBackend:
         if placed.fallback:
             fallback_sums = [sums[i] for i in placed.fallback]
             reference.step_folded([entries[i] for i in placed.fallback], fallback_sums, settings)
+
+    def _may_have_first_step(self, entries: list[Entry]) -> bool:
+        """Whether an entry may have its first step, if only the device knows the steps."""
+        is_captured = is_capturing(entries[0].param.device)
+        return not self._counters.count((entry.state["step"] for entry in entries), is_captured)
 
     def _place(self, entries: list[Entry], lagged: bool) -> Placed:
         """Finds a plan for some entries, and brings their addresses to the device.
@@ -362,6 +373,7 @@ def _launch_update(placed: Placed, settings: Settings, has_roots: bool = False) 
             buffers=buffers,
             hyper=hyper,
             step=step,
+            first_step=int(placed.has_first_step or not fused_statistics),
             on_device=on_device,
             variant=constants(variant),
             BLOCK=tile_sizes.STRIPE_BLOCK,
