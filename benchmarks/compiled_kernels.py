@@ -22,8 +22,10 @@ torch.cuda.is_available = lambda: True  # the package refuses to be imported wit
 
 from striped_hf.optim.backends.triton import (  # noqa: E402
     fold_kernels,
-    kernels,
+    statistics_kernels,
+    stripes_kernels,
     tile_sizes,
+    update_kernels,
 )
 from striped_hf.optim.backends.triton.arguments import (  # noqa: E402
     OPTIONS,
@@ -189,7 +191,11 @@ def statistics(
     elements = tile_sizes.STATISTICS_TILE_ROWS * columns
     marks = [key for key in ("transposed", "fused_statistics") if layout[key]]
     in_vectors = layout["aligned"] and tuning.stages == 1
-    kernel = kernels.first_statistics_kernel if first_step else kernels.statistics_kernel
+    kernel = (
+        statistics_kernels.first_statistics_kernel
+        if first_step
+        else statistics_kernels.statistics_kernel
+    )
     name = "first_statistics" if first_step else "statistics"
     return Variant(
         " ".join([name, str_of(grad), *unaligned(layout), *marks, *marks_of(tuning)]),
@@ -221,19 +227,20 @@ def matrices(
     stored, qmax = STORED[momentum_dtype]
     marks = [key if value else f"not {key}" for key, value in switches.items() if key != "aligned"]
     marks += marks_of(tuning)
-    elements = tile_sizes.UPDATE_TILE_ROWS * 128
+    tile_rows = tile_sizes.update_tile_rows(layout["transposed"], layout["low_bits"])
+    elements = tile_rows * 128
     in_vectors = layout["aligned"] and not layout["narrow"]
     low_bits = (tl.int8,) if layout["low_bits"] else ()
     read = (param, stored, *low_bits, *(() if layout["folded"] else (param,)))
     written = (param, *low_bits, *(() if layout["folded"] else (stored,)))
     return Variant(
         " ".join(["matrices", str_of(param), momentum_dtype, *unaligned(layout), *marks]),
-        kernels.matrices_kernel,
+        update_kernels.matrices_kernel,
         {
             "variant": MatrixVariant(param, param, stored, qmax, **layout),
             "flags": UpdateFlags(**flags),
             "tuning": tuning,
-            "TILE_ROWS": tile_sizes.UPDATE_TILE_ROWS,
+            "TILE_ROWS": tile_rows,
         },
         elements=elements,
         # cp.async loads without registers
@@ -268,7 +275,7 @@ def stripes(way: tuple[bool, bool, bool], has_roots: bool, on_device: bool) -> V
     marks = [key for key, value in variant._asdict().items() if value]
     return Variant(
         " ".join(["stripes", *marks, *(["on_device"] if on_device else [])]),
-        kernels.stripes_kernel,
+        stripes_kernels.stripes_kernel,
         {
             "on_device": OnDevice(on_device, on_device),
             "variant": variant,
@@ -285,7 +292,7 @@ def vectors(dtype: Any, on_device: bool = False, low_bits: bool = False) -> Vari
     low = (tl.int32,) if low_bits else ()
     return Variant(
         " ".join(["vectors", str_of(dtype), *marks]),
-        kernels.vectors_kernel,
+        update_kernels.vectors_kernel,
         {
             "on_device": OnDevice(on_device, on_device),
             "variant": VectorVariant(dtype, dtype, aligned=True, low_bits=low_bits),
@@ -308,11 +315,13 @@ def sums() -> Iterator[Variant]:
     """Yields the kernels that add up partial sums."""
     sizes = {"PARTIALS": tile_sizes.COMBINED_PARTIALS, "WIDTH": tile_sizes.COMBINED_WIDTH}
     elements = sizes["PARTIALS"] * sizes["WIDTH"]
-    yield Variant("combine", kernels.combine_kernel, sizes, elements)
+    yield Variant("combine", statistics_kernels.combine_kernel, sizes, elements)
     first = {"REDUCTIONS": tile_sizes.TILES_OF_FIRST_STEP}
-    yield Variant("first_combine", kernels.first_combine_kernel, {**sizes, **first}, elements)
+    yield Variant(
+        "first_combine", statistics_kernels.first_combine_kernel, {**sizes, **first}, elements
+    )
     block = {"BLOCK": tile_sizes.TOTALS_BLOCK}
-    yield Variant("means", kernels.means_kernel, block, tile_sizes.TOTALS_BLOCK, warps=1)
+    yield Variant("means", stripes_kernels.means_kernel, block, tile_sizes.TOTALS_BLOCK, warps=1)
     for has_coefficient in (False, True):
         folded = {"FOLDED_ROWS": tile_sizes.folded_rows(0), "HAS_COEFFICIENT": has_coefficient}
         name = "add_folded" + " has_coefficient" * has_coefficient

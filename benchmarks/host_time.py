@@ -21,7 +21,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -83,21 +83,24 @@ def on_a_pretended_gpu() -> Iterator[None]:
         import triton
 
         with patch.object(torch.cuda, "is_available", lambda: True):
-            from striped_hf.optim.backends.triton import INTERPRETED, kernels, launch
+            from striped_hf.optim.backends.triton import (
+                INTERPRETED,
+                backend,
+                statistics_kernels,
+                stripes_kernels,
+                update_kernels,
+            )
     except ImportError as error:
         raise UserError(f"the Triton backend cannot be imported: {error}") from error
     if INTERPRETED:
         raise UserError("Triton would interpret its kernels: unset TRITON_INTERPRET")
     triton.runtime.driver.set_active(_Driver())
-    unlaunched = {
-        name: _Unlaunched(kernel)
-        for name, kernel in vars(kernels).items()
-        if name.endswith("_kernel")
-    }
-    with (
-        patch.multiple(kernels, **unlaunched),
-        patch.object(launch, "DEVICE_TYPES", ("cpu",)),
-    ):
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(backend, "DEVICE_TYPES", ("cpu",)))
+        for module in (statistics_kernels, stripes_kernels, update_kernels):
+            for name, kernel in list(vars(module).items()):
+                if name.endswith("_kernel"):
+                    patches.enter_context(patch.object(module, name, _Unlaunched(kernel)))
         yield
 
 

@@ -29,7 +29,7 @@ class Bound(NamedTuple):
 _SUMS = "sums of squares: one row's over the lanes of a warp, the columns' in registers"
 _FUSED = "as without `fused_statistics`, and 5 to 7 instructions and up to 32 registers for sums"
 _FOLDED = "no gradient, no new momentum, and no codes to compute"
-_HASH = "19 of the instructions are the hash whose bits round stochastically"
+_HASH = "16 of the instructions compute the bits that round stochastically, and use them"
 _LOW_BITS = "as without `low_bits`, and 16 instructions that join, round and split 24 bits"
 _ODD = "elements one by one, each with an address: right, and as fast as its many loads allow"
 
@@ -89,14 +89,6 @@ BOUNDS: dict[str, Bound] = {
     "stripes .*": Bound(172, 80, "roots that are rounded correctly, and numbers in float64"),
     # vectors: no loop, and their elements are few
     "vectors .*": Bound(147, 64, "divisions and roots that are rounded correctly, and float64"),
-}
-
-
-# the only variants that may spill registers in their loop
-SPILLING = {
-    "matrices bfloat16 float32 unaligned transposed low_bits": (
-        "four tensors, element by element, need more addresses than a thread has registers"
-    )
 }
 
 

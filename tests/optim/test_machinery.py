@@ -93,7 +93,7 @@ def test_a_named_backend_that_cannot_run_raises(
 ) -> None:
     """Only ``auto`` falls back. The error comes before any parameter changes."""
     # as if it could not be imported
-    monkeypatch.setitem(sys.modules, "striped_hf.optim.backends.triton.launch", None)
+    monkeypatch.setitem(sys.modules, "striped_hf.optim.backends.triton.backend", None)
     backends.resolve.cache_clear()
     p = parameter(torch.ones(2, 3))
     p.grad = torch.ones(2, 3)

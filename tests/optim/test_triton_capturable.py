@@ -24,12 +24,12 @@ from triton_specs import (
     Spec,
     entry_of,
     gradient_of,
-    launch,
     optimizer_of,
+    triton_backend,
 )
 
 from striped_hf import StripedAdamW
-from striped_hf.optim.backends.triton import kernels, tile_sizes
+from striped_hf.optim.backends.triton import statistics_kernels, tile_sizes
 from striped_hf.optim.backends.triton.counters import Counters
 from striped_hf.optim.options import settings_of
 
@@ -92,7 +92,7 @@ def test_only_first_steps_do_the_work_of_first_steps(
         )
         for is_capturable in (False, True)
     )
-    sum_squares, summed = kernels.sum_squares, []
+    sum_squares, summed = statistics_kernels.sum_squares, []
 
     def recorded(*args: Any) -> None:
         summed.append(args)
@@ -105,9 +105,9 @@ def test_only_first_steps_do_the_work_of_first_steps(
             q.grad = p.grad
         plain.step()
         if not ON_GPU:
-            monkeypatch.setattr(kernels, "sum_squares", recorded)
+            monkeypatch.setattr(statistics_kernels, "sum_squares", recorded)
         capturable.step()
-        monkeypatch.setattr(kernels, "sum_squares", sum_squares)
+        monkeypatch.setattr(statistics_kernels, "sum_squares", sum_squares)
         if not ON_GPU:
             assert len(summed) == (sum(tiles) - tiles[late], tiles[late], 0)[t]
             summed.clear()
@@ -121,7 +121,9 @@ class Launches:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
         for name in ("first_statistics_kernel", "first_combine_kernel"):
-            monkeypatch.setattr(kernels, name, self._recorded(getattr(kernels, name)))
+            monkeypatch.setattr(
+                statistics_kernels, name, self._recorded(getattr(statistics_kernels, name))
+            )
 
     def _recorded(self, kernel: Any) -> Any:
         launches = self
@@ -266,7 +268,7 @@ def test_a_learning_rate_in_memory(dtype: torch.dtype) -> None:
         if i % 2:
             lr = torch.tensor(settings.lr, dtype=dtype, device=DEVICE)
             settings = dataclasses.replace(settings, lr=lr)
-        launch.new().step([entry_of(p, optimizer)], settings)
+        triton_backend.new().step([entry_of(p, optimizer)], settings)
     for plain, in_memory in (optimizers[:2], optimizers[2:]):
         torch.testing.assert_close(parameters(plain), parameters(in_memory), rtol=2e-7, atol=0)
 

@@ -31,12 +31,14 @@ from striped_hf.optim.options import settings_of
 from striped_hf.optim.state import description_of
 
 pytest.importorskip("triton")
-launch = pytest.importorskip("striped_hf.optim.backends.triton.launch", exc_type=ImportError)
+triton_backend = pytest.importorskip(
+    "striped_hf.optim.backends.triton.backend", exc_type=ImportError
+)
 
 from striped_hf.optim.backends.triton import fold, tile_sizes  # noqa: E402
 
-DEVICE = launch.DEVICE_TYPES[0]
-TRITON = launch.new()
+DEVICE = triton_backend.DEVICE_TYPES[0]
+TRITON = triton_backend.new()
 ON_GPU = DEVICE == "cuda"
 
 # on a GPU every test here runs compiled kernels, so `pytest -m gpu` must select it
@@ -239,7 +241,7 @@ def test_inf_and_nan_stay_not_finite(momentum_dtype: str, bad: float) -> None:
 def test_the_reference_folds_other_strides_with_one_warning(
     layout: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    launch._warn_once.cache_clear()
+    triton_backend._warn_once.cache_clear()
     case = Case((6, 130), "int8", sketch=True)
     results = []
     with caplog.at_level(logging.WARNING):

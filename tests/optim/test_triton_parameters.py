@@ -27,14 +27,14 @@ from triton_specs import (
     assert_agrees,
     entry_of,
     gradient_of,
-    launch,
     optimizer_of,
     synchronise,
+    triton_backend,
 )
 
 from striped_hf import StripedAdamW
 from striped_hf.optim.backends import reference
-from striped_hf.optim.backends.triton import kernels
+from striped_hf.optim.backends.triton import statistics_kernels
 from striped_hf.optim.options import settings_of
 from striped_hf.optim.steps import count_step
 
@@ -145,14 +145,14 @@ def test_a_lagged_step_reads_gradients_once(
     optimizer = optimizer_of(Spec((6, 690), "int8", blocks, flags={"lagged": True}), "triton")
     [p] = parameters(optimizer)
     launched = []
-    statistics_kernel = kernels.statistics_kernel
+    statistics_kernel = statistics_kernels.statistics_kernel
 
     class Recorded:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             launched.append(grid)
             return statistics_kernel[grid]
 
-    monkeypatch.setattr(kernels, "statistics_kernel", Recorded())
+    monkeypatch.setattr(statistics_kernels, "statistics_kernel", Recorded())
     for t in range(3):
         p.grad = gradient_of(Spec((6, 690)), t)
         optimizer.step()
@@ -161,7 +161,7 @@ def test_a_lagged_step_reads_gradients_once(
 
 def test_a_lagged_step_equals_its_two_functions() -> None:
     """Sharded parameters use the two functions."""
-    backend = launch.new()
+    backend = triton_backend.new()
     specs, (ours, theirs) = lagged_pair()
     for t in range(3):
         for optimizer in (ours, theirs):
@@ -186,7 +186,7 @@ def test_roots_may_change_between_the_two_functions() -> None:
         optimizer.step()
     settings = settings_of(optimizers[0].param_groups[0], capturable=False)
     entries = [[entry_of(parameters(o)[0], o)] for o in optimizers]
-    backend = launch.new()
+    backend = triton_backend.new()
     sums_of_each = [backend.statistics(of_one) for of_one in entries]
     expected = reference.statistics(entries[0])
     for sums in sums_of_each:  # the roots of other parameters of the same shapes
@@ -202,7 +202,7 @@ def test_roots_may_change_between_the_two_functions() -> None:
 def test_other_strides_use_the_reference_with_one_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    launch._warn_once.cache_clear()
+    triton_backend._warn_once.cache_clear()
     specs = [
         Spec((6, 10), "int8", layout="strided"),
         Spec((5,), layout="strided"),
@@ -250,4 +250,4 @@ def test_no_entries_and_empty_tensors() -> None:
     empty.grad, other.grad = torch.ones_like(empty), torch.ones_like(other)
     optimizer.step()
     assert (other != 1).all()
-    assert launch.new().statistics([]) == []
+    assert triton_backend.new().statistics([]) == []

@@ -27,9 +27,11 @@ from striped_hf.optim.interface import Entry
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
-launch = pytest.importorskip("striped_hf.optim.backends.triton.launch", exc_type=ImportError)
+triton_backend = pytest.importorskip(
+    "striped_hf.optim.backends.triton.backend", exc_type=ImportError
+)
 
-DEVICE = launch.DEVICE_TYPES[0]
+DEVICE = triton_backend.DEVICE_TYPES[0]
 ON_GPU = DEVICE == "cuda"
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

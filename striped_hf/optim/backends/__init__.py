@@ -23,7 +23,7 @@ def _import_cpu() -> ModuleType:
 
 
 def _import_triton() -> ModuleType:
-    import striped_hf.optim.backends.triton.launch as backend
+    import striped_hf.optim.backends.triton.backend as backend
 
     return backend
 

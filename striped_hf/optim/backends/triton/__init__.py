@@ -1,7 +1,8 @@
 """The Triton backend: the step of ``reference.py`` in a few launches for any number of tensors.
 
-- ``launch.py`` has the backend and launches the kernels.
-- ``kernels.py`` has the kernels, ``codec.py`` their rounding and their momentum codes.
+- ``backend.py`` has the backend, and ``launch.py`` launches the kernels of a step.
+- ``statistics_kernels.py``, ``stripes_kernels.py`` and ``update_kernels.py`` have the kernels,
+  ``functions.py`` has what they share, and ``codec.py`` their rounding and their momentum codes.
 - ``fold.py`` folds gradients during the backward pass, by the kernels of ``fold_kernels.py``.
 - ``arguments.py`` has the arguments of the kernels, and ``tile_sizes.py`` the tile sizes.
 - ``kinds.py`` has the facts about an entry on which all of these depend.

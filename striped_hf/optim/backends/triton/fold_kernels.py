@@ -1,6 +1,6 @@
 """The kernels that fold the gradient of one matrix during the backward pass; ``fold.py``.
 
-As in ``kernels.py``, sums have a fixed order and no operation is atomic: runs repeat bit for bit.
+Sums have a fixed order and no operation is atomic: runs repeat bit for bit.
 Tensors come as addresses, so that a gradient elsewhere in memory does not compile a kernel anew.
 """
 

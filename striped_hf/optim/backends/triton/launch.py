@@ -1,4 +1,4 @@
-"""The step of ``reference.py`` on a GPU: a few launches for all parameters of a param group.
+"""The launches of a step: a few for all parameters of a param group.
 
 A step over any number of matrices has four launches. They compute partial sums of squares over
 tiles of each gradient, the sums of the partial sums in a fixed order, the stripes, and the update.
@@ -23,47 +23,32 @@ waits for the device, no kernel uses atomics, and every sum has a fixed order: r
 bit.
 """
 
-import logging
 import math
-from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
-import numpy as np
-import torch
 import triton.language as tl
 from torch import Tensor
 
-from striped_hf.optim.backends import reference
-from striped_hf.optim.backends.triton import INTERPRETED, arguments, kernels, tile_sizes
+from striped_hf.optim.backends.triton import (
+    arguments,
+    statistics_kernels,
+    stripes_kernels,
+    tile_sizes,
+    update_kernels,
+)
 from striped_hf.optim.backends.triton.arguments import (
     OPTIONS,
     Buffers,
-    EntryPointers,
     Hyperparameters,
     OnDevice,
     StripesVariant,
     UpdateFlags,
     constants,
 )
-from striped_hf.optim.backends.triton.counters import Counters
-from striped_hf.optim.backends.triton.fold import can_fold, launch_fold
-from striped_hf.optim.backends.triton.kinds import kind_of, pointers_of
-from striped_hf.optim.backends.triton.plan import Plan, Plans, Programs, launching_on
-from striped_hf.optim.backends.triton.prepared import Prepared
+from striped_hf.optim.backends.triton.plan import Plan, Programs
 from striped_hf.optim.backends.triton.workspace import ceil_div, tile_columns
-from striped_hf.optim.capture import is_capturing
-from striped_hf.optim.interface import Entry, Folded, Known, Roots, Settings, Sums
-
-logger = logging.getLogger(__name__)
-
-DEVICE_TYPES = ("cpu",) if INTERPRETED else ("cuda",)
-CAPTURABLE = True  # steps and learning rates may be known to the device only
-
-
-# ---------------------------------------------------------------------------------------------
-# the entries of one call in a plan
-# ---------------------------------------------------------------------------------------------
+from striped_hf.optim.interface import Settings
 
 
 class Placed(NamedTuple):
@@ -89,223 +74,13 @@ class Placed(NamedTuple):
     has_first_step: bool
 
 
-@cache  # once
-def _warn_once() -> None:
-    logger.warning(
-        "StripedAdamW: parameters, gradients or state that are neither contiguous nor transposed "
-        "are stepped in plain PyTorch, several times slower: make them contiguous"
-    )
-
-
-# ---------------------------------------------------------------------------------------------
-# the backend
-# ---------------------------------------------------------------------------------------------
-
-
-class TritonBackend:
-    """The backend of one optimizer, with the plans of its steps."""
-
-    DEVICE_TYPES = DEVICE_TYPES
-    CAPTURABLE = CAPTURABLE
-
-    def __init__(self) -> None:
-        self._plans: dict[tuple[torch.device, bool], Plans] = {}
-        self._counters = Counters()
-
-    def step(self, entries: list[Entry], settings: Settings, known: Known | None = None) -> None:
-        """Performs ``reference.step``. A lagged step reads most gradients only once."""
-        if not entries:
-            return
-        with launching_on(entries[0].param.device):
-            prepared = self._prepare(entries, settings.lagged)
-            if known is not None and prepared.can_update:
-                prepared.learn(known)
-                known.prepared[settings.lagged] = prepared
-            placed = _placed(prepared, [entry.step for entry in entries])
-            if settings.lagged and placed.step == 0:
-                placed = placed._replace(has_first_step=self._may_have_first_step(entries))
-            _launch_step(placed, settings)
-        if prepared.fallback:
-            reference.step([entries[i] for i in prepared.fallback], settings)
-
-    def step_known(self, known: Known, steps: list[int], settings: Settings) -> bool:
-        """Performs ``step`` with the plan of an earlier step of these entries."""
-        prepared: Prepared | None = known.prepared.get(settings.lagged)
-        if prepared is None or not prepared.update(known, steps):
-            return False
-        with launching_on(known.device):
-            _launch_step(_placed(prepared, steps), settings)
-        return True
-
-    def statistics(self, entries: list[Entry]) -> list[Sums | None]:
-        """Sums the squares of every gradient by row and by column.
-
-        Args:
-            entries: The entries of parameters on one device.
-
-        Returns:
-            As ``reference.statistics``: for each matrix the row sums [..., R, bc] and the column
-            sums [..., br, C], float32. They are views of one buffer.
-
-        Raises:
-            RuntimeError: A CUDA graph is being captured, and no such step was taken before.
-        """
-        found: list[Sums | None] = [None] * len(entries)
-        if not entries:
-            return found
-        with launching_on(entries[0].param.device):
-            placed = self._place(entries, lagged=False)
-            buffer = torch.empty_like(placed.plan.workspace.sums)
-            _launch_statistics(placed, buffer)
-        for number, i in zip(placed.numbers, placed.positions, strict=True):
-            kind = placed.plan.kinds[number]
-            if kind.is_matrix:
-                found[i] = placed.plan.workspace.sums_of(number, kind, buffer)
-        fallback = reference.statistics([entries[i] for i in placed.fallback])
-        for i, sums in zip(placed.fallback, fallback, strict=True):
-            found[i] = sums
-        return found
-
-    def update(self, entries: list[Entry], roots: list[Roots | None], settings: Settings) -> None:
-        """Updates momentum and parameter of every entry in place; as ``reference.update``.
-
-        Args:
-            entries: The argument of ``statistics``, or entries whose gradients were folded.
-            roots: For each matrix a and c, in tensors of the sums' shapes.
-            settings: The param group's settings.
-        """
-        if not entries:
-            return
-        with launching_on(entries[0].param.device):
-            placed = self._place(entries, lagged=False)
-            _copy_to_workspace(placed, roots)
-            _launch_update(placed, settings, has_roots=True)
-        if placed.fallback:
-            fallback_roots = [roots[i] for i in placed.fallback]
-            reference.update([entries[i] for i in placed.fallback], fallback_roots, settings)
-
-    def fold(
-        self,
-        entry: Entry,
-        folded: Folded,
-        settings: Settings,
-        is_first: bool,
-        coefficient: Tensor | None,
-    ) -> None:
-        """Adds a gradient to the momentum, sums and sketch; as ``reference.fold``.
-
-        It reads the gradient and the momentum once, in two launches.
-        """
-        if not can_fold(entry, folded):
-            _warn_once()
-            reference.fold(entry, folded, settings, is_first, coefficient)
-            return
-        launch_fold(entry, folded, settings, is_first, coefficient)
-
-    def step_folded(self, entries: list[Entry], sums: list[Sums], settings: Settings) -> None:
-        """Updates whole matrices whose gradients were folded; as ``reference.step_folded``."""
-        if not entries:
-            return
-        with launching_on(entries[0].param.device):
-            placed = self._place(entries, lagged=False)
-            _copy_to_workspace(placed, sums)
-            _launch_update(placed, settings)
-        if placed.fallback:
-            fallback_sums = [sums[i] for i in placed.fallback]
-            reference.step_folded([entries[i] for i in placed.fallback], fallback_sums, settings)
-
-    def _may_have_first_step(self, entries: list[Entry]) -> bool:
-        """Whether an entry may have its first step, if only the device knows the steps."""
-        is_captured = is_capturing(entries[0].param.device)
-        return not self._counters.count((entry.state["step"] for entry in entries), is_captured)
-
-    def _place(self, entries: list[Entry], lagged: bool) -> Placed:
-        """Finds a plan for some entries, and brings their addresses to the device.
-
-        Raises:
-            RuntimeError: The optimizer is capturable and an entry has strides that no kernel
-                supports; or a CUDA graph is being captured, and there was no such step before.
-        """
-        return _placed(self._prepare(entries, lagged), [entry.step for entry in entries])
-
-    def _prepare(self, entries: list[Entry], lagged: bool) -> Prepared:
-        """Finds a plan for some entries."""
-        device, first_step = entries[0].param.device, entries[0].step
-        pointers = [pointers_of(entry, first_step) for entry in entries]
-        kinds = [kind_of(entry, of) for entry, of in zip(entries, pointers, strict=True)]
-        fallback = [i for i, kind in enumerate(kinds) if kind is None]
-        if fallback:
-            if first_step == 0:
-                raise RuntimeError(
-                    "capturable=True steps contiguous and transposed parameters only, and one has "
-                    "other strides: make it contiguous"
-                )
-            _warn_once()
-            shape = tuple(entries[fallback[0]].param.shape)
-            logger.debug("StripedAdamW: the first such parameter has shape %s", shape)
-        positions = [i for i, kind in enumerate(kinds) if kind is not None]
-        plans = self._plans.get((device, lagged))
-        if plans is None:
-            plans = self._plans[device, lagged] = Plans(lagged, device)
-        plan, numbers = plans.find(tuple(kind for kind in kinds if kind is not None))
-        supported = np.array([pointers[i] for i in positions], dtype=np.int64)
-        return Prepared(
-            plan=plan,
-            programs=plan.programs_of(numbers),
-            numbers=numbers,
-            positions=positions,
-            fallback=fallback,
-            pointers=supported.reshape(-1, len(EntryPointers._fields)),
-        )
-
-
-new = TritonBackend
-
-
-def _placed(prepared: Prepared, steps: list[int]) -> Placed:
-    """Brings the addresses of entries to the device, for a step with these numbers."""
-    plan, programs = prepared.plan, prepared.programs
-    if steps[0] == 0:
-        plan.addresses.stage()
-    plan.set_addresses(prepared.numbers, prepared.pointers, programs)
-    plan.use_on_current_stream(programs)
-    return Placed(
-        plan=plan,
-        programs=programs,
-        numbers=prepared.numbers,
-        positions=prepared.positions,
-        fallback=prepared.fallback,
-        step=steps[0],
-        has_first_step=min(steps) <= 1,  # a step of 0 may be the first
-    )
-
-
-def _copy_to_workspace(placed: Placed, given: Sequence[Sums | Roots | None]) -> None:
-    """Copies sums, or roots in their place, to the buffer that the kernels read."""
-    targets: list[Tensor] = []
-    sources: list[Tensor] = []
-    plan = placed.plan
-    for number, i in zip(placed.numbers, placed.positions, strict=True):
-        kind, pair = plan.kinds[number], given[i]
-        if kind.is_matrix and pair is not None:
-            targets += plan.workspace.sums_of(number, kind, plan.workspace.sums)
-            sources += pair
-    if targets:
-        torch._foreach_copy_(targets, sources)
-
-
-# ---------------------------------------------------------------------------------------------
-# launches
-# ---------------------------------------------------------------------------------------------
-
-
-def _launch_step(placed: Placed, settings: Settings) -> None:
+def launch_step(placed: Placed, settings: Settings) -> None:
     """Does the whole step of the supported entries."""
-    _launch_statistics(placed, placed.plan.workspace.sums)
-    _launch_update(placed, settings)
+    launch_statistics(placed, placed.plan.workspace.sums)
+    launch_update(placed, settings)
 
 
-def _launch_statistics(placed: Placed, sums: Tensor) -> None:
+def launch_statistics(placed: Placed, sums: Tensor) -> None:
     """Computes the sums, except those that the update computes after an entry's first step."""
     launched = [fused for fused in placed.programs.reductions if placed.has_first_step or not fused]
     if not launched:
@@ -321,7 +96,7 @@ def _launch_statistics(placed: Placed, sums: Tensor) -> None:
             "TILE_COLUMNS": tile_columns(fused),
         }
         if fused and step == 0:
-            kernels.first_statistics_kernel[_programs_of_first_step(tiles)](
+            statistics_kernels.first_statistics_kernel[_programs_of_first_step(tiles)](
                 tiles=tiles,
                 count=len(tiles),
                 buffers=buffers,
@@ -333,7 +108,7 @@ def _launch_statistics(placed: Placed, sums: Tensor) -> None:
                 **OPTIONS,
             )
         else:
-            kernels.statistics_kernel[(len(tiles),)](
+            statistics_kernels.statistics_kernel[(len(tiles),)](
                 tiles=tiles,
                 buffers=buffers,
                 step=step,
@@ -350,7 +125,7 @@ def _launch_statistics(placed: Placed, sums: Tensor) -> None:
             _launch_combine(placed.programs, buffers, fused)
 
 
-def _launch_update(placed: Placed, settings: Settings, has_roots: bool = False) -> None:
+def launch_update(placed: Placed, settings: Settings, has_roots: bool = False) -> None:
     """Updates all supported entries, from the sums or the roots in the plan's workspace."""
     programs = placed.programs
     fused = True in programs.segments
@@ -368,7 +143,7 @@ def _launch_update(placed: Placed, settings: Settings, has_roots: bool = False) 
             has_roots=has_roots,
             nesterov=settings.nesterov,
         )
-        kernels.stripes_kernel[(len(segments),)](
+        stripes_kernels.stripes_kernel[(len(segments),)](
             segments=segments,
             buffers=buffers,
             hyper=hyper,
@@ -384,7 +159,7 @@ def _launch_update(placed: Placed, settings: Settings, has_roots: bool = False) 
     for fused_statistics in programs.segments:
         launch_stripes(fused_statistics, before_update=True)
     for means in programs.means.values() if not has_roots else ():
-        kernels.means_kernel[(len(means),)](
+        stripes_kernels.means_kernel[(len(means),)](
             means=means,
             buffers=buffers,
             BLOCK=tile_sizes.TOTALS_BLOCK,
@@ -392,7 +167,7 @@ def _launch_update(placed: Placed, settings: Settings, has_roots: bool = False) 
             **OPTIONS,
         )
     for matrix, tiles in programs.matrices.items():
-        kernels.matrices_kernel[(len(tiles),)](
+        update_kernels.matrices_kernel[(len(tiles),)](
             tiles=tiles,
             buffers=buffers,
             one_minus_beta1=hyper.one_minus_beta1,
@@ -400,7 +175,7 @@ def _launch_update(placed: Placed, settings: Settings, has_roots: bool = False) 
             variant=constants(matrix),
             flags=_update_flags(settings, matrix.param_dtype),
             tuning=constants(arguments.TUNING),
-            TILE_ROWS=tile_sizes.UPDATE_TILE_ROWS,
+            TILE_ROWS=tile_sizes.update_tile_rows(matrix.transposed, matrix.low_bits),
             num_warps=4,
             **OPTIONS,
         )
@@ -408,7 +183,7 @@ def _launch_update(placed: Placed, settings: Settings, has_roots: bool = False) 
         _launch_combine(programs, buffers, fused_statistics=True)
         launch_stripes(fused_statistics=True, before_update=False)
     for vector, tiles in programs.vectors.items():
-        kernels.vectors_kernel[(len(tiles),)](
+        update_kernels.vectors_kernel[(len(tiles),)](
             tiles=tiles,
             buffers=buffers,
             hyper=hyper,
@@ -424,7 +199,7 @@ def _launch_update(placed: Placed, settings: Settings, has_roots: bool = False) 
 
 def _launch_combine(programs: Programs, buffers: Buffers, fused_statistics: bool) -> None:
     reductions = programs.reductions[fused_statistics]
-    kernels.combine_kernel[(len(reductions),)](
+    statistics_kernels.combine_kernel[(len(reductions),)](
         reductions=reductions,
         buffers=buffers,
         PARTIALS=tile_sizes.COMBINED_PARTIALS,
@@ -436,7 +211,7 @@ def _launch_combine(programs: Programs, buffers: Buffers, fused_statistics: bool
 
 def _launch_first_combine(programs: Programs, buffers: Buffers) -> None:
     reductions = programs.reductions[True]
-    kernels.first_combine_kernel[_programs_of_first_step(reductions)](
+    statistics_kernels.first_combine_kernel[_programs_of_first_step(reductions)](
         reductions=reductions,
         count=len(reductions),
         buffers=buffers,
