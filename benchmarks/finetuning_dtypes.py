@@ -29,7 +29,7 @@ def render(*comparisons: dict[str, Any]) -> str:
     """Makes the Markdown table of some comparisons, one row for each run."""
     header = (
         *("optimizer", "weights", "learning rate", "state, bytes per parameter"),
-        *("peak memory, MiB", "train loss", "val loss"),
+        *("peak memory, MiB", "median step, s", "train loss", "val loss"),
     )
     rows = [
         (
@@ -38,6 +38,7 @@ def render(*comparisons: dict[str, Any]) -> str:
             f"{run['learning_rate']:g}",
             f"{run['state_bytes_per_param']:.2f}",
             f"{run['peak_memory_mib']:,.0f}",
+            f"{run['median_step_ms'] / 1000:.1f}",
             loss_text(run["train_loss"]),
             loss_text(run["eval_loss"]),
         )

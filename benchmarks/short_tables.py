@@ -4,60 +4,60 @@ Each comes from a results file; docs/benchmarks.md has the whole table.
 """
 
 import os
-import statistics
 from pathlib import Path
 from typing import Any
 
-from recipes.compare_optimizers import groups
+from benchmarks.loss_peers import BASELINE
+from benchmarks.loss_tables import KINDS, best_rate, mean, runs_by_rate
 from striped_hf.results import markdown_table
 
-OPTIMS = ("adamw_torch_fused", "striped_adamw", "striped_adamw_8bit", "striped_adamw_4bit")
+# AdamW, StripedAdamW, and the other optimizers of at most about two bytes per parameter
+SHOWN_LOSSES = (
+    BASELINE,
+    "striped_float32",
+    "striped_int8",
+    "striped_int4",
+    "bitsandbytes_adamw8bit",
+    "torchao_adamw8bit",
+    "torchao_adamw4bit",
+    "transformers_adafactor_no_momentum",
+)
 # fused AdamW, StripedAdamW in 8 bits, and 8-bit AdamW of other packages
 PEERS = ("adamw_fused", "striped_int8", "bitsandbytes_adamw8bit", "torchao_adamw8bit")
 FORMATS = {"adamw": "AdamW", "float32": "float32", "int8": "8-bit", "int4": "4-bit"}
 
 
-def mean_losses(comparison: dict[str, Any]) -> dict[str, dict[tuple[str, float], float]]:
-    """Returns the mean over the seeds of ``train_loss`` and ``eval_loss``.
+def losses(results: dict[str, Any]) -> str:
+    """Makes the table of losses, each optimizer at its best rate, with the differences from AdamW.
 
     Args:
-        comparison: A results file of compare_optimizers.py.
-
-    Returns:
-        For each optimizer, with its own arguments in the name, the mean at (kind, learning rate).
+        results: A results file of losses.py.
     """
-    means: dict[str, dict[tuple[str, float], float]] = {}
-    for (name, rate), runs in groups(comparison).items():
-        for kind in ("train_loss", "eval_loss"):
-            means.setdefault(name, {})[kind, rate] = statistics.mean(run[kind] for run in runs)
-    return means
+    found = {name: runs_by_rate(results, name) for name in SHOWN_LOSSES}
+    best = {name: rate for name, rates in found.items() if (rate := best_rate(rates)) is not None}
 
+    def cell(name: str, kind: str) -> str:
+        loss, adamw = (mean(found[each][best[each]], kind) for each in (name, BASELINE))
+        assert loss is not None
+        assert adamw is not None
+        return f"{loss:.4f}" + ("" if name == BASELINE else f" ({loss - adamw:+.4f})")
 
-def losses(comparison: dict[str, Any]) -> str:
-    """Makes the table of mean losses at equal learning rates, with the differences from AdamW."""
-    means = mean_losses(comparison)
-    rates = sorted({run["learning_rate"] for run in comparison["runs"]})
-    adamw = OPTIMS[0]
-    columns = [(kind, rate) for kind in ("train_loss", "eval_loss") for rate in rates]
-
-    def cell(name: str, column: tuple[str, float]) -> str:
-        loss = means[name][column]
-        beside = "" if name == adamw else f" ({loss - means[adamw][column]:+.4f})"
-        return f"{loss:.4f}{beside}"
-
-    words = {"train_loss": "train", "eval_loss": "val"}
-    header = ("optimizer", *(f"{words[kind]}, lr {rate:g}" for kind, rate in columns))
-    rows = [(f"`{name}`", *(cell(name, column) for column in columns)) for name in OPTIMS]
-    seeds = {len(runs) for (name, _), runs in groups(comparison).items() if name in OPTIMS}
-    (count,) = seeds  # the comparison is fair only if each optimizer has the same number of seeds
-    spread = max(
-        max(run["eval_loss"] for run in runs) - min(run["eval_loss"] for run in runs)
-        for (name, _), runs in groups(comparison).items()
-        if name == adamw
-    )
+    rows = [
+        (
+            f"`{name}`",
+            f"{found[name][rate][0]['state_bytes_per_param']:.2f}",
+            f"{rate:g}",
+            *(cell(name, kind) for kind in KINDS),
+        )
+        for name, rate in best.items()
+    ]
+    header = ("optimizer", "state, bytes per parameter", "best rate", "train loss", "val loss")
+    (count,) = {len(found[name][rate]) for name, rate in best.items()}
+    of_adamw = [run["val_loss"] for run in found[BASELINE][best[BASELINE]]]
     return (
         f"{markdown_table(header, rows)}\n\nMeans of {count} seeds; in parentheses the difference "
-        f"from AdamW. AdamW's own validation loss differs by up to {spread:.3f} between seeds."
+        f"from AdamW. AdamW's own validation loss differs by {max(of_adamw) - min(of_adamw):.3f} "
+        "between seeds."
     )
 
 
