@@ -90,7 +90,6 @@ class KnownEntries(Known):
             or not OPTIONS.keys() <= group.keys()
             or _options_of(group) != self._group
             or list(map(len, states)) != self._lengths
-            or any_flattened(params)
         ):
             return None
         try:
@@ -106,7 +105,11 @@ class KnownEntries(Known):
         if sizes != self._sizes:
             return None
         if addresses != self.addresses:
-            if not all(addresses) or not self._have_same_offsets(tensors, addresses):
+            if (
+                not all(addresses)
+                or not self._have_same_offsets(tensors, addresses)
+                or any_flattened(params)  # flattening moves the parameters
+            ):
                 return None
             self.addresses = addresses
         return Recognized(self, params, grads, states, steps)
