@@ -63,9 +63,9 @@ class CodedMomentum:
 
 
 def coded(
-    of: Build, code: Code, model: Any, lr: float, betas: Betas, weight_decay: float
+    of: Build, code: str, model: Any, lr: float, betas: Betas, weight_decay: float
 ) -> CodedMomentum:
-    return CodedMomentum(of(model, lr, betas, weight_decay), code)
+    return CodedMomentum(of(model, lr, betas, weight_decay), _CODES[code])
 
 
 def noisy(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -83,6 +83,7 @@ def noisy(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return (blocks + spacing * noise).flatten(-2)[..., : values.shape[-1]]
 
 
+_CODES = {**CODES, "noise": noisy}
 _STUDIES = (
     *(
         Peer(f"striped_float32_exact_{part}", "striped_hf", partial(partly_exact, part), 3)
@@ -91,15 +92,10 @@ _STUDIES = (
     *(
         Peer(name, package, partial(coded, PEERS[of].build, code), 3)
         for name, package, of, code in (
-            (
-                "striped_int4_nearest_value",
-                "striped_hf",
-                "striped_float32",
-                CODES["int4, nearest value"],
-            ),
-            ("striped_int4_at_random", "striped_hf", "striped_float32", CODES["int4, at random"]),
-            ("striped_float32_noise", "striped_hf", "striped_float32", noisy),
-            ("adamw_int4_momentum", "torch", BASELINE, CODES["int4"]),
+            ("striped_int4_nearest_value", "striped_hf", "striped_float32", "int4, nearest value"),
+            ("striped_int4_at_random", "striped_hf", "striped_float32", "int4, at random"),
+            ("striped_float32_noise", "striped_hf", "striped_float32", "noise"),
+            ("adamw_int4_momentum", "torch", BASELINE, "int4"),
         )
     ),
 )
