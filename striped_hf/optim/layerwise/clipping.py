@@ -62,8 +62,9 @@ class ForwardClipping:
         assert self._max_norm_of_step is not None
         norm = self.assumed.to(device)
         if estimate is not None:
+            estimate = estimate.to(device)
             is_spike = (estimate > _SPIKE_RATIO * norm) & estimate.isfinite()
-            norm = torch.where(is_spike, estimate.to(device), norm)
+            norm = torch.where(is_spike, estimate, norm)
         return _clip(norm, self._max_norm_of_step)
 
     def clip(self, norm: Tensor) -> Tensor:
