@@ -228,6 +228,44 @@ def evaluate(model: nn.Module, split: TokenSplit, blocks: int, chosen: int, run:
     return total / tokens
 
 
+def begin(run: Run) -> tuple[Any, RandomWindows]:
+    """Makes the model of a run and the windows that it trains on, both from its seed.
+
+    Raises:
+        UserError: The data set's tokens are not the model's, or its context is shorter than the
+            windows.
+    """
+    task = run.task
+    set_seed(run.seed)
+    train_split, val_split = (open_split(run.data_dir, name) for name in ("train", "val"))
+    if task.model is pretrained_model:
+        check_tokens(run.data_dir, run.model)
+    model: Any = task.model(max(train_split.vocab_size, val_split.vocab_size), run.model)
+    if (longest := model.config.max_position_embeddings) < task.block_size:
+        raise UserError(
+            f"--model {run.model}: its context of {longest} tokens is shorter than the windows of "
+            f"--task {task.name}, {task.block_size}: pass another model"
+        )
+    model.to(device=run.device, dtype=getattr(torch, run.peer.dtype))
+    model.train()
+    windows = RandomWindows(
+        train_split, task.block_size, task.steps * task.batch_size, seed=run.seed
+    )
+    return model, windows
+
+
+def batch_loss(model: nn.Module, windows: RandomWindows, step: int, run: Run) -> torch.Tensor:
+    """Returns the loss of a step's batch; steps count from 0."""
+    first = step * run.task.batch_size
+    return token_loss(model, windows.__getitems__(range(first, first + run.task.batch_size)), run)
+
+
+def backward(loss: torch.Tensor, model: nn.Module) -> None:
+    """Computes the gradients of a loss, and clips them."""
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+
+
 def train(run: Run) -> dict[str, Any]:
     """Trains a model and evaluates it.
 
@@ -247,36 +285,19 @@ def train(run: Run) -> dict[str, Any]:
     }
     if peer.version() is None:
         return {**result, "reason": f"{peer.package} is not installed"}
-    set_seed(run.seed)
-    train_split, val_split = (open_split(run.data_dir, name) for name in ("train", "val"))
-    if task.model is pretrained_model:
-        check_tokens(run.data_dir, run.model)
-    model: Any = task.model(max(train_split.vocab_size, val_split.vocab_size), run.model)
-    if (longest := model.config.max_position_embeddings) < task.block_size:
-        raise UserError(
-            f"--model {run.model}: its context of {longest} tokens is shorter than the windows of "
-            f"--task {task.name}, {task.block_size}: pass another model"
-        )
-    model.to(device=run.device, dtype=getattr(torch, peer.dtype))
+    model, windows = begin(run)
     parameters = model.num_parameters(only_trainable=True)
-    windows = RandomWindows(
-        train_split, task.block_size, task.steps * task.batch_size, seed=run.seed
-    )
     try:
         optimizer = peer.build(model, run.learning_rate, task.betas, WEIGHT_DECAY)
     except Exception as error:  # each package has errors of its own
         return {**result, "reason": reason(error)}
 
-    model.train()
     for step, factor in enumerate(rate_factors(task)):
         set_learning_rate(optimizer, run.learning_rate * factor)
-        first = step * task.batch_size
-        batch = windows.__getitems__(range(first, first + task.batch_size))
-        loss = token_loss(model, batch, run)
+        loss = batch_loss(model, windows, step, run)
         if not math.isfinite(loss.item()):
             return {**result, "train_loss": None, "val_loss": None}
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        backward(loss, model)
         try:
             optimizer.step()
         except Exception as error:
@@ -287,6 +308,7 @@ def train(run: Run) -> dict[str, Any]:
         if step == 0:
             result["state_bytes_per_param"] = peer_state_bytes(optimizer) / parameters
 
+    train_split, val_split = (open_split(run.data_dir, name) for name in ("train", "val"))
     blocks = len(ContiguousBlocks(val_split, task.block_size))
     for name, split in (("train", train_split), ("val", val_split)):
         loss_value = evaluate(model, split, blocks, task.evaluated or blocks, run)

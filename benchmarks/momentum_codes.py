@@ -19,14 +19,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
-from transformers import set_seed
 
 from benchmarks.loss_peers import PEERS, set_learning_rate
-from benchmarks.loss_tasks import MAX_GRAD_NORM, TASKS, WEIGHT_DECAY, Run, rate_factors, token_loss
+from benchmarks.loss_tasks import (
+    TASKS,
+    WEIGHT_DECAY,
+    Run,
+    backward,
+    batch_loss,
+    begin,
+    rate_factors,
+)
 from striped_hf.cli import run
-from striped_hf.data import RandomWindows, open_split
 from striped_hf.optim import momentum
 from striped_hf.results import environment, markdown_table, write_json
 
@@ -121,13 +127,10 @@ class Momenta:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Trains until the end of the last window; writes the results after each window."""
     task = TASKS["char"]
-    set_seed(args.seed)
-    train, val = (open_split(args.data_dir, name) for name in ("train", "val"))
-    model: Any = task.model(max(train.vocab_size, val.vocab_size), "")
     peer = PEERS[TRAINED_BY]
-    optimizer = peer.build(model, args.learning_rate, task.betas, WEIGHT_DECAY)
     this = Run(task, peer, args.learning_rate, args.seed, args.data_dir, "", "cpu")
-    windows = RandomWindows(train, task.block_size, task.steps * task.batch_size, args.seed)
+    model, windows = begin(this)
+    optimizer = peer.build(model, args.learning_rate, task.betas, WEIGHT_DECAY)
     matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2}
     squares = {name: torch.zeros_like(p) for name, p in matrices.items()}
     momenta: dict[str, Momenta] = {}
@@ -139,12 +142,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
     beta1, beta2 = task.betas
     factors = rate_factors(task)
-    model.train()
     for step in tqdm(range(max(args.impulses) + AFTER), "momentum codes"):
-        first = step * task.batch_size
-        batch = windows.__getitems__(range(first, first + task.batch_size))
-        token_loss(model, batch, this).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        backward(batch_loss(model, windows, step, this), model)
         impulse = next((at for at in args.impulses if at - BEFORE <= step < at + AFTER), None)
         for number, (name, param) in enumerate(matrices.items()):
             grad = param.grad

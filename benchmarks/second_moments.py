@@ -15,14 +15,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
-from transformers import set_seed
 
 from benchmarks.loss_peers import BASELINE, PEERS, set_learning_rate
-from benchmarks.loss_tasks import MAX_GRAD_NORM, TASKS, WEIGHT_DECAY, Run, rate_factors, token_loss
+from benchmarks.loss_tasks import (
+    TASKS,
+    WEIGHT_DECAY,
+    Run,
+    backward,
+    batch_loss,
+    begin,
+    rate_factors,
+)
 from striped_hf.cli import run
-from striped_hf.data import RandomWindows, open_split
 from striped_hf.results import begin_results, markdown_table, write_json
 
 HEADS = 4
@@ -140,22 +146,15 @@ def measure_step(matrices: dict[str, tuple[Tensor, Tensor]], betas: tuple[float,
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Trains with AdamW until the last of the steps; writes the results after each of them."""
     task = TASKS["char"]
-    set_seed(args.seed)
-    train, val = (open_split(args.data_dir, name) for name in ("train", "val"))
-    model: Any = task.model(max(train.vocab_size, val.vocab_size), "")
     peer = PEERS[BASELINE]
-    optimizer = peer.build(model, args.learning_rate, task.betas, WEIGHT_DECAY)
     this = Run(task, peer, args.learning_rate, args.seed, args.data_dir, "", "cpu")
-    windows = RandomWindows(train, task.block_size, task.steps * task.batch_size, args.seed)
+    model, windows = begin(this)
+    optimizer = peer.build(model, args.learning_rate, task.betas, WEIGHT_DECAY)
     settings = {"learning_rate": args.learning_rate, "seed": args.seed, "steps": []}
     results = begin_results(args.results, settings, resume=False)
     factors = rate_factors(task)
-    model.train()
     for step in tqdm(range(max(args.steps)), "second moments"):
-        first = step * task.batch_size
-        batch = windows.__getitems__(range(first, first + task.batch_size))
-        token_loss(model, batch, this).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        backward(batch_loss(model, windows, step, this), model)
         set_learning_rate(optimizer, args.learning_rate * factors[step])
         optimizer.step()
         model.zero_grad()
