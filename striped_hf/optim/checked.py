@@ -92,13 +92,9 @@ def check_params(
         if grad is not None and not is_resized and is_ordinary(param, grad, state, description):
             alone.append(Checked(param, grad, description))
             continue
-        problem = (
-            problem_of_gradient(param, grad, capturable)
-            or problem_of_wrapper(param)
-            or problem_of_state(param, state, description)
-            or (problem_of_shards(param, state) if is_sharded(param) else None)
-            or (problem_of_shape(first_shape) if is_resized else None)
-        )
+        problem = problem_of_step(param, grad, state, description, capturable)
+        if problem is None and is_resized:
+            problem = problem_of_shape(first_shape)
         if problem is not None:
             # a sharded parameter is still listed: the other processes wait for this one
             first_problem = first_problem or f"{name_of(group, i, group_index)} {problem}"
@@ -108,3 +104,23 @@ def check_params(
         elif grad is not None:
             alone.append(Checked(param, grad, description, False, sharded))
     return CheckedGroup(settings, alone, together), first_problem
+
+
+def problem_of_step(
+    param: Tensor, grad: Tensor | None, state: State, description: Description, capturable: bool
+) -> str | None:
+    """Explains why a parameter cannot be stepped by its gradient and its state; None: it can.
+
+    Args:
+        param: The parameter.
+        grad: Its gradient; None if this process has none.
+        state: Its state; empty if it has none yet.
+        description: Its description.
+        capturable: Whether the optimizer is capturable.
+    """
+    return (
+        problem_of_gradient(param, grad, capturable)
+        or problem_of_wrapper(param)
+        or problem_of_state(param, state, description)
+        or (problem_of_shards(param, state) if is_sharded(param) else None)
+    )

@@ -42,9 +42,8 @@ class ForwardClipping:
         """Forgets what the step before decided."""
         self.is_exact, self._has_begun, self._max_norm_of_step = False, False, None
 
-    @property
-    def is_active(self) -> bool:
-        """Whether this step's folded gradients have coefficients."""
+    def decide(self) -> bool:
+        """Returns whether this step's gradients are clipped; the first call in a step decides."""
         if not self._has_begun:
             self._has_begun = True
             if self.assumed is not None:

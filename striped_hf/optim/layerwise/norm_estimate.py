@@ -34,7 +34,7 @@ class NormEstimate:
         for param, state, weights in matrices:
             row = state["exp_avg_sq_row"]  # [..., R, bc], means over C / bc columns
             rows.setdefault(row.device, []).append(row)
-            scales.setdefault(row.device, []).append(_columns(param, row) / weights)
+            scales.setdefault(row.device, []).append(param.shape[-1] / row.shape[-1] / weights)
             params.setdefault(row.device, []).append(param)
         self._expected: dict[Tensor, Tensor] = {}
         self._total: Tensor | None = None
@@ -87,10 +87,6 @@ class NormEstimate:
     def _estimate(self, square: Tensor, expected: Tensor) -> Tensor:
         assert self._total is not None
         return (square * (self._total.to(square.device) / expected)).sqrt()
-
-
-def _columns(param: Tensor, row: Tensor) -> float:
-    return param.shape[-1] / row.shape[-1]
 
 
 def _sum(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -12,12 +12,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import ParamsT
 
-from striped_hf.optim.checks import (
-    is_ordinary,
-    problem_of_gradient,
-    problem_of_shards,
-    problem_of_state,
-)
+from striped_hf.optim.checked import problem_of_step
+from striped_hf.optim.checks import is_ordinary
 from striped_hf.optim.interface import Entry, Group, State, Sums
 from striped_hf.optim.layerwise.clipping import ForwardClipping
 from striped_hf.optim.layerwise.hooks import GradientHooks, RowBlocks, RowConsumer
@@ -25,7 +21,6 @@ from striped_hf.optim.layerwise.norm_estimate import NormEstimate
 from striped_hf.optim.layerwise.norms import square_norms_of_folded, square_norms_of_gradients
 from striped_hf.optim.layerwise.open_matrix import OpenMatrix
 from striped_hf.optim.options import settings_of
-from striped_hf.optim.plain import problem_of_wrapper
 from striped_hf.optim.sharded import step as sharded_step
 from striped_hf.optim.sharded.layout import is_sharded
 from striped_hf.optim.state import description_of, name_of
@@ -235,7 +230,7 @@ class LayerwiseStripedAdamW(StripedAdamW):
             rows: The rows that the first of its gradients has; None: all.
             grad: That gradient.
         """
-        if not self._clipping.is_active:
+        if not self._clipping.decide():
             return None
         estimate = None
         if not (is_sharded(param) or self._clipping.is_exact):
@@ -291,12 +286,7 @@ class LayerwiseStripedAdamW(StripedAdamW):
         state = self.state.get(param, {})
         is_placed = grad is not None and is_ordinary(param, grad, state, description)
         if not is_placed:
-            problem = (
-                problem_of_gradient(param, grad, capturable=False)
-                or problem_of_wrapper(param)
-                or problem_of_state(param, state, description)
-                or (problem_of_shards(param, state) if is_sharded(param) else None)
-            )
+            problem = problem_of_step(param, grad, state, description, capturable=False)
             if problem is not None:
                 raise RuntimeError(f"{self._name_of(param)} {problem}")
         state = self._state_of(param, description, is_placed, [])
