@@ -153,8 +153,9 @@ def test_losses_in_the_readme_match_the_results_file():
     ) in readme
     costs = [behind("striped_float32", kind) for kind in ("train_loss", "val_loss")]
     assert f"costs {max(costs):.3f} here" in readme
+    assert "is between AdamW and `striped_int8`" in readme
     for name in ("bitsandbytes_adamw8bit", "torchao_adamw8bit"):
-        assert 0 < behind(name) < behind("striped_int8"), "is between AdamW and `striped_int8`"
+        assert 0 < behind(name) < behind("striped_int8"), name
 
 
 def test_losses_in_the_text_match_the_results_files():
