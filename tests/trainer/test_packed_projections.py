@@ -71,6 +71,9 @@ def build(case: Case, name: str) -> nn.Module:
                 param.zero_()
             elif param.dim() > 1:
                 param.normal_(std=0.5)
+            else:
+                # some modules leave the memory of their vectors as they find it
+                param.fill_(1.0)
     return module
 
 
