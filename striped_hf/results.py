@@ -76,13 +76,21 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Returns the commit of the code, marked if there are changes; None outside git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    """Returns the commit of the code, marked "-dirty" if it is changed; None outside git.
+
+    Results are no code: a benchmark that continues an earlier one has changed its own file.
+    """
+    git = ["git", "-C", str(Path(__file__).parents[1])]
+    describe = [*git, "describe", "--always"]
+    status = [*git, "status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results"]
     try:
-        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        commit, changes = (
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+            for command in (describe, status)
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return run.stdout.strip()
+    return f"{commit}-dirty" if changes else commit
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
