@@ -69,11 +69,9 @@ def _best_table(results: Results) -> str:
         *("val loss, range", "seeds", "rates", "row"),
     )
     rows = []
-    for name in PEERS | STUDIES:
+    for name in PEERS:
         rates = runs_by_rate(results, name)
         best = best_rate(rates)
-        if name in STUDIES and not rates:
-            continue
         if name in results["reasons"]:
             rows.append((f"`{name}`", *[""] * 7, f"cannot run: {results['reasons'][name]}"))
         elif best is None:

@@ -49,7 +49,7 @@ def waiting(results: Results, task: Task, peers: Sequence[Peer]) -> list[tuple[P
         if peer.name not in results["reasons"]:
             runs = [each for each in results["runs"] if each["optimizer"] == peer.name]
             needed = wanted(runs, task.rates, task.seeds)
-            rows += [(peer.group, turn, peer, each) for turn, each in enumerate(needed)]
+            rows += [(peer.group, turn, peer, each) for turn, each in enumerate(needed, len(runs))]
     rows.sort(key=lambda row: row[:2])
     return [(peer, each) for _, _, peer, each in rows]
 

@@ -84,7 +84,7 @@ ONE_DIE, TWO_DIES = "optimizers_gpt2_cpu_float32", "optimizers_gpt2_cpu_float32_
 
 TABLES = {
     # the README's short ones
-    "short_losses": PageTable(short_tables.losses, ("losses_char",)),
+    "short_losses": PageTable(short_tables.losses, ("losses_char", "losses_finetune")),
     "short_state_bytes": PageTable(short_tables.state_bytes, ("state_bytes",)),
     "short_step_time": PageTable(short_tables.step_time, (ONE_DIE, TWO_DIES)),
     "sample_shakespeare_char": PageTable(short_tables.sample),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.loss_peers import BASELINE
-from benchmarks.loss_tables import KINDS, best_rate, mean, runs_by_rate
+from benchmarks.loss_tables import KINDS, Runs, best_rate, is_complete, mean, runs_by_rate
 from striped_hf.results import markdown_table
 
 # AdamW, StripedAdamW, and the other optimizers of at most about two bytes per parameter
@@ -21,44 +21,62 @@ SHOWN_LOSSES = (
     "torchao_adamw8bit",
     "torchao_adamw4bit",
     "transformers_adafactor_no_momentum",
+    "adafactor8bit_adafactor",
 )
 # fused AdamW, StripedAdamW in 8 bits, and 8-bit AdamW of other packages
 PEERS = ("adamw_fused", "striped_int8", "bitsandbytes_adamw8bit", "torchao_adamw8bit")
 FORMATS = {"adamw": "AdamW", "float32": "float32", "int8": "8-bit", "int4": "4-bit"}
 
 
-def losses(results: dict[str, Any]) -> str:
-    """Makes the table of losses, each optimizer at its best rate, with the differences from AdamW.
+def losses(scratch: dict[str, Any], finetune: dict[str, Any]) -> str:
+    """Makes the table of losses: AdamW's, and differences from them, each at its best rate.
 
     Args:
-        results: A results file of losses.py.
+        scratch: A results file of losses.py: a training from scratch.
+        finetune: Another one: the finetuning of a pretrained model.
     """
-    found = {name: runs_by_rate(results, name) for name in SHOWN_LOSSES}
-    best = {name: rate for name, rates in found.items() if (rate := best_rate(rates)) is not None}
+    found = [_best_runs(each) for each in (scratch, finetune)]
+    texts = []
+    for runs in found:
+        (count,) = {len(some) for some in runs.values()}
+        of_adamw = [run["val_loss"] for run in runs[BASELINE]]
+        texts.append(f"{count} seeds ({max(of_adamw) - min(of_adamw):.3f})")
 
-    def cell(name: str, kind: str) -> str:
-        loss, adamw = (mean(found[each][best[each]], kind) for each in (name, BASELINE))
+    def cell(name: str, runs: dict[str, Runs], kind: str) -> str:
+        if name not in runs:
+            return "not run"
+        loss, adamw = mean(runs[name], kind), mean(runs[BASELINE], kind)
         assert loss is not None
         assert adamw is not None
-        return f"{loss:.4f}" + ("" if name == BASELINE else f" ({loss - adamw:+.4f})")
+        return f"{loss:.4f}" if name == BASELINE else f"{loss - adamw:+.4f}"
 
     rows = [
         (
             f"`{name}`",
-            f"{found[name][rate][0]['state_bytes_per_param']:.2f}",
-            f"{rate:g}",
-            *(cell(name, kind) for kind in KINDS),
+            f"{(found[1].get(name) or found[0][name])[0]['state_bytes_per_param']:.2f}",
+            *(cell(name, runs, kind) for runs in found for kind in KINDS),
         )
-        for name, rate in best.items()
+        for name in SHOWN_LOSSES
+        if name in found[0]
     ]
-    header = ("optimizer", "state, bytes per parameter", "best rate", "train loss", "val loss")
-    (count,) = {len(found[name][rate]) for name, rate in best.items()}
-    of_adamw = [run["val_loss"] for run in found[BASELINE][best[BASELINE]]]
-    return (
-        f"{markdown_table(header, rows)}\n\nMeans of {count} seeds; in parentheses the difference "
-        f"from AdamW. AdamW's own validation loss differs by {max(of_adamw) - min(of_adamw):.3f} "
-        "between seeds."
+    header = (
+        *("optimizer", "state, bytes per parameter", "from scratch: train", "val"),
+        *("finetuning: train", "val"),
     )
+    return (
+        f"{markdown_table(header, rows)}\n\nAdamW's losses, and the differences from them. Means "
+        f"of {texts[0]} and {texts[1]}; in parentheses the range of AdamW's validation losses."
+    )
+
+
+def _best_runs(results: dict[str, Any]) -> dict[str, Runs]:
+    """Returns the runs of each shown optimizer at its best rate."""
+    found = {name: runs_by_rate(results, name) for name in SHOWN_LOSSES}
+    return {
+        name: rates[rate]
+        for name, rates in found.items()
+        if is_complete(results, name) and (rate := best_rate(rates)) is not None
+    }
 
 
 def state_bytes(results: dict[str, Any]) -> str:

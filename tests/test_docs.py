@@ -132,26 +132,40 @@ def mean_losses(comparison: dict[str, Any]) -> dict[str, dict[tuple[str, float],
 
 
 def test_losses_in_the_readme_match_the_results_file():
-    compared = results("losses_char")
+    char, finetune = results("losses_char"), results("losses_finetune")
 
-    def loss(name: str, kind: str) -> float:
-        rates = runs_by_rate(compared, name)
-        best = best_rate(rates)
-        assert best is not None
-        value = mean(rates[best], kind)
+    def loss(task: dict[str, Any], name: str, kind: str, rate: float | None = None) -> float:
+        rates = runs_by_rate(task, name)
+        rate = rate or best_rate(rates)
+        assert rate is not None
+        value = mean(rates[rate], kind)
         assert value is not None
         return value
 
-    def behind(name: str, kind: str = "val_loss") -> float:
-        return loss(name, kind) - loss("adamw", kind)
+    def behind(name: str, kind: str = "val_loss", task: dict[str, Any] = char) -> float:
+        return loss(task, name, kind) - loss(task, "adamw", kind)
 
     readme = words("README.md")
     assert (
-        f"mean validation loss is {behind('striped_int8'):.3f} higher than AdamW's with 8-bit "
-        f"momentum, and {-behind('striped_int4'):.4f} lower with 4-bit momentum"
+        f"its validation loss is {behind('striped_int8', task=finetune):.4f} higher than AdamW's "
+        f"with 8-bit momentum, and {behind('striped_int4', task=finetune):.4f} higher with 4-bit"
     ) in readme
+    assert (
+        f"it is {behind('striped_int8'):.3f} higher with 8 bits, and "
+        f"{-behind('striped_int4'):.4f} lower with 4 bits"
+    ) in readme
+    rate = best_rate(runs_by_rate(finetune, "adamw"))
+    assert best_rate(runs_by_rate(finetune, "striped_int4")) == rate / 2
+    train, val = (
+        loss(finetune, "striped_int4", kind, rate) - loss(finetune, "adamw", kind)
+        for kind in ("train_loss", "val_loss")
+    )
+    assert f"{train:.4f} behind in training loss and {val:.4f} in validation loss" in readme
     costs = [behind("striped_float32", kind) for kind in ("train_loss", "val_loss")]
-    assert f"costs {max(costs):.3f} here" in readme
+    assert f"costs {max(costs):.3f}." in readme
+    assert behind("torchao_adamw4bit") < 0
+    rates = [best_rate(runs_by_rate(char, name)) for name in ("adafactor8bit_adafactor", "adamw")]
+    assert rates[0] == 16 * rates[1]
     assert "is between AdamW and `striped_int8`" in readme
     for name in ("bitsandbytes_adamw8bit", "torchao_adamw8bit"):
         assert 0 < behind(name) < behind("striped_int8"), name

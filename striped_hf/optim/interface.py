@@ -1,4 +1,4 @@
-"""The contract between the optimizer and the backends that compute its step."""
+"""The interface between the optimizer and the backends that compute its step."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol

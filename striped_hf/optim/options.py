@@ -109,15 +109,15 @@ OPTIONS: dict[str, Option] = {
     ),
     "eps": Option(_check_number, lambda eps: {"eps": max(float(eps), _SMALLEST_NORMAL)}),
     "weight_decay": Option(_check_number, lambda rate: {"weight_decay": float(rate)}),
-    "maximize": Option(_check_bool, lambda on: {"maximize": on}),
+    "maximize": Option(_check_bool, lambda on: {"maximize": bool(on)}),
     "momentum_dtype": Option(_check_momentum_dtype),
     "blocks": Option(_check_blocks),
     "stochastic_rounding": Option(
-        _check_one_of(True, False, None), lambda on: {"stochastic_rounding": on is not False}
+        _check_one_of(True, False, None), lambda on: {"stochastic_rounding": on is None or bool(on)}
     ),
     "master_bits": Option(_check_master_bits),
-    "nesterov": Option(_check_bool, lambda on: {"nesterov": on}),
-    "lagged": Option(_check_bool, lambda on: {"lagged": on}),
+    "nesterov": Option(_check_bool, lambda on: {"nesterov": bool(on)}),
+    "lagged": Option(_check_bool, lambda on: {"lagged": bool(on)}),
 }
 
 

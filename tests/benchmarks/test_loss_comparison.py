@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import loss_peers, loss_tables, loss_tasks
+from benchmarks import loss_peers, loss_tables, loss_tasks, losses, short_tables
 from benchmarks.loss_grid import MOST_RATES, wanted
 from benchmarks.loss_peers import PEERS
 from benchmarks.loss_studies import PARTS, STUDIES, CodedMomentum
@@ -296,6 +296,30 @@ def test_the_differences_are_of_common_seeds(results: dict):
     differences = "+0.0250 | +0.0100 to +0.0400"
     row = f"| `striped_int4` | 0.004 | {differences} | {differences} | 2 |"
     assert row in table
+
+
+def test_an_optimizer_with_few_runs_comes_first(results: dict):
+    names = ("adamw", "striped_int4", "striped_int8")
+    optimizers = [
+        peer.name
+        for peer, _ in losses.waiting(results, loss_tasks.TASKS["char"], [PEERS[n] for n in names])
+    ]
+    assert set(optimizers) == {"striped_int4", "striped_int8"}
+    assert optimizers[:3] == ["striped_int8"] * 3
+    assert optimizers[3:5] == ["striped_int4", "striped_int8"]
+
+
+def test_the_short_table_shows_complete_rows_of_both_tasks(results: dict):
+    finetune = {**results, "runs": [run for run in results["runs"] if run["optimizer"] != "came"]}
+    table = short_tables.losses(results, finetune)
+    assert "| `adamw` | 8.00 | 1.0200 | 1.0200 | 1.0200 | 1.0200 |" in table
+    assert "striped_int4" not in table
+    more = [made("striped_int4", 4e-3, 3, 1.0), made("striped_int4", 8e-3, 1, 1.5)]
+    scratch = {**results, "runs": [*results["runs"], *more]}
+    scratch["runs"] = [run for run in scratch["runs"] if run["train_loss"] != 0.5]
+    scratch["runs"].append(made("striped_int4", 2e-3, 1, 1.5))
+    table = short_tables.losses(scratch, finetune)
+    assert "| `striped_int4` | 8.00 | +0.0067 | +0.0067 | not run | not run |" in table
 
 
 def test_the_plot_is_written(results: dict, tmp_path: Path):

@@ -499,3 +499,16 @@ def test_strides_do_not_change_the_bits(layout: str) -> None:
             set_grad(q, lay_out(g, layout))
             optimizer.step()
     assert (bits(p) != bits(expected)).sum() <= 1
+
+
+@pytest.mark.parametrize("off", [0, np.False_], ids=repr)
+def test_every_false_value_rounds_to_the_nearest(off: Any) -> None:
+    stepped = []
+    for value in (False, off):
+        weights = torch.linspace(0.5, 1.5, 256).bfloat16().view(16, 16)
+        param = torch.nn.Parameter(weights)
+        optimizer = StripedAdamW([param], lr=1e-4, stochastic_rounding=value)
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        stepped.append(param.detach())
+    assert torch.equal(*stepped)

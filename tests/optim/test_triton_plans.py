@@ -210,6 +210,27 @@ def test_a_graph_repeats_its_step_after_steps_with_other_alignments() -> None:
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
+def test_every_part_of_a_plan_is_recorded_on_a_new_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU has no streams, so names are in their place."""
+    current, recorded = ["first"], []
+    monkeypatch.setattr(plan_module, "_current_stream", lambda device: current[0])
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda tensor, stream: recorded.append((id(tensor), stream))
+    )
+    optimizer = optimizer_of()
+    selections = (None, [0, 1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7])
+    for stream in ("first", "second"):
+        current[0] = stream
+        for t, chosen in enumerate(selections):
+            give_gradients(optimizer, t, chosen)
+            optimizer.step()
+    [plans] = optimizer._backends["triton", DEVICE]._plans.values()
+    for plan in plans._plans.values():
+        for programs in plan._programs.values():
+            tensors = [tensor for of_kernel in programs for tensor in of_kernel.values()]
+            assert {(id(tensor), "second") for tensor in tensors} <= set(recorded)
+
+
 @pytest.mark.gpu
 @needs_gpu
 def test_memory_of_a_plan_waits_for_other_streams() -> None:

@@ -35,9 +35,10 @@ a full second moment (Taniguchi et al. 2024, https://arxiv.org/abs/2411.02853). 
 include this step's gradient. If a row, a column or a whole matrix (LoRA's A) gets its first
 gradient, d_ij is sqrt(u_t) |m_ij|. The first step has no step before it and uses its own stripes.
 
-A backend has two functions over the parameters of one param group. ``statistics`` turns gradients
-into sums of squares, and ``update`` turns a_i and c_j into new parameters and momentum. Between
-them are ``stripes`` and the only communication that sharded parameters need (``sharded/step.py``).
+``interface.Backend`` lists the functions of a backend, over the parameters of one param group.
+The main ones are ``statistics``, which turns gradients into sums of squares, and ``update``, which
+turns a_i and c_j into new parameters and momentum. Between them are ``stripes`` and the only
+communication that sharded parameters need (``sharded/step.py``).
 For whole parameters ``step`` does all three, and a faster backend may fuse them.
 """
 

@@ -36,7 +36,7 @@ TUNING = Tuning()  # what the launches use; ``benchmarks/gpu_kernels.py`` tries 
 class Buffers(NamedTuple):
     """Device memory that the kernels share: tensors on the host, pointers in a kernel."""
 
-    pointers: Any  # [entries, 8] int64, rows of ``EntryPointers``
+    pointers: Any  # [entries, 9] int64, rows of ``EntryPointers``
     shapes: Any  # [entries, 14] int64, rows of ``EntryShape``
     sums: Any  # float32: row and column sums; during the update the roots are in their places
     inverse_rms: Any  # [blocks of all matrices] float32: 1 / sqrt(mean(row))

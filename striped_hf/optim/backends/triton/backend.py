@@ -10,9 +10,7 @@ from torch import Tensor
 
 from striped_hf.optim.backends import reference
 from striped_hf.optim.backends.triton import INTERPRETED
-from striped_hf.optim.backends.triton.arguments import (
-    EntryPointers,
-)
+from striped_hf.optim.backends.triton.arguments import EntryPointers
 from striped_hf.optim.backends.triton.counters import Counters
 from striped_hf.optim.backends.triton.fold import can_fold, launch_fold
 from striped_hf.optim.backends.triton.kinds import kind_of, pointers_of

@@ -196,6 +196,7 @@ class Plan:
         self._programs: OrderedDict[bytes, Programs] = OrderedDict()
         self._counts = Counter(kinds)
         self._stream = _current_stream(device)
+        self._programs_on_stream: set[int] = set()  # by ``id``
         self.programs_of(range(len(kinds)))
 
     def numbers_of(self, kinds: Sequence[EntryKind]) -> list[int] | None:
@@ -249,12 +250,18 @@ class Plan:
         call, and before the stream changes again, is allocated on the current stream.
         """
         stream = _current_stream(self._device)
-        if stream is None or stream == self._stream:
+        if stream is None:
             return
-        self._stream = stream
-        every = [tensor for of_kernel in programs for tensor in of_kernel.values()]
-        for tensor in (*self.workspace.buffers(), self.addresses.on_device, *every):
-            tensor.record_stream(stream)
+        if stream != self._stream:
+            self._stream = stream
+            self._programs_on_stream = set()
+            for tensor in (*self.workspace.buffers(), self.addresses.on_device):
+                tensor.record_stream(stream)
+        if id(programs) not in self._programs_on_stream:
+            self._programs_on_stream.add(id(programs))
+            for of_kernel in programs:
+                for tensor in of_kernel.values():
+                    tensor.record_stream(stream)
 
 
 def _copy_each(

@@ -20,9 +20,7 @@ from striped_hf.optim.backends.triton.arguments import (
     SHAPES,
     STEP_SIZE,
 )
-from striped_hf.optim.backends.triton.codec import (
-    step_key,
-)
+from striped_hf.optim.backends.triton.codec import step_key
 from striped_hf.optim.backends.triton.functions import (
     bias_correction,
     decay_and_step_size,

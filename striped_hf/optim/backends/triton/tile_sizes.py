@@ -6,7 +6,7 @@ import triton.language as tl
 # tensor, 16 bytes in float32, so that Triton converts no layout. A thread has 16 elements (update)
 # or 32 (statistics) of every tensor at a time. The statistics of float32 have all of these loads in
 # flight together. The update has not: the assembler moves each load to its use, so that a warp
-# waits for memory 2 to 7 times in each tile (``python -m benchmarks.gpu_static``). The other warps
+# waits for memory 2 to 6 times in each tile (``python -m benchmarks.gpu_static``). The other warps
 # of a multiprocessor, 16 to 32, work meanwhile. ``arguments.Tuning`` has the alternative.
 STATISTICS_TILE_ROWS, STATISTICS_TILE_COLUMNS = 16, 256
 UPDATE_TILE_ROWS = 16
