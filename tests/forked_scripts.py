@@ -12,20 +12,44 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 TIMEOUT = (
     1200  # seconds; only a hang reaches this: a busy machine takes minutes for seconds of work
 )
 IMPORTED = ("transformers.trainer", "transformers.models.gpt2.modeling_gpt2", "datasets", "peft")
+IMPORTED_BY_PROCESS_GROUPS = (
+    "process_group",
+    "training_cases",
+    "layerwise_cases",
+    "checkpoint_cases",
+    "convolution_cases",
+    "agreement_cases",
+    "fsdp2_trainer",
+)
 # libraries read these variables when they are imported
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TRITON_", "OMP_")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-_forkserver = multiprocessing.get_context("forkserver")
-_forkserver.set_forkserver_preload(IMPORTED)
 _environment = dict(os.environ)
+
+
+@cache
+def start_fork_server() -> multiprocessing.context.ForkServerContext:
+    """Starts the process that is forked: an import takes seconds, a fork almost no time.
+
+    A process has one fork server. So it has the imports of tests/distributed, too. It finds them
+    by PYTHONPATH alone, and does not report missing ones.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*IMPORTED, *IMPORTED_BY_PROCESS_GROUPS])
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        forkserver.ensure_running()
+    return context
 
 
 def run_forked(
@@ -51,7 +75,9 @@ def run_forked(
         )
     with tempfile.TemporaryDirectory() as folder:
         outputs = [os.path.join(folder, name) for name in ("stdout", "stderr")]
-        process = _forkserver.Process(target=_become, args=(words, cwd, environment, outputs))
+        process = start_fork_server().Process(
+            target=_become, args=(words, cwd, environment, outputs)
+        )
         process.start()
         process.join(TIMEOUT)
         process.kill()
