@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from accelerate.state import AcceleratorState
-from forked_scripts import run_forked
+from forked_scripts import run_script as run_process
 from tiny import QUIET, STEPS, TINY
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -67,7 +67,7 @@ def run_script() -> Script:
         script: str, *arguments: object, cwd: Path, status: int = 0, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         started = [str(REPOSITORY / script)] if script.endswith(".py") else ["-m", script]
-        finished = run_forked(
+        finished = run_process(
             [*started, *map(str, arguments)],
             cwd,
             os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked_scripts import run_forked
+from forked_scripts import run_script
 from tiny import QUIET
 
 from benchmarks import render_tables
@@ -327,7 +327,7 @@ def test_python_examples_run(page: str, tiny_run: Path, docs_data: Path, tmp_pat
     given = GIVEN.format(model=str(tiny_run), data=str(docs_data))
     script = tmp_path / "examples.py"
     script.write_text("\n".join((given, *blocks(page, "python"), THEN[page])), encoding="utf-8")
-    run = run_forked([str(script)], tmp_path, dict(os.environ))
+    run = run_script([str(script)], tmp_path, dict(os.environ))
     assert run.returncode == 0, run.stderr
 
 
@@ -390,7 +390,7 @@ def test_commands_run(test_data: Path, tmp_path: Path):
         assert words[0] == "python", line
         if script.startswith("shakespeare"):
             words += ["--input", str(test_data / "tinyshakespeare" / "input.txt")]
-        finished = run_forked(
+        finished = run_script(
             [*words[1:], *SMALL.get(script, ())],
             tmp_path,
             os.environ | {"TIKTOKEN_CACHE_DIR": str(test_data / "tiktoken_cache")},
