@@ -47,7 +47,7 @@ def start_fork_server() -> multiprocessing.context.ForkServerContext:
 def run_script(
     words: list[str], cwd: Path, environment: dict[str, str]
 ) -> subprocess.CompletedProcess[str]:
-    """Runs ``python WORDS...`` in ``cwd``, with these environment variables, and captures output."""
+    """Runs ``python WORDS...`` in ``cwd``, with these variables, and captures its output."""
     return subprocess.run(
         [sys.executable, *words],
         cwd=cwd,
