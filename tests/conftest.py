@@ -16,7 +16,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from accelerate.state import AcceleratorState
-from forked_scripts import run_script as run_process
 from tiny import QUIET, STEPS, TINY
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -56,7 +55,7 @@ def test_data() -> Path:
 
 @pytest.fixture(scope="session")
 def run_script() -> Script:
-    """Runs a script of the repository in a process of its own and returns its output.
+    """Runs a script of the repository in a separate process and returns its output.
 
     ``run_script("recipes/sample.py", "out/run", cwd=folder, status=0, FLAG="1")``: keywords other
     than ``cwd`` and ``status``, the exit status to expect, are environment variables. A name that
@@ -67,10 +66,14 @@ def run_script() -> Script:
         script: str, *arguments: object, cwd: Path, status: int = 0, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         started = [str(REPOSITORY / script)] if script.endswith(".py") else ["-m", script]
-        finished = run_process(
-            [*started, *map(str, arguments)],
-            cwd,
-            os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
+        finished = subprocess.run(
+            [sys.executable, *started, *map(str, arguments)],
+            cwd=cwd,
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
+            capture_output=True,
+            text=True,
+            # only a hang reaches this: a busy machine takes minutes for seconds of work
+            timeout=1200,
         )
         assert finished.returncode == status, finished.stdout + finished.stderr
         return finished

@@ -6,12 +6,13 @@ import json
 import os
 import re
 import shlex
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
-from forked_scripts import run_script
 from tiny import QUIET
 
 from benchmarks import render_tables
@@ -325,9 +326,13 @@ def test_every_page_with_examples_is_run():
 def test_python_examples_run(page: str, tiny_run: Path, docs_data: Path, tmp_path: Path):
     """The examples of a page, one after another."""
     given = GIVEN.format(model=str(tiny_run), data=str(docs_data))
-    script = tmp_path / "examples.py"
-    script.write_text("\n".join((given, *blocks(page, "python"), THEN[page])), encoding="utf-8")
-    run = run_script([str(script)], tmp_path, dict(os.environ))
+    run = subprocess.run(
+        [sys.executable, "-c", "\n".join((given, *blocks(page, "python"), THEN[page]))],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
     assert run.returncode == 0, run.stderr
 
 
@@ -390,10 +395,13 @@ def test_commands_run(test_data: Path, tmp_path: Path):
         assert words[0] == "python", line
         if script.startswith("shakespeare"):
             words += ["--input", str(test_data / "tinyshakespeare" / "input.txt")]
-        finished = run_script(
-            [*words[1:], *SMALL.get(script, ())],
-            tmp_path,
-            os.environ | {"TIKTOKEN_CACHE_DIR": str(test_data / "tiktoken_cache")},
+        finished = subprocess.run(
+            [sys.executable, *words[1:], *SMALL.get(script, ())],
+            cwd=tmp_path,
+            env={**os.environ, "TIKTOKEN_CACHE_DIR": str(test_data / "tiktoken_cache")},
+            capture_output=True,
+            text=True,
+            timeout=1200,
         )
         assert finished.returncode == 0, line + finished.stdout + finished.stderr
         ran.add(script)

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
-from forked_scripts import start_fork_server
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+CASES = (
+    "training_cases",
+    "layerwise_cases",
+    "checkpoint_cases",
+    "convolution_cases",
+    "agreement_cases",
+    "fsdp2_trainer",
+)
 IMPORTED_BY = os.getpid()
 
 
@@ -53,6 +64,17 @@ def run(
             process.kill()
     failed = sorted(shared.glob("error-*"))
     return failed[0].read_text() if failed else None
+
+
+@cache
+def start_fork_server() -> None:
+    """Starts the process whose forks run the cases: an import takes seconds, a fork almost no time.
+
+    It finds its imports by PYTHONPATH alone, and does not report missing ones.
+    """
+    torch.multiprocessing.set_forkserver_preload([__name__, *CASES])
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        forkserver.ensure_running()
 
 
 def work(
