@@ -25,6 +25,7 @@ import concurrent.futures.process
 import multiprocessing
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,7 +68,8 @@ def compare(args: argparse.Namespace) -> Results:
     if args.trial:
         task = replace(task, steps=3, evaluated=4)
     peers = [(PEERS | STUDIES)[name] for name in args.optimizers]
-    settings = {**task.settings(), "model": args.model, "runs": []}
+    # a folder and a name on the hub are the same model
+    settings = {**task.settings(), "model": Path(args.model).name, "runs": []}
     results = begin_results(args.results, settings, resume=True, device_type=args.device)
     results["reasons"] = {}  # a missing package may be installed now
     bar = tqdm(desc=task.name, unit="run", initial=len(results["runs"]))
