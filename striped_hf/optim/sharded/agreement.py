@@ -267,7 +267,7 @@ def _group(mesh_dim: MeshDimension) -> dist.ProcessGroup:
 
 
 def _hash(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), signed=True)
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
 
 
 def _checksum(items: tuple[Item, ...]) -> list[float]:
