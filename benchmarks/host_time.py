@@ -44,6 +44,8 @@ STRIPED = {
 }
 _STEPS = 5  # in a turn
 
+Memory = list[list[torch.Tensor]]  # for each step of a turn, tensors with the gradients' memory
+
 
 class _Driver:
     """A driver of Triton for a GPU that need not exist."""
@@ -147,17 +149,31 @@ def _without_kernels() -> Iterator[None]:
         yield
 
 
-def turn_ms(step: Callable[[], Any], params: list[Any], new_addresses: bool) -> float:
-    """Returns the median processor time of a few steps, in milliseconds."""
+def turn_ms(step: Callable[[], Any], params: list[Any], memory: Memory) -> float:
+    """Returns the median processor time of a few steps, in milliseconds.
+
+    Args:
+        step: Does a step.
+        params: The parameters.
+        memory: The memory of the gradients. Nothing is written to it: where it is on a GPU, it
+            does not fill the processor's caches.
+    """
     times = []
-    for _ in range(_STEPS):
-        for param in params:
-            # another tensor, on the same memory or on other memory
-            param.grad = param.grad.clone() if new_addresses else param.grad.detach()
+    for tensors in memory:
+        for param, tensor in zip(params, tensors, strict=True):
+            param.grad = tensor.detach()
         begin = time.thread_time()
         step()
         times.append(1e3 * (time.thread_time() - begin))
     return statistics.median(times)
+
+
+def gradients_memory(params: list[Any], new_addresses: bool) -> Memory:
+    """Returns the gradients' memory in each step of a turn: always the same, or other memory."""
+    grads = [param.grad for param in params]
+    if not new_addresses:
+        return [grads] * _STEPS
+    return [list(map(torch.zeros_like, grads)) for _ in range(_STEPS)]
 
 
 def measure(model: str, rounds: int) -> dict[str, Any]:
@@ -172,20 +188,21 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
     }
     of_adamw, of_striped = ([weight.param for weight in some] for some in (four, matrices))
 
-    def turns(new_addresses: bool) -> Iterator[tuple[str, float]]:
-        yield BASELINE, turn_ms(adamw.step, of_adamw, new_addresses)
+    def turns(four_elements: Memory, tiles: Memory) -> Iterator[tuple[str, float]]:
+        yield BASELINE, turn_ms(adamw.step, of_adamw, four_elements)
         with _without_kernels():
-            yield f"{BASELINE}, Python code", turn_ms(adamw.step, of_adamw, new_addresses)
+            yield f"{BASELINE}, Python code", turn_ms(adamw.step, of_adamw, four_elements)
         for name, optimizer in optimizers.items():
             for _Unlaunched.looks_up in (False, True):
                 suffix = ", with Triton's lookup" if _Unlaunched.looks_up else ""
-                yield name + suffix, turn_ms(optimizer.step, of_striped, new_addresses)
+                yield name + suffix, turn_ms(optimizer.step, of_striped, tiles)
 
     rows = []
     for new_addresses in (False, True):
         found: dict[str, list[float]] = {}
+        memory = [gradients_memory(of, new_addresses) for of in (of_adamw, of_striped)]
         for round_ in range(-1, rounds):  # round -1 compiles and warms up
-            for name, ms in turns(new_addresses):
+            for name, ms in turns(*memory):
                 if round_ >= 0:
                     found.setdefault(name, []).append(ms)
         baseline = found[BASELINE]

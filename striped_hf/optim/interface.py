@@ -96,16 +96,15 @@ class Known:
 
     Attributes:
         device: The device of all tensors but the steps.
-        keys: For each entry, the keys of its state without ``step``.
-        addresses: The addresses of all parameters, then of all gradients, then of the tensors of
-            each state in the order of ``keys``. The same list as in the step before if no address
-            has changed.
+        addresses: The addresses of all parameters and of the tensors of their states. The same
+            list as in the step before if none of them has changed.
+        grad_addresses: The addresses of all gradients; likewise.
         prepared: What backends have computed from the entries, for their next step.
     """
 
     device: torch.device
-    keys: list[tuple[str, ...]]
     addresses: list[int]
+    grad_addresses: list[int]
     prepared: dict[Any, Any] = field(default_factory=dict)
 
 

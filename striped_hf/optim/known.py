@@ -51,11 +51,10 @@ class KnownEntries(Known):
             states: Their states.
             descriptions: Their descriptions.
         """
-        keys = [description.keys for description in descriptions]
         self._group = _options_of(group)
         self._size = len(group["params"])
         self._stepped = list(map(id, params))
-        self._getters = [_getter(of_state) for of_state in keys]
+        self._getters = [_getter(description.keys) for description in descriptions]
         self._lengths = list(map(len, states))
         self.formats = [description.momentum_dtype for description in descriptions]
         self.blocks = [description.blocks for description in descriptions]
@@ -64,11 +63,11 @@ class KnownEntries(Known):
             for i, description in enumerate(descriptions)
             if len(description.stepped) != len(description.shape)
         ]
-        tensors = self._tensors(params, grads, states)
-        super().__init__(params[0].device, keys, list(map(Tensor.data_ptr, tensors)))
-        self._sizes = _storage_sizes(tensors)
-        self._offsets = list(map(Tensor.storage_offset, tensors))
-        self._are_like = _comparison([*tensors, *(state["step"] for state in states)])
+        tensors = self._tensors(params, states)
+        super().__init__(params[0].device, _addresses(tensors), _addresses(grads))
+        self._places = _places(tensors)
+        self._grad_places = _places(grads)
+        self._are_like = _comparison([*tensors, *grads, *(state["step"] for state in states)])
 
     def recognize(
         self, group: Group, params: list[Tensor], grads: list[Tensor], states: list[State]
@@ -93,39 +92,32 @@ class KnownEntries(Known):
         ):
             return None
         try:
-            tensors = self._tensors(params, grads, states)
+            tensors = self._tensors(params, states)
             steps = [state["step"] for state in states]
             # the order matters: only tensors of the right class have memory
-            if not self._are_like(*tensors, *steps):
+            if not self._are_like(*tensors, *grads, *steps):
                 return None
-            sizes = _storage_sizes(tensors)
-            addresses = list(map(Tensor.data_ptr, tensors))
+            addresses, grad_addresses = _addresses(tensors), _addresses(grads)
+            # the sizes of storages can only have changed where addresses have: torch resizes a
+            # storage by allocating another
+            if grad_addresses != self.grad_addresses:
+                if not all(grad_addresses) or _places(grads) != self._grad_places:
+                    return None
+                self.grad_addresses = grad_addresses
+            if addresses != self.addresses:
+                if (
+                    not all(addresses)
+                    or _places(tensors) != self._places
+                    or any_flattened(params)  # flattening moves the parameters
+                ):
+                    return None
+                self.addresses = addresses
         except (KeyError, TypeError, AttributeError, RuntimeError):
             return None
-        if sizes != self._sizes:
-            return None
-        if addresses != self.addresses:
-            if (
-                not all(addresses)
-                or not self._have_same_offsets(tensors, addresses)
-                or any_flattened(params)  # flattening moves the parameters
-            ):
-                return None
-            self.addresses = addresses
         return Recognized(self, params, grads, states, steps)
 
-    def _have_same_offsets(self, tensors: list[Tensor], addresses: list[int]) -> bool:
-        """Compares the offsets in their storages of tensors at other addresses."""
-        before, grads = self.addresses, slice(len(self.keys), 2 * len(self.keys))
-        others = (slice(grads.start), slice(grads.stop, None))
-        if all(addresses[part] == before[part] for part in others):  # mostly
-            return list(map(Tensor.storage_offset, tensors[grads])) == self._offsets[grads]
-        return list(map(Tensor.storage_offset, tensors)) == self._offsets
-
-    def _tensors(
-        self, params: list[Tensor], grads: list[Tensor], states: list[State]
-    ) -> list[Tensor]:
-        tensors = [*params, *grads]
+    def _tensors(self, params: list[Tensor], states: list[State]) -> list[Tensor]:
+        tensors = list(params)
         for state, values_of in zip(states, self._getters, strict=True):
             tensors += values_of(state)
         return tensors
@@ -244,8 +236,14 @@ class KnownGroups:
             )
 
 
-def _storage_sizes(tensors: list[Tensor]) -> list[int]:
-    return list(map(UntypedStorage.nbytes, map(Tensor.untyped_storage, tensors)))
+def _addresses(tensors: list[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def _places(tensors: list[Tensor]) -> tuple[list[Any], list[Any]]:
+    """Returns the sizes of the tensors' storages in bytes, and their offsets in these."""
+    storages = map(Tensor.untyped_storage, tensors)
+    return list(map(UntypedStorage.nbytes, storages)), list(map(Tensor.storage_offset, tensors))
 
 
 def _getter(keys: Sequence[str]) -> Callable[[State], tuple[Tensor, ...]]:

@@ -105,11 +105,11 @@ def of_group(**options: Any) -> Change:
 
 
 def shrink(tensor: torch.Tensor) -> None:
-    """Frees the memory, and allocates four bytes less, perhaps at the same address."""
+    """Makes the storage four bytes smaller, for which torch allocates other memory."""
     storage = tensor.untyped_storage()
-    size = storage.nbytes()
-    storage.resize_(0)
-    storage.resize_(size - 4)
+    before = storage.data_ptr()
+    storage.resize_(storage.nbytes() - 4)
+    assert storage.data_ptr() != before  # known.py reads the sizes of storages that have moved
 
 
 def free(tensor: torch.Tensor) -> None:
@@ -128,6 +128,13 @@ def in_half_of_a_buffer(tensor: torch.Tensor) -> torch.Tensor:
     view = buffer[tensor.numel() :].view(tensor.shape)
     buffer.untyped_storage().resize_(tensor.nbytes)
     return view
+
+
+def flatten(p: torch.nn.Parameter) -> None:
+    """Moves a parameter into the middle of a larger tensor, and marks it, as FSDP1 does."""
+    flat = torch.zeros(p.numel() + 64)
+    p.data = flat[64:].view(p.shape).copy_(p.detach())
+    p._fsdp_flattened = True
 
 
 def give_dtype(p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -173,7 +180,7 @@ CHANGES: dict[str, Change] = {
     "param: freed": lambda _, p: free(p),
     "param: shrunk": lambda _, p: shrink(p),
     "param: empty": of_data(lambda x: x[:0]),
-    "param: flattened by FSDP1": lambda _, p: setattr(p, "_fsdp_flattened", True),
+    "param: flattened by FSDP1": lambda _, p: flatten(p),
     "param: frozen": lambda _, p: p.requires_grad_(False),
     "param: swapped": swap,
     "grad: none": of_grad(lambda _: None),

@@ -1,7 +1,5 @@
 """Copies arrays, and the tensors' addresses, to the device asynchronously."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -44,6 +42,7 @@ class Addresses:
         self.on_device = torch.empty(0, dtype=torch.int64)
         self._device = device
         self._shape = (entries, len(EntryPointers._fields))
+        self._numbers = list(range(entries))
         self._current: np.ndarray | None = None
         self._staged: list[Tensor] = []
 
@@ -53,12 +52,19 @@ class Addresses:
             while len(self._staged) < _STAGED:
                 self._staged.append(torch.empty(self._shape, dtype=torch.int64, pin_memory=True))
 
-    def set(self, numbers: Sequence[int], pointers: np.ndarray) -> Tensor | None:
+    def invalidate(self) -> None:
+        """Makes the next ``set`` bring its addresses to the device, without a comparison.
+
+        Whoever changes an array that was an argument of ``set`` calls this first.
+        """
+        self._current = None
+
+    def set(self, numbers: list[int], pointers: np.ndarray) -> Tensor | None:
         """Brings the addresses of a step to the device, unless the device has them.
 
         Args:
             numbers: The entries' numbers.
-            pointers: [entries of the step, 9] int64, their addresses; nobody changes it later.
+            pointers: [entries of the step, 9] int64, their addresses.
 
         Returns:
             While a CUDA graph is being captured, the host memory that the graph copies from in
@@ -71,7 +77,7 @@ class Addresses:
         if pointers is self._current and not is_captured:
             return None
         every = pointers
-        if list(numbers) != list(range(self._shape[0])):
+        if numbers != self._numbers:
             every = np.zeros(self._shape, dtype=np.int64)
             every[numbers] = pointers
         if not is_captured:

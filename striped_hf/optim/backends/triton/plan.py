@@ -230,9 +230,7 @@ class Plan:
         self._programs[key] = programs
         return programs
 
-    def set_addresses(
-        self, numbers: Sequence[int], pointers: np.ndarray, programs: Programs
-    ) -> None:
+    def set_addresses(self, numbers: list[int], pointers: np.ndarray, programs: Programs) -> None:
         """Brings the addresses of a step's tensors to the device, and keeps what a graph needs.
 
         Raises:
