@@ -40,6 +40,7 @@ from striped_hf.optim.backends.triton.arguments import (  # noqa: E402
     Tuning,
     UpdateFlags,
     VectorVariant,
+    options_of_update,
 )
 from striped_hf.optim.backends.triton.workspace import tile_columns  # noqa: E402
 
@@ -95,6 +96,7 @@ class Variant:
         reads: Of one thread and iteration, the loads of tensors by their bytes; empty if the kernel
             does not read them in vectors.
         writes: The same of stores.
+        options: Compile options.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Variant:
     types: dict[str, Any] | None = None
     reads: dict[int, int] = field(default_factory=dict)
     writes: dict[int, int] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=OPTIONS.copy)
 
     @property
     def elements_per_thread(self) -> float:
@@ -159,7 +162,7 @@ def compile_variant(variant: Variant, capability: int, **options: Any) -> Any:
         },
     )
     target = GPUTarget("cuda", capability, 32)
-    options = {"num_warps": variant.warps, **OPTIONS, **options}
+    options = {"num_warps": variant.warps, **variant.options, **options}
     return triton.compile(source, target=target, options=options)
 
 
@@ -233,11 +236,12 @@ def matrices(
     low_bits = (tl.int8,) if layout["low_bits"] else ()
     read = (param, stored, *low_bits, *(() if layout["folded"] else (param,)))
     written = (param, *low_bits, *(() if layout["folded"] else (stored,)))
+    variant = MatrixVariant(param, param, stored, qmax, **layout)
     return Variant(
         " ".join(["matrices", str_of(param), momentum_dtype, *unaligned(layout), *marks]),
         update_kernels.matrices_kernel,
         {
-            "variant": MatrixVariant(param, param, stored, qmax, **layout),
+            "variant": variant,
             "flags": UpdateFlags(**flags),
             "tuning": tuning,
             "TILE_ROWS": tile_rows,
@@ -246,6 +250,7 @@ def matrices(
         # cp.async loads without registers
         reads=vectors_of(elements, *read) if in_vectors and tuning.stages == 1 else {},
         writes=vectors_of(elements, *written) if in_vectors else {},
+        options=options_of_update(variant, tuning),
     )
 
 
@@ -351,6 +356,7 @@ def all_variants() -> Iterator[Variant]:
     yield matrices(F32, "int8", from_start=False)
     yield matrices(F32, "int4", maximize=True)
     yield matrices(F16, "int4")
+    yield matrices(F16, "float32", fused_statistics=True)
     yield matrices(F32, "int8", aligned=False, transposed=True)
     yield matrices(F32, "int8", aligned=False, transposed=True, fused_statistics=True)
     yield matrices(BF16, "int4", aligned=False, one_block=False, narrow=True)

@@ -52,7 +52,6 @@ def describe(variant: Variant, capability: int, cubin: bytes) -> dict[str, Any]:
     return row | {
         "registers": code.registers,
         "spills": sass.spills(code.instructions),
-        "spills_in_loop": sass.spills(loop),
         "instructions_per_element": len(loop) / variant.elements_per_thread,
         "loads": sass.widths(loop, "LDG"),
         "stores": sass.widths(loop, "STG"),

@@ -65,7 +65,7 @@ BOUNDS: dict[str, Bound] = {
     # the update of parameters in 16 bits
     "matrices bfloat16 float32": Bound(48, 96, _HASH),
     "matrices bfloat16 bfloat16": Bound(49, 80, _HASH),
-    "matrices bfloat16 (float32|bfloat16) fused_statistics": Bound(56, 104, _FUSED),
+    "matrices bfloat16 (float32|bfloat16) fused_statistics": Bound(56, 112, _FUSED),
     "matrices bfloat16 (float32|bfloat16) folded": Bound(44, 64, _FOLDED),
     "matrices bfloat16 (int8|int4)": Bound(74, 88, f"{_HASH}, and codes of subnormal blocks, too"),
     "matrices bfloat16 (int8|int4) fused_statistics": Bound(79, 128, _FUSED),
@@ -73,7 +73,8 @@ BOUNDS: dict[str, Bound] = {
     "matrices bfloat16 (float32|bfloat16) low_bits": Bound(67, 112, _LOW_BITS),
     "matrices bfloat16 (int8|int4) low_bits": Bound(92, 112, _LOW_BITS),
     "matrices bfloat16 int8 low_bits folded": Bound(66, 88, _LOW_BITS),
-    "matrices bfloat16 int8 low_bits fused_statistics": Bound(98, 144, _LOW_BITS),
+    "matrices bfloat16 int8 low_bits fused_statistics": Bound(98, 128, _LOW_BITS),
+    "matrices float16 float32 fused_statistics": Bound(64, 128, _FUSED),
     "matrices float16 int4": Bound(81, 80, f"{_HASH}, codes, and subnormal numbers"),
     # folding
     "fold float32 float32 is_first": Bound(14, 80, "interpolation, and sums of squares"),

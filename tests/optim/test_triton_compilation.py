@@ -177,11 +177,8 @@ on_a_cpu = pytest.mark.skipif(ON_GPU, reason="the other tests compile the kernel
 
 @pytest.mark.slow
 @on_a_cpu
-def test_the_loops_spill_no_register(compiled: Compiled) -> None:
-    """Values that are needed only after the loop may wait in local memory: two at most."""
-    for row in compiled.described():
-        assert row["spills_in_loop"] == 0, name_of(row)
-        assert row["spills"] <= 4, name_of(row)
+def test_no_register_is_spilled(compiled: Compiled) -> None:
+    assert not {name_of(row): row["spills"] for row in compiled.described() if row["spills"]}
 
 
 @pytest.mark.slow

@@ -149,6 +149,20 @@ def _constants(cls: type[Variant], variant: Variant) -> Variant:
     return cls(*map(tl.constexpr, variant))
 
 
+def options_of_update(variant: MatrixVariant, tuning: Tuning) -> dict[str, Any]:
+    """Returns the compile options of ``matrices_kernel``."""
+    if (
+        variant.fused_statistics
+        and variant.aligned
+        and variant.one_block
+        and (variant.param_dtype != tl.float32 or tuning.stages > 1)
+    ):
+        # left to its own choice, ptxas (of Triton 3.6 and 3.9) spills 2 to 4 values around the loop
+        # to save a few registers; with 128 allowed it spills none, and 16 warps run at a time
+        return {"maxnreg": 128, **OPTIONS}
+    return OPTIONS
+
+
 # ---------------------------------------------------------------------------------------------
 # rows of integer arrays: the host writes them by name, a kernel reads them by index
 # ---------------------------------------------------------------------------------------------

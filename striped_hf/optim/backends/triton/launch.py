@@ -45,6 +45,7 @@ from striped_hf.optim.backends.triton.arguments import (
     StripesVariant,
     UpdateFlags,
     constants,
+    options_of_update,
 )
 from striped_hf.optim.backends.triton.plan import Plan, Programs
 from striped_hf.optim.backends.triton.workspace import ceil_div, tile_columns
@@ -177,7 +178,7 @@ def launch_update(placed: Placed, settings: Settings, has_roots: bool = False) -
             tuning=constants(arguments.TUNING),
             TILE_ROWS=tile_sizes.update_tile_rows(matrix.transposed, matrix.low_bits),
             num_warps=4,
-            **OPTIONS,
+            **options_of_update(matrix, arguments.TUNING),
         )
     if fused:
         _launch_combine(programs, buffers, fused_statistics=True)
