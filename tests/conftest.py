@@ -6,7 +6,8 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from accelerate.state import AcceleratorState
+from fork_server import ForkServer, Job
 from tiny import QUIET, STEPS, TINY
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 Script = Callable[..., subprocess.CompletedProcess[str]]
+
+_TIMEOUT = 1200  # seconds; only a hang reaches it: a busy machine takes minutes for seconds of work
 
 
 # the longest files, and the folders with long files; the other files come after them
@@ -59,32 +63,56 @@ def test_data() -> Path:
     return Path(folder)
 
 
+def environment_of_scripts() -> dict[str, str]:
+    inherited = {key: value for key, value in os.environ.items() if key != "PYTEST_CURRENT_TEST"}
+    return inherited | {"PYTHONPATH": str(REPOSITORY)}
+
+
 @pytest.fixture(scope="session")
-def run_script() -> Script:
+def run_script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Script]:
     """Runs a script of the repository in a separate process and returns its output.
 
     ``run_script("recipes/sample.py", "out/run", cwd=folder, status=0, FLAG="1")``: keywords other
     than ``cwd`` and ``status``, the exit status to expect, are environment variables. A name that
     does not end in ``.py``, such as ``benchmarks.optimizers``, is a module.
+
+    The process is a fork of one that has the imports, unless a test changes the environment, on
+    which imports may depend.
     """
+    folder = tmp_path_factory.mktemp("fork_server")
+    server = ForkServer(environment_of_scripts(), folder / "log")
+
+    def fork(program: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+        out, err = folder / "out", folder / "err"
+        (pid,) = server.start(Job(program, str(cwd), [{}], [(str(out), str(err))]))
+        timer = threading.Timer(_TIMEOUT, os.kill, (pid, signal.SIGKILL))
+        timer.start()
+        (status,) = server.statuses()
+        timer.cancel()
+        return subprocess.CompletedProcess(program, status, out.read_text(), err.read_text())
 
     def run(
         script: str, *arguments: object, cwd: Path, status: int = 0, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         started = [str(REPOSITORY / script)] if script.endswith(".py") else ["-m", script]
-        finished = subprocess.run(
-            [sys.executable, *started, *map(str, arguments)],
-            cwd=cwd,
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
-            capture_output=True,
-            text=True,
-            # only a hang reaches this: a busy machine takes minutes for seconds of work
-            timeout=1200,
-        )
+        program = [*started, *map(str, arguments)]
+        variables = environment_of_scripts() | environment
+        if variables == server.environment:
+            finished = fork(program, cwd)
+        else:
+            finished = subprocess.run(
+                [sys.executable, *program],
+                cwd=cwd,
+                env=variables,
+                capture_output=True,
+                text=True,
+                timeout=_TIMEOUT,
+            )
         assert finished.returncode == status, finished.stdout + finished.stderr
         return finished
 
-    return run
+    yield run
+    server.end()
 
 
 @pytest.fixture(scope="session")

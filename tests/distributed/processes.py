@@ -1,16 +1,15 @@
 """Starts several processes, and ends all of them."""
 
 import contextlib
-import json
 import os
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
+from fork_server import ForkServer, Job
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = REPOSITORY / "recipes" / "train_shakespeare_char.py"
@@ -86,44 +85,30 @@ class Launch:
         return out, err
 
 
-class ForkServer:
-    """Starts recipes in processes that have their imports already: see fork_server.py."""
+def start_pair(
+    server: ForkServer, logs: Path, script: Path, *arguments: object
+) -> list[psutil.Process]:
+    """Starts a script in two processes of one process group, as torchrun would.
 
-    def __init__(self, log: Path) -> None:
-        self.log = log
-        with log.open("w") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).parent / "fork_server.py")],
-                env=os.environ | ENVIRONMENT,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=out,
-                text=True,
-                start_new_session=True,
-            )
-        self.read()  # its answer after the imports
+    Args:
+        server: The server that starts it.
+        logs: The folder for both processes' output.
+        script: The script.
+        *arguments: Its arguments.
+    """
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    job = Job(
+        program=[str(script), *map(str, arguments)],
+        cwd=str(logs),
+        environments=[group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)],
+        outputs=[(str(logs / f"{rank}.out"), str(logs / f"{rank}.err")) for rank in range(2)],
+    )
+    return [psutil.Process(pid) for pid in server.start(job)]
 
-    def read(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, self.log.read_text()
-        return json.loads(line)
 
-    def start(self, script: Path, *arguments: object) -> list[psutil.Process]:
-        """Starts a script in two processes of one process group, as torchrun would."""
-        job = {"script": str(script), "arguments": list(map(str, arguments)), "port": free_port()}
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        return [psutil.Process(pid) for pid in self.read()]
-
-    def statuses(self) -> list[int]:
-        """Waits for the end of both processes; returns their exit statuses, -9 for a SIGKILL."""
-        return self.read()
-
-    def end(self) -> None:
-        kill(tree(self.process))
-        self.process.wait()
+def logs_of_pair(logs: Path) -> str:
+    """Returns the output of the pair that was started last."""
+    return "\n".join(file.read_text() for file in sorted(logs.iterdir()))
 
 
 def gone(processes: list[psutil.Process], timeout: float = 120) -> bool:

@@ -6,6 +6,7 @@ was killed and resumed any number of times must end with the bits of an undistur
 
 import contextlib
 import json
+import os
 import random
 import time
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from processes import RECIPE, ForkServer, Launch, gone, kill
+from fork_server import ForkServer
+from processes import ENVIRONMENT, RECIPE, Launch, gone, kill, logs_of_pair, start_pair
 from safetensors.torch import load_file
 from tiny import QUIET, TINY, read_run
 
@@ -56,9 +58,14 @@ def wait_until(happened: Callable[[], bool], processes: list[psutil.Process]) ->
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    server = ForkServer(tmp_path_factory.mktemp("server") / "log")
+    server = ForkServer(os.environ | ENVIRONMENT, tmp_path_factory.mktemp("server") / "log")
     yield server
     server.end()
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    return tmp_path_factory.mktemp("logs")
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +74,14 @@ def flags(small_data):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(server, flags, tmp_path_factory):
+def undisturbed(server, logs, flags, tmp_path_factory):
     """Returns the folder of a run that was not killed, and the time of its first checkpoint."""
     folder = tmp_path_factory.mktemp("undisturbed")
     begin = time.monotonic()
-    processes = server.start(RECIPE, *flags, "--output_dir", folder)
+    processes = start_pair(server, logs, RECIPE, *flags, "--output_dir", folder)
     wait_until(lambda: bool(checkpoints(folder)), processes)
     startup = time.monotonic() - begin
-    assert server.statuses() == [0, 0], server.log.read_text()
+    assert server.statuses() == [0, 0], logs_of_pair(logs)
     return folder, startup
 
 
@@ -96,7 +103,7 @@ def assert_same_run(folder: Path, undisturbed: Path) -> None:
     assert [step for step, _ in losses[0]] == list(range(1, 121))
 
 
-def test_twenty_kills_at_random_moments(server, flags, undisturbed, tmp_path):
+def test_twenty_kills_at_random_moments(server, logs, flags, undisturbed, tmp_path):
     whole_run, startup = undisturbed
     folder = tmp_path / "run"
     chance = random.Random(1337)
@@ -104,7 +111,9 @@ def test_twenty_kills_at_random_moments(server, flags, undisturbed, tmp_path):
     for _ in range(KILLS):
         seen, left = checkpoints(folder), saving(folder).keys()
         at_start = set(seen)
-        processes = server.start(RECIPE, *flags, "--output_dir", folder, *resume(folder))
+        processes = start_pair(
+            server, logs, RECIPE, *flags, "--output_dir", folder, *resume(folder)
+        )
         further = chance.choice((0, 1, 2))  # checkpoints to wait for
 
         def saved(further=further, last=last, seen=seen) -> bool:
@@ -127,7 +136,7 @@ def test_twenty_kills_at_random_moments(server, flags, undisturbed, tmp_path):
         if victims != "both":  # the other process would run until a launcher ends it
             time.sleep(chance.uniform(0, 0.2))
             kill(processes)
-        assert -9 in server.statuses(), server.log.read_text()
+        assert -9 in server.statuses(), logs_of_pair(logs)
 
         whom[victims] += 1
         while_saving += bool(saving(folder).keys() - left)
@@ -139,8 +148,8 @@ def test_twenty_kills_at_random_moments(server, flags, undisturbed, tmp_path):
     assert while_saving >= KILLS // 4, while_saving
     assert min(whom.values()) >= 3, whom
 
-    server.start(RECIPE, *flags, "--output_dir", folder, *resume(folder))
-    assert server.statuses() == [0, 0], server.log.read_text()
+    start_pair(server, logs, RECIPE, *flags, "--output_dir", folder, *resume(folder))
+    assert server.statuses() == [0, 0], logs_of_pair(logs)
     assert not (folder / "_partial").exists()
     assert_same_run(folder, whole_run)
 
