@@ -250,7 +250,7 @@ def matrices(
         # cp.async loads without registers
         reads=vectors_of(elements, *read) if in_vectors and tuning.stages == 1 else {},
         writes=vectors_of(elements, *written) if in_vectors else {},
-        options=options_of_update(variant, tuning),
+        options=options_of_update(variant),
     )
 
 

@@ -149,16 +149,11 @@ def _constants(cls: type[Variant], variant: Variant) -> Variant:
     return cls(*map(tl.constexpr, variant))
 
 
-def options_of_update(variant: MatrixVariant, tuning: Tuning) -> dict[str, Any]:
+def options_of_update(variant: MatrixVariant) -> dict[str, Any]:
     """Returns the compile options of ``matrices_kernel``."""
-    if (
-        variant.fused_statistics
-        and variant.aligned
-        and variant.one_block
-        and (variant.param_dtype != tl.float32 or tuning.stages > 1)
-    ):
-        # left to its own choice, ptxas (of Triton 3.6 and 3.9) spills 2 to 4 values around the loop
-        # to save a few registers; with 128 allowed it spills none, and 16 warps run at a time
+    if variant.fused_statistics and variant.low_bits and variant.aligned and variant.one_block:
+        # with up to 128 registers 16 warps run at a time, and with the 138 that Triton 3.9 takes
+        # (sm_90) only 12; Triton 3.6 takes 128 by itself, and spills two values
         return {"maxnreg": 128, **OPTIONS}
     return OPTIONS
 

@@ -178,7 +178,7 @@ def launch_update(placed: Placed, settings: Settings, has_roots: bool = False) -
             tuning=constants(arguments.TUNING),
             TILE_ROWS=tile_sizes.update_tile_rows(matrix.transposed, matrix.low_bits),
             num_warps=4,
-            **options_of_update(matrix, arguments.TUNING),
+            **options_of_update(matrix),
         )
     if fused:
         _launch_combine(programs, buffers, fused_statistics=True)

@@ -237,14 +237,18 @@ def matrices_kernel(
                 tl.store(next_partials + rows, next_row_sums, mask=in_rows)
 
     if variant.fused_statistics:
-        tl.store(
-            column_partials + low_columns.index,
-            tl.sum(column_sums, axis=0),
-            mask=low_columns.inside,
-        )
+        # Not the indices and masks of the loop: the compiler would keep them in registers, or in
+        # local memory, throughout the loop.
+        start = tl.load(tile + 2)
+        size = tl.minimum(tl.load(shape + COLUMNS) - start, _BLOCK_SIZE).to(tl.int32)
+        low_size = size
         if variant.qmax == 7:
+            low_size = (size + 1) // 2
             high_sums = tl.sum(high_column_sums, axis=0)
-            tl.store(column_partials + high_columns.index, high_sums, mask=high_columns.inside)
+            high_partials = column_partials + start + low_size
+            tl.store(high_partials + lanes, high_sums, mask=lanes < size - low_size)
+        sums = tl.sum(column_sums, axis=0)
+        tl.store(column_partials + start + lanes, sums, mask=lanes < low_size)
 
 
 @triton.jit(do_not_specialize=["step"])
