@@ -65,7 +65,7 @@ BOUNDS: dict[str, Bound] = {
     # the update of parameters in 16 bits
     "matrices bfloat16 float32": Bound(48, 96, _HASH),
     "matrices bfloat16 bfloat16": Bound(49, 80, _HASH),
-    "matrices bfloat16 (float32|bfloat16) fused_statistics": Bound(56, 112, _FUSED),
+    "matrices bfloat16 (float32|bfloat16) fused_statistics": Bound(56, 104, _FUSED),
     "matrices bfloat16 (float32|bfloat16) folded": Bound(44, 64, _FOLDED),
     "matrices bfloat16 (int8|int4)": Bound(74, 88, f"{_HASH}, and codes of subnormal blocks, too"),
     "matrices bfloat16 (int8|int4) fused_statistics": Bound(79, 128, _FUSED),
