@@ -126,6 +126,27 @@ def test_alignment_that_changes_and_returns_needs_two_plans(made: list[Any]) -> 
         synchronise(ours, theirs)
 
 
+@pytest.mark.skipif(ON_GPU, reason="torch's allocator for GPUs aligns every memory")
+def test_memory_that_begins_at_no_vector_needs_its_own_plan(made: list[Any]) -> None:
+    """As NumPy's may. Only the address tells it from memory of torch."""
+    ours, theirs = optimizer_of(), optimizer_of("reference")
+    for t in range(6):
+        for optimizer in (ours, theirs):
+            give_gradients(optimizer, t)
+        if t == 4:  # the tensors of the steps before are known
+            for p in parameters(ours):
+                memory = bytearray(p.grad.nbytes + 20)
+                begin = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+                offset = 4 + -begin % 16
+                grad = torch.frombuffer(memory, dtype=torch.float32, count=p.numel(), offset=offset)
+                p.grad = grad.view(p.shape).copy_(p.grad)
+        for optimizer in (ours, theirs):
+            optimizer.step()
+        assert len(made) == (1 if t < 4 else 2)
+        assert_agrees(ours, theirs)
+        synchronise(ours, theirs)
+
+
 def test_the_plans_hold_no_reference_to_a_parameter_or_its_state() -> None:
     """torch.utils.swap_tensors swaps no tensor that has a weak reference."""
     optimizer = optimizer_of()
