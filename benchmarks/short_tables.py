@@ -11,7 +11,7 @@ from benchmarks.loss_peers import BASELINE
 from benchmarks.loss_tables import KINDS, Runs, best_rate, is_complete, mean, runs_by_rate
 from striped_hf.results import markdown_table
 
-# AdamW, StripedAdamW, and the other optimizers of at most about two bytes per parameter
+# AdamW, StripedAdamW, the other optimizers of at most about two bytes per parameter, and the best
 SHOWN_LOSSES = (
     BASELINE,
     "striped_float32",
@@ -22,6 +22,7 @@ SHOWN_LOSSES = (
     "torchao_adamw4bit",
     "transformers_adafactor_no_momentum",
     "adafactor8bit_adafactor",
+    "muon",
 )
 # fused AdamW, StripedAdamW in 8 bits, and 8-bit AdamW of other packages
 PEERS = ("adamw_fused", "striped_int8", "bitsandbytes_adamw8bit", "torchao_adamw8bit")

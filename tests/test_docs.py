@@ -164,7 +164,19 @@ def test_losses_in_the_readme_match_the_results_file():
     assert f"{train:.4f} behind in training loss and {val:.4f} in validation loss" in readme
     costs = [behind("striped_float32", kind) for kind in ("train_loss", "val_loss")]
     assert f"costs {max(costs):.3f}." in readme
+    above = {
+        (name, kind, of): behind(name, kind, task)
+        for name in ("striped_int8", "striped_int4")
+        for kind in ("train_loss", "val_loss")
+        for of, task in (("char", char), ("finetune", finetune))
+    }
+    missed = above.pop(("striped_int4", "train_loss", "finetune"))
+    assert f"the training loss of the finetuning, {missed:.3f}." in readme
+    for (name, kind, of), difference in above.items():
+        is_reached = difference <= (0.005 if name == "striped_int8" else 0.010)
+        assert is_reached == ((name, of) != ("striped_int8", "char")), (name, kind, of)
     assert behind("torchao_adamw4bit") < 0
+    assert f"its validation loss is {-behind('muon'):.3f} lower." in readme
     rates = [best_rate(runs_by_rate(char, name)) for name in ("adafactor8bit_adafactor", "adamw")]
     assert rates[0] == 16 * rates[1]
     assert "is between AdamW and `striped_int8`" in readme
