@@ -110,7 +110,7 @@ def serve() -> list[str]:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     print("null", file=answers)
     for line in iter(sys.stdin.readline, ""):
-        job = Job(**dict(zip(Job._fields, json.loads(line), strict=True)))
+        job = Job(*json.loads(line))
         pids = []
         for number in range(len(job.environments)):
             pid = os.fork()

@@ -98,8 +98,8 @@ class KnownEntries(Known):
             if not self._are_like(*tensors, *grads, *steps):
                 return None
             addresses, grad_addresses = _addresses(tensors), _addresses(grads)
-            # the sizes of storages can only have changed where addresses have: torch resizes a
-            # storage by allocating another
+            # Sizes of storages count only where addresses have changed: torch resizes a storage by
+            # allocating other memory. One that is resized twice, and is back, is not noticed.
             if grad_addresses != self.grad_addresses:
                 if not all(grad_addresses) or _places(grads) != self._grad_places:
                     return None

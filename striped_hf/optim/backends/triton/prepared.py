@@ -4,12 +4,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from striped_hf.optim.backends.triton.arguments import EntryPointers
+from striped_hf.optim.backends.triton.arguments import GRAD_POINTER
 from striped_hf.optim.backends.triton.kinds import ALIGNMENT
 from striped_hf.optim.backends.triton.plan import Plan, Programs
 from striped_hf.optim.interface import Known
-
-_GRAD = EntryPointers._fields.index("grad")
 
 
 @dataclass
@@ -54,7 +52,7 @@ class Prepared:
             if _alignment(known.grad_addresses) != self._grad_alignment:
                 return False
             self.plan.addresses.invalidate()
-            self.pointers[:, _GRAD] = known.grad_addresses
+            self.pointers[:, GRAD_POINTER.value] = known.grad_addresses
             self._grad_addresses = known.grad_addresses
         return True
 
