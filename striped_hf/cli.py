@@ -1,5 +1,6 @@
 """Helpers of the scripts. A failure that the user can fix ends a script with one line."""
 
+import gc
 import os
 import sys
 import textwrap
@@ -18,11 +19,24 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a script's main. ``UserError`` and ``OSError`` end it with one line and status 1."""
+    """Runs a script's main. ``UserError`` and ``OSError`` end it with one line and status 1.
+
+    A process group that main() began is destroyed after it, when its models are gone.
+    """
     try:
         main()
     except (UserError, OSError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    _destroy_process_group()
+
+
+def _destroy_process_group() -> None:
+    # A thread of gloo that still holds a tensor when the interpreter ends aborts the process
+    # (pytorch/pytorch#190489). The group's destructor waits for the threads.
+    torch = sys.modules.get("torch")  # some scripts work without it
+    if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # a DDP model keeps the group alive, and may be part of a cycle
+        torch.distributed.destroy_process_group()
 
 
 def is_main_process() -> bool:

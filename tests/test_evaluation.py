@@ -22,17 +22,21 @@ import json, sys, torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
+from striped_hf.cli import run
 from striped_hf.data import ContiguousBlocks, collate, open_split
 from striped_hf.evaluation import evaluate_loss
 
-accelerator = Accelerator(cpu=True)
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-blocks = ContiguousBlocks(open_split(sys.argv[2], "val"), 32)
-blocks = torch.utils.data.Subset(blocks, range(len(blocks) - 7, len(blocks)))
-model, loader = accelerator.prepare(model, DataLoader(blocks, batch_size=2, collate_fn=collate))
-result = evaluate_loss(model, loader, accelerator) | {"processes": accelerator.num_processes}
-if accelerator.is_main_process:
-    print(json.dumps(result))
+def main():
+    accelerator = Accelerator(cpu=True)
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    blocks = ContiguousBlocks(open_split(sys.argv[2], "val"), 32)
+    blocks = torch.utils.data.Subset(blocks, range(len(blocks) - 7, len(blocks)))
+    model, loader = accelerator.prepare(model, DataLoader(blocks, batch_size=2, collate_fn=collate))
+    result = evaluate_loss(model, loader, accelerator) | {"processes": accelerator.num_processes}
+    if accelerator.is_main_process:
+        print(json.dumps(result))
+
+run(main)
 """
 
 

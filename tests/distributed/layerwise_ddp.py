@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from striped_hf import losses
+from striped_hf.cli import run
 from striped_hf.trainer.causal_lm import CausalLMTrainer
 
 WIDTH = 256
@@ -98,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -21,10 +21,12 @@ pytestmark = pytest.mark.slow
 
 # like transformers' examples/pytorch/language-modeling/run_clm.py
 EXAMPLE = """
+import gc
 import json
 import sys
 from dataclasses import dataclass, field
 
+import torch
 from datasets import load_dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -70,6 +72,10 @@ def main():
 
 if __name__ == "__main__":
     main()
+    # else the threads of gloo may abort the process at its end: see striped_hf.cli
+    if torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
 """
 
 

@@ -4,6 +4,7 @@ On a CPU accelerate runs DDP instead of FSDP, so the test steps the sharded mode
 Trainer's events.
 """
 
+import gc
 import json
 import os
 import socket
@@ -72,6 +73,12 @@ def stepped(args: TrainingArguments, sharded: bool) -> dict[str, Any]:
 
 
 def main(rank: int, port: int, folder: str) -> None:
+    train(rank, port, folder)
+    gc.collect()  # the DDP model keeps the group alive; see striped_hf.cli
+    torch.distributed.destroy_process_group()
+
+
+def train(rank: int, port: int, folder: str) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
@@ -88,7 +95,6 @@ def main(rank: int, port: int, folder: str) -> None:
         "sharded": stepped(args, sharded=True),
     }
     Path(folder, f"{rank}.json").write_text(json.dumps(results), encoding="utf-8")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
