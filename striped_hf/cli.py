@@ -27,12 +27,15 @@ def run(main: Callable[[], None]) -> None:
         main()
     except (UserError, OSError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
-    _destroy_process_group()
+    destroy_process_group()
 
 
-def _destroy_process_group() -> None:
-    # A thread of gloo that still holds a tensor when the interpreter ends aborts the process
-    # (pytorch/pytorch#190489). The group's destructor waits for the threads.
+def destroy_process_group() -> None:
+    """Destroys the process group, if there is one, after the function that holds the model.
+
+    A thread of gloo that still holds a tensor when the interpreter ends aborts the process
+    (pytorch/pytorch#190489). The group's destructor waits for the threads.
+    """
     torch = sys.modules.get("torch")  # some scripts work without it
     if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
         gc.collect()  # a DDP model keeps the group alive, and may be part of a cycle

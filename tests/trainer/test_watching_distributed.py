@@ -4,7 +4,6 @@ On a CPU accelerate runs DDP instead of FSDP, so the test steps the sharded mode
 Trainer's events.
 """
 
-import gc
 import json
 import os
 import socket
@@ -20,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from trainer_runs import Counting, arguments, tiny_model
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
+from striped_hf.cli import destroy_process_group
 from striped_hf.optim import StripedAdamW
 from striped_hf.trainer.callbacks import state_bytes
 from striped_hf.trainer.gradient_health import GradientHealth
@@ -74,8 +74,7 @@ def stepped(args: TrainingArguments, sharded: bool) -> dict[str, Any]:
 
 def main(rank: int, port: int, folder: str) -> None:
     train(rank, port, folder)
-    gc.collect()  # the DDP model keeps the group alive; see striped_hf.cli
-    torch.distributed.destroy_process_group()
+    destroy_process_group()
 
 
 def train(rank: int, port: int, folder: str) -> None:
