@@ -66,7 +66,8 @@ def losses(scratch: dict[str, Any], finetune: dict[str, Any]) -> str:
     )
     return (
         f"{markdown_table(header, rows)}\n\nAdamW's losses, and the differences from them. Means "
-        f"of {texts[0]} and {texts[1]}; in parentheses the range of AdamW's validation losses."
+        f"of {texts[0]} and {texts[1]}; in parentheses the range of AdamW's validation losses. "
+        "The bytes depend on the model: they are those of the finetuning, where that was run."
     )
 
 
